@@ -1,0 +1,94 @@
+"""Small helpers around loading models: dtypes, devices, and silence on stderr."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import transformers.utils.logging as transformers_logging
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from rats.schemas.errors import ConfigError, DataError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`; ConfigError when there is none."""
+    if name not in DTYPES:
+        raise ConfigError(f"unknown dtype '{name}': use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def torch_device(name: str) -> torch.device:
+    """The device called `name`; ConfigError when this machine or this torch has none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device '{name}': use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"compute.device is '{name}', but torch sees no CUDA device here: use cpu")
+    return device
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file or of a .pt file (never unpickled beyond tensors), on the CPU.
+
+    A .pt file may hold them directly or under "state_dict". Raises DataError when it is damaged or holds code.
+    """
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+        raise DataError(f"{path} is damaged or holds more than tensors ({_first_line(error)}): get it anew") from error
+    inner = state.get("state_dict")
+    return inner if isinstance(inner, dict) else state
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Loads all of `module` from `state`; keys that the module lacks are ignored, keys that `state` lacks are not."""
+    wanted = set(module.state_dict())
+    missing = sorted(wanted - set(state))
+    if missing:
+        raise DataError(f"{path} lacks {len(missing)} weights, {missing[0]} first: it is no checkpoint of this kind")
+    try:
+        module.load_state_dict({key: state[key] for key in wanted})
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise DataError(f"{path} does not fit its configuration ({reason}): take both from one source") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """No warnings of transformers while modules are imported that look for torchvision."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars of diffusers and transformers while weights load: our own progress is on stderr."""
+    import diffusers.utils.logging as diffusers_logging
+
+    modules = (diffusers_logging, transformers_logging)
+    enabled = [module.is_progress_bar_enabled() for module in modules]
+    for module in modules:
+        module.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for module, was_enabled in zip(modules, enabled, strict=True):
+            if was_enabled:
+                module.enable_progress_bar()

@@ -1,0 +1,23 @@
+"""The order of training: a permutation an epoch, so that the whole state is a counter of samples."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from rats.pipeline.noise import philox_words
+
+
+def row_at(seed: int, n: int, position: int) -> int:
+    """Which of `n` rows is read as number `position`, counted over epochs."""
+    epoch, offset = divmod(position, n)
+    return int(_permutation(seed, n, epoch)[offset])
+
+
+@lru_cache(maxsize=4)
+def _permutation(seed: int, n: int, epoch: int) -> np.ndarray:
+    """Rows sorted by random words that carry the row in their low bits: no ties, so any sorting gives this."""
+    low = np.uint64((1 << n.bit_length()) - 1)
+    words = philox_words("order", [seed, epoch], n)
+    return np.sort((words & ~low) | np.arange(n, dtype=np.uint64)) & low

@@ -1,0 +1,117 @@
+"""Where weights lie and what they are: folders, hub revisions and content hashes. Never imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rats.schemas.errors import ConfigError, DataError
+
+CHUNK = 1 << 20
+HASHED_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
+"""Prefixes: `text_encoder` stands for `text_encoder_2` too."""
+
+PIPELINE_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
+"""What a diffusers folder needs; leaves out the single-file copies at the top of hub repositories."""
+
+
+def hash_files(paths: Iterable[Path], root: Path) -> str:
+    """sha256 over (name relative to `root`, content) of the files, sorted by name."""
+    total = hashlib.sha256()
+    for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
+        total.update(f"{name}\0{_hash_file(path)}\n".encode())
+    return total.hexdigest()
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_path(path: Path) -> str:
+    """Hash of a file, or of all files below a folder; hidden ones (a hub's bookkeeping) left out."""
+    if path.is_file():
+        return hash_files([path], path.parent)
+    files = (file for file in path.rglob("*") if file.is_file())
+    return hash_files((f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)), path)
+
+
+def component_hashes(folder: Path) -> dict[str, str]:
+    """Hashes of a diffusers folder's components that hold weights or vocabularies, by component name.
+
+    Raises ConfigError when one of transformer, vae, text_encoder, tokenizer is missing.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith(HASHED_COMPONENTS))
+    missing = [name for name in HASHED_COMPONENTS if name not in names]
+    if missing:
+        raise ConfigError(f"no folder '{missing[0]}' in {folder}: model.path must name a whole diffusers pipeline")
+    return {name: hash_path(folder / name) for name in names}
+
+
+def scheduler_hash(folder: Path) -> str:
+    """sha256 of the scheduler's configuration as canonical JSON, without the version that wrote it."""
+    config = read_json(folder / "scheduler" / "scheduler_config.json")
+    config.pop("_diffusers_version", None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def adapter_fingerprint(adapter: str, version: int, weights: Iterable[Path], folder: Path) -> str:
+    """Identity of a reward: adapter, its version (of preprocessing and formula), weights, and the small files beside.
+
+    `folder`: its top-level .json and .txt files (configuration, vocabulary) count too.
+    """
+    beside = (path for pattern in ("*.json", "*.txt") for path in folder.glob(pattern))
+    parts = [adapter, str(version), hash_files({*weights, *beside}, folder)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from `path`. Raises ConfigError when there is no file, DataError when it is no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no file {path}: is this folder complete?") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable as JSON ({error}); fetch it again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}; fetch it again")
+    return value
+
+
+def resolve(path: str | Path, revision: str | None = None, patterns: Sequence[str] | None = None) -> Path:
+    """A local file or folder as it is, or the snapshot of a hub repository, whose folder is named by its commit.
+
+    `patterns` limits what a hub download fetches. Raises ConfigError when there is neither.
+    """
+    local = Path(path)
+    if local.exists():
+        return local
+    if not _is_hub_id(str(path)):
+        raise ConfigError(f"no model at '{path}' (looked in {Path.cwd()}): give a folder or a hub id like org/name")
+    return _download(str(path), revision, patterns)
+
+
+def _is_hub_id(path: str) -> bool:
+    """`org/name`, unless `org` is a folder here: then a missing folder is meant."""
+    organisation, _, name = path.partition("/")
+    return bool(organisation and name) and "/" not in name and path[0] not in "./~" and not Path(organisation).is_dir()
+
+
+def _download(repository: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        allowed = list(patterns) if patterns else None
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=allowed))
+    except Exception as error:  # the hub raises a dozen kinds, of three libraries: all mean the same here
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        revised = f" at revision {revision}" if revision else ""
+        raise ConfigError(
+            f"no local folder '{repository}' and no such hub repository{revised} in reach ({reason}): "
+            "check the name, the network and `hf auth login`"
+        ) from error

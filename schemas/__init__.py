@@ -1,0 +1,1 @@
+"""What is on disk and what passes between the stages: plain data, never torch."""

@@ -1,0 +1,45 @@
+"""Errors that a user can act on, each with the exit code of DESIGN.md section 4."""
+
+from __future__ import annotations
+
+
+class RatsError(Exception):
+    """One line that says what, which value and the way out; `exit_code` is what the process returns."""
+
+    exit_code = 1
+
+
+class ConfigError(RatsError):
+    """A wrong parameter, flag or prompt file."""
+
+    exit_code = 2
+
+
+class DataError(RatsError):
+    """Shards, scores, checkpoints or weights that are damaged or belong to something else."""
+
+    exit_code = 65
+
+
+class NoWorkerError(RatsError):
+    """No Dask worker took the work."""
+
+    exit_code = 69
+
+
+class CannotCreateError(RatsError):
+    """An output cannot be created: a missing right, a path in the way."""
+
+    exit_code = 73
+
+
+class StorageError(RatsError):
+    """Reading or writing failed: a full disk, an I/O error."""
+
+    exit_code = 74
+
+
+class RetryLaterError(RatsError):
+    """Somebody else holds what we need; the same command works later."""
+
+    exit_code = 75

@@ -1,0 +1,90 @@
+"""Sigma-aligned horizons: the teacher's grid takes over the students' sigmas, so that alignment is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rats.schemas.errors import ConfigError
+
+TOLERANCE = 1e-6
+"""Two float32 roundings of one sigma; closer than any two steps of a grid."""
+
+
+def union(students: Sequence[Sequence[float]]) -> list[float]:
+    """All sigmas of the students' grids, falling, each once (roundings of one sigma are one).
+
+    Raises:
+        ConfigError: a grid that does not fall strictly from 1.0 to 0.0.
+    """
+    for grid in students:
+        _check(grid)
+    merged: list[float] = []
+    for sigma in sorted({sigma for grid in students for sigma in grid}, reverse=True):
+        if not merged or merged[-1] - sigma > TOLERANCE:
+            merged.append(sigma)
+    return merged
+
+
+def snap(teacher: Sequence[float], students: Sequence[Sequence[float]]) -> list[float]:
+    """The teacher's grid with each student sigma in place of the nearest of its own; length and ends stay.
+
+    Where two student sigmas are nearest to one slot, one takes the neighbour: the total shift is the least
+    of all assignments in order, which is also why the result falls strictly.
+
+    Raises:
+        ConfigError: a grid that does not fall strictly from 1.0 to 0.0, or more student sigmas than slots.
+    """
+    _check(teacher)
+    wanted, slots = union(students)[1:-1], list(teacher[1:-1])
+    if len(wanted) > len(slots):
+        raise ConfigError(
+            f"{len(wanted)} student sigmas do not fit into the {len(slots)} inner ones of the teacher's "
+            f"{len(teacher) - 1} steps; raise teacher.steps or shorten teacher.nfe"
+        )
+    for slot, sigma in zip(_assign(slots, wanted), wanted, strict=True):
+        slots[slot] = sigma
+    grid = [teacher[0], *slots, teacher[-1]]
+    _check(grid)
+    return grid
+
+
+def rows_of(horizons: Sequence[float], sigmas: Sequence[float]) -> list[int]:
+    """Row of each sigma among the stored horizons.
+
+    Raises:
+        ConfigError: a sigma that is not stored.
+    """
+    rows = []
+    for sigma in sigmas:
+        row = min(range(len(horizons)), key=lambda i: abs(horizons[i] - sigma))
+        if abs(horizons[row] - sigma) > TOLERANCE:
+            raise ConfigError(
+                f"no state is stored at sigma {sigma} (nearest {horizons[row]}); add its nfe to teacher.nfe"
+            )
+        rows.append(row)
+    return rows
+
+
+def _check(grid: Sequence[float]) -> None:
+    falls = all(a > b for a, b in zip(grid, grid[1:], strict=False))
+    if len(grid) < 2 or grid[0] != 1.0 or grid[-1] != 0.0 or not falls:
+        raise ConfigError(
+            f"sigmas must fall strictly from 1.0 to 0.0, got {list(grid)}; check the scheduler's settings"
+        )
+
+
+def _assign(slots: list[float], wanted: list[float]) -> list[int]:
+    """Slot of each wanted sigma, in order, least total distance (dynamic programming over slots)."""
+    infinity = float("inf")
+    # best[i][j]: least distance with the first i wanted sigmas in the first j slots
+    best = [[0.0] * (len(slots) + 1)] + [[infinity] * (len(slots) + 1) for _ in wanted]
+    for i, sigma in enumerate(wanted, start=1):
+        for j, slot in enumerate(slots, start=1):
+            best[i][j] = min(best[i][j - 1], best[i - 1][j - 1] + abs(sigma - slot))
+    chosen, j = [], len(slots)
+    for i in range(len(wanted), 0, -1):
+        while best[i][j - 1] == best[i][j]:
+            j -= 1
+        j -= 1
+        chosen.append(j)
+    return chosen[::-1]

@@ -1,0 +1,123 @@
+"""The store's documents: plans, finished shards, index rows, snapshots and scores.
+
+Every name that becomes a path is held to a pattern here, so that no document can point outside its folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Annotated, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rats.schemas.canonical import canonical_json, sha256
+from rats.schemas.identity import KEY_PATTERN
+
+FORMAT_VERSION: Final = 1
+
+Key = Annotated[str, Field(pattern=KEY_PATTERN, max_length=80)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+ShardName = Annotated[str, Field(pattern=r"^rollout-[0-9]{6}$")]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Record(BaseModel):
+    """Base of what is on disk: immutable, exact types, no unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PlannedSample(Record):
+    """A sample that is wanted."""
+
+    key: Key
+    prompt_id: Hash
+    prompt: str
+    noise_index: Count
+
+
+class ShardPlan(Record):
+    """Which samples a shard holds, fixed before the first of them is made."""
+
+    shard: ShardName
+    samples: Annotated[tuple[PlannedSample, ...], Field(min_length=1)]
+
+
+class IndexRow(Record):
+    """A sample's place: `length` bytes from `offset` of the tar are its latents.safetensors, hashed by `blake3`."""
+
+    key: Key
+    prompt_id: Hash
+    prompt: str
+    noise_index: Count
+    shard: ShardName
+    offset: Count
+    length: Count
+    blake3: Hash
+    status: Literal["ok"] = "ok"
+
+
+class ShardDone(Record):
+    """Written after the tar: its size, the blake3 of the whole file, its rows in file order."""
+
+    shard: ShardName
+    bytes: Count
+    blake3: Hash
+    rows: Annotated[tuple[IndexRow, ...], Field(min_length=1)]
+
+
+class Snapshot(Record):
+    """An immutable, numbered list of samples; `hash` names its content, wherever the samples lie.
+
+    `shards` maps a shard's name to the blake3 of its tar; `index` is a file in `index/`.
+    """
+
+    format_version: Literal[1] = FORMAT_VERSION
+    number: Annotated[int, Field(ge=1, le=9999)]
+    fingerprint: Hash
+    hash: Hash
+    samples: Count
+    shards: dict[ShardName, Hash]
+    index: Annotated[str, Field(pattern=r"^[0-9]{4}\.parquet$")]
+    index_blake3: Hash
+
+
+class ScoreRow(Record):
+    """A reward's verdict on one stored final: a finite number, or a status and an error, never both."""
+
+    key: Key
+    score: float | None
+    status: Literal["ok", "failed"] = "ok"
+    error: str | None = None
+
+    @model_validator(mode="after")
+    def _score_or_error(self) -> ScoreRow:
+        if (self.status == "ok") != (self.score is not None):
+            raise ValueError("a row has a score exactly when its status is ok")
+        return self
+
+
+class ScoresDone(Record):
+    """Written after a shard's scores: what was scored (`shard_blake3`), and the Parquet file's hash."""
+
+    shard: ShardName
+    shard_blake3: Hash
+    rows: Count
+    blake3: Hash
+
+
+class RewardRecord(Record):
+    """What made a column of scores: `hashes` of all that decides it (reward, vae, preprocessing...)."""
+
+    name: str
+    hashes: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """The column's address, `scores/<fingerprint>/`."""
+        return sha256(canonical_json(self.model_dump(mode="json")))
+
+
+def snapshot_hash(rows: Iterable[IndexRow]) -> str:
+    """sha256 over the sorted (key, blake3): independent of order, shards and place."""
+    return sha256(canonical_json(sorted([row.key, row.blake3] for row in rows)))

@@ -1,0 +1,250 @@
+"""`params.yaml`, field by field. Unknown keys are errors that name the nearest known one.
+
+Which fields enter a shard set's fingerprint is said in `schemas.recipe`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rats.schemas.errors import ConfigError
+from rats.schemas.yaml_values import override, parse, set_at
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Split = Literal["train", "validation", "test"]
+
+
+class Block(BaseModel):
+    """Base of all blocks: immutable, no unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelParams(Block):
+    """The teacher: a diffusers folder or hub id."""
+
+    path: str
+    revision: str | None = None
+    family: Literal["flux"] = "flux"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+class PromptParams(Block):
+    """A prompt file a split: .txt (a prompt a line) or .csv (prompt, concept, kind)."""
+
+    train: str
+    validation: str | None = None
+    test: str | None = None
+
+
+class TeacherParams(Block):
+    """How the teacher samples. `nfe`: the student grids whose sigmas are snapped into its own."""
+
+    steps: Positive = 50
+    nfe: tuple[Positive, ...] = (3, 5, 8)
+    guidance_scale: NonNegative = 3.5
+    true_cfg_scale: Annotated[float, Field(ge=1)] = 1.0
+    negative_prompt: str = ""
+    max_sequence_length: Positive = 512
+    height: Positive = 512
+    width: Positive = 512
+    noises_per_prompt: Positive = 1
+    seed: int = 0
+
+
+class ComputeParams(Block):
+    """What decides a sample's last bits: part of the recipe."""
+
+    device: str = "cpu"
+    threads: Positive = 1
+    micro_batch: Positive = 8
+    attention: Literal["sdpa"] = "sdpa"
+    compile: bool = False
+
+
+class StoreParams(Block):
+    """Where shard sets live, and how many samples a shard holds."""
+
+    path: str = "store"
+    shard_samples: Positive = 32
+    workers: Annotated[int, Field(ge=0)] = 1
+
+
+class RewardParams(Block):
+    """A reward model: `adapter` reads the checkpoint at `path` (a folder, a file or a hub id)."""
+
+    name: str
+    adapter: Literal["pickscore", "hpsv2", "image-reward"]
+    path: str
+    revision: str | None = None
+
+
+class GateParams(Block):
+    """The gate of DESIGN.md section 1. `tau: null` takes the spread of R_T in the shards."""
+
+    form: Literal["rats", "figure", "constant", "off"] = "rats"
+    tau: Annotated[float, Field(gt=0)] | None = None
+    value: Annotated[float, Field(ge=0, le=1)] | None = None
+    value_from: str | None = None
+
+
+class ShapeParams(Block):
+    """The shaping loss: what is compared, and the weights of its two terms."""
+
+    space: Literal["state", "velocity", "x0"] = "velocity"
+    l2: NonNegative = 1.0
+    cos: NonNegative = 1.0
+
+
+class TrainParams(Block):
+    """Stage two."""
+
+    nfe: tuple[Positive, ...] = (3, 5, 8)
+    steps: Positive = 400
+    batch: Positive = 32
+    micro_batch: Positive = 32
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    warmup: Annotated[int, Field(ge=0)] = 10
+    alpha: NonNegative = 1.0
+    reward: str
+    reward_weight: NonNegative = 1.0
+    margin: float | None = None
+    last_k: Positive | None = None
+    augment: Annotated[float, Field(ge=0, le=1)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+    checkpoint_every: Positive = 50
+    checkpoints_total_limit: Positive = 2
+    log_gradients_every: Positive = 10
+    gate: GateParams = GateParams()
+    shape: ShapeParams = ShapeParams()
+
+
+class EvaluateParams(Block):
+    """Which runs are compared, on how much, and by which judge."""
+
+    variants: tuple[str, ...] = ("rats",)
+    bootstrap: Positive = 2000
+    judge: Literal["efficientnet-lite0"] | None = "efficientnet-lite0"
+    real_features: str | None = None
+    pictures: Positive = 8
+    seed: int = 0
+
+
+class Params(Block):
+    """The whole file. `variants` holds, by name, what a run changes in `train`."""
+
+    model: ModelParams
+    prompts: PromptParams
+    teacher: TeacherParams = TeacherParams()
+    compute: ComputeParams = ComputeParams()
+    store: StoreParams = StoreParams()
+    rewards: tuple[RewardParams, ...] = ()
+    train: TrainParams
+    variants: dict[str, dict[str, Any]] = {"rats": {}}
+    evaluate: EvaluateParams = EvaluateParams()
+
+
+def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
+    """Read and check `params.yaml`; each override is "train.alpha=2", its value in YAML.
+
+    Relative paths in the file stay relative to the current folder.
+
+    Raises:
+        ConfigError: a missing or unreadable file, an unknown key (with the nearest), a value out of range.
+    """
+    values = parse(_read_text(path), str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys such as 'model:', got {values!r}; `rats init` writes a file to start")
+    for text in overrides:
+        override(values, text)
+    params = _validate(Params, values, str(path))
+    _check_names(params, str(path))
+    return params
+
+
+def with_variant(params: Params, name: str) -> TrainParams:
+    """`params.train` with what `params.variants[name]` changes; its keys are dotted ("gate.form").
+
+    Raises:
+        ConfigError: an unknown variant, key or value, with the nearest known name.
+    """
+    if name not in params.variants:
+        raise ConfigError(f"unknown variant {name!r}{nearest(name, params.variants)}; add it under variants:")
+    values = params.train.model_dump()
+    for dotted, value in params.variants[name].items():
+        set_at(values, dotted.split("."), value, f"variants.{name}.{dotted}")
+    return _validate(TrainParams, values, f"variants.{name}")
+
+
+def nearest(name: str, known: Any) -> str:
+    """A hint for an error text: ", did you mean 'x'?", else the known names."""
+    names = sorted(map(str, known))
+    match = difflib.get_close_matches(name, names, n=1)
+    return f", did you mean {match[0]!r}?" if match else f" (known: {', '.join(names) or 'none'})"
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}; name a file with --params, `rats init` writes one") from None
+
+
+_Model = TypeVar("_Model", bound=Block)
+
+
+def _validate(model: type[_Model], values: Any, where: str) -> _Model:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(model, error)}") from None
+
+
+def _explain(model: type[Block], error: ValidationError) -> str:
+    first = error.errors()[0]
+    dotted = ".".join(map(str, first["loc"]))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        hint = nearest(str(first["loc"][-1]), fields_at(model, first["loc"][:-1]))
+        return f"unknown key {dotted!r}{hint}{more}"
+    if first["type"] == "missing":
+        return f"{dotted!r} is missing{more}"
+    return f"{dotted} = {first['input']!r}: {first['msg']}{more}"
+
+
+def fields_at(model: type[Block], place: Sequence[int | str]) -> list[str]:
+    """Field names of the block at `place` below `model`."""
+    for part in place:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _block_of(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _block_of(annotation: Any) -> type[Block] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Block):
+        return annotation
+    return next((block for part in get_args(annotation) if (block := _block_of(part))), None)
+
+
+def _check_names(params: Params, where: str) -> None:
+    """Names that point from one block into another."""
+    names = [reward.name for reward in params.rewards]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{where}: two rewards have one name in {names}; give each its own")
+    for name in params.evaluate.variants:
+        if name not in params.variants:
+            raise ConfigError(f"{where}: evaluate.variants has unknown {name!r}{nearest(name, params.variants)}")
+    for name in params.variants:
+        train = with_variant(params, name)
+        if names and train.reward not in names:
+            raise ConfigError(f"{where}: train.reward = {train.reward!r} is no reward{nearest(train.reward, names)}")
+        if missing := sorted(set(train.nfe) - set(params.teacher.nfe)):
+            raise ConfigError(f"{where}: train.nfe has {missing[0]}, teacher.nfe has not; add it there")

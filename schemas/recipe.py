@@ -1,0 +1,126 @@
+"""The recipe: everything that decides a sample's bytes. Its hash is the shard set's address.
+
+Every field of `params.yaml` is on one of two lists below; a test flips each and proves which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rats.schemas.canonical import canonical_json, sha256
+from rats.schemas.manifest import FORMAT_VERSION, Record
+from rats.schemas.params import Params
+
+SOLVER_VERSION = 1
+"""Bumped when the golden-latents test says that latents moved."""
+
+IN_RECIPE = (
+    "model.family",
+    "model.dtype",
+    "teacher.steps",
+    "teacher.nfe",
+    "teacher.guidance_scale",
+    "teacher.true_cfg_scale",
+    "teacher.negative_prompt",
+    "teacher.max_sequence_length",
+    "teacher.height",
+    "teacher.width",
+    "teacher.seed",
+    "compute.device",
+    "compute.threads",
+    "compute.micro_batch",
+    "compute.attention",
+    "compute.compile",
+)
+"""Fields whose change is a new address. `steps` and `nfe` enter as the snapped sigmas and the horizons."""
+
+NOT_IN_RECIPE = (
+    "model.path",
+    "model.revision",
+    "prompts.train",
+    "prompts.validation",
+    "prompts.test",
+    "teacher.noises_per_prompt",
+    "store.path",
+    "store.shard_samples",
+    "store.workers",
+    "rewards",
+    "train",
+    "variants",
+    "evaluate",
+)
+"""Fields that change no byte of a sample. A block's name stands for all its fields. The weights behind
+`model.path` and `model.revision` enter by their hashes; rewards are columns with addresses of their own."""
+
+DECODER = "vae"
+"""The one component that no trajectory depends on: its hash is part of the scores' address instead."""
+
+
+class ComputeRecipe(Record):
+    """What decides the last bits. `device` is a kind ("cuda", not "cuda:1")."""
+
+    device: str
+    threads: int
+    micro_batch: int
+    attention: str
+    compile: bool
+
+
+class Recipe(Record):
+    """`weights` by component name, `sigmas` the snapped teacher grid, `horizons` the rows that are kept."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    solver_version: int = SOLVER_VERSION
+    family: str
+    weights: dict[str, str]
+    scheduler: str
+    sigmas: Annotated[tuple[float, ...], Field(min_length=2)]
+    horizons: Annotated[tuple[float, ...], Field(min_length=2)]
+    guidance_scale: float
+    true_cfg_scale: float
+    negative_prompt: str
+    max_sequence_length: int
+    height: int
+    width: int
+    dtype: str
+    latent_dtype: Literal["float16"] = "float16"
+    seed: int
+    compute: ComputeRecipe
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """sha256 of the recipe's canonical JSON, which is `recipe.json` byte for byte."""
+    return sha256(canonical_json(recipe.model_dump(mode="json")))
+
+
+def make_recipe(
+    params: Params,
+    weights: Mapping[str, str],
+    scheduler: str,
+    sigmas: Sequence[float],
+    horizons: Sequence[float],
+) -> Recipe:
+    """The recipe of `params` for hashed weights and read sigmas.
+
+    Args:
+        params: The whole configuration.
+        weights: Hash by component (transformer, text encoders, tokenizers); the VAE is left out.
+        scheduler: Hash of the scheduler's configuration.
+        sigmas: The teacher's grid, snapped to the students' (`schemas.horizons.snap`).
+        horizons: The sigmas whose states are kept (`schemas.horizons.union`).
+    """
+    teacher = params.teacher.model_dump(exclude={"steps", "nfe", "noises_per_prompt"})
+    compute = params.compute.model_dump() | {"device": params.compute.device.split(":")[0]}
+    return Recipe(
+        **teacher,
+        family=params.model.family,
+        dtype=params.model.dtype,
+        weights={name: value for name, value in weights.items() if name != DECODER},
+        scheduler=scheduler,
+        sigmas=tuple(sigmas),
+        horizons=tuple(horizons),
+        compute=ComputeRecipe(**compute),
+    )

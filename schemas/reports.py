@@ -1,0 +1,66 @@
+"""What the stages say when they are done: the objects behind `--json` and `reports/evaluate.json`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rats.schemas.manifest import Record
+
+System = Literal["teacher", "base_guided", "base_unguided", "student"]
+Role = Literal["trained", "held_out", "judge"]
+
+
+class RolloutReport(Record):
+    """`rats stage rollout`; `snapshot` is the snapshot's hash, `seconds` wall time."""
+
+    fingerprint: str
+    snapshot: str
+    samples: int
+    shards_total: int
+    shards_reused: int
+    teacher_forwards: int
+    seconds: float
+    snapshot_number: int = 0
+    samples_failed: int = 0
+
+
+class TrainReport(Record):
+    """`rats stage train`; `snapshot` is the snapshot's hash, `checkpoint` the newest one's folder."""
+
+    snapshot: str
+    steps: int
+    teacher_forwards: int
+    teacher_reward_calls: int
+    seconds: float
+    checkpoint: str
+
+
+class Cell(Record):
+    """One figure of the table, with its 95 % interval and the paired difference to the teacher.
+
+    The teacher has no difference to itself, a metric may have no interval: these are None.
+    """
+
+    system: System
+    variant: str
+    nfe: int
+    evaluations: int
+    metric: str
+    role: Role
+    split: str
+    mean: float
+    ci_low: float | None
+    ci_high: float | None
+    delta_vs_teacher: float | None
+    delta_ci_low: float | None
+    delta_ci_high: float | None
+    num_prompts: int
+    num_concepts: int
+
+
+class EvaluateReport(Record):
+    """`reports/evaluate.json`; `snapshot` names the test samples."""
+
+    cells: tuple[Cell, ...]
+    snapshot: str = ""
+    seconds: float = 0.0

@@ -1,0 +1,112 @@
+"""Draws a prompt with a trained student: the stock pipeline, its network exchanged, no classifier-free guidance."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from rats.pipeline.atomic import atomic_write
+from rats.pipeline.loading import quiet_imports, quiet_loading, torch_device, torch_dtype
+from rats.pipeline.weights import PIPELINE_PATTERNS, resolve
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import Params
+from rats.stages.runs import read_record, student_folder
+
+with quiet_imports():  # they ask for torchvision, which we do without
+    from diffusers import AutoModel, DiffusionPipeline
+
+log = logging.getLogger(__name__)
+
+FORMATS = (".png", ".webp", ".jpg", ".jpeg")
+
+
+def generate(
+    params: Params, prompt: str, nfe: int, run: Path | None, seed: int, out: Path, count: int = 1
+) -> list[Image.Image]:
+    """Draws `count` pictures into one file, in a grid, and returns them.
+
+    They are what `FluxPipeline.from_pretrained(model, transformer=student)(prompt, num_inference_steps=nfe)` draws,
+    with noise from `torch.Generator().manual_seed(seed)`.
+
+    Args:
+        params: The whole configuration: the model, its resolution and its embedded guidance.
+        prompt: What to draw.
+        nfe: Steps, each of one network evaluation.
+        run: The run whose student draws; None for the untrained base.
+        seed: Of the noise.
+        out: The picture file, by its suffix.
+        count: How many pictures, from consecutive draws of the generator.
+
+    Raises:
+        ConfigError: an empty prompt, a run without a student, an unknown suffix.
+    """
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty: say what to draw")
+    if out.suffix.lower() not in FORMATS:
+        raise ConfigError(f"cannot write a picture named '{out.name}': end it in one of {', '.join(FORMATS)}")
+    if run is not None:
+        _check_steps(run, nfe)
+    pictures = draw(open_pipeline(params, run), params, prompt, nfe, seed, count)
+    atomic_write(out, encode(grid(pictures), out.suffix.lower()))
+    return pictures
+
+
+def open_pipeline(params: Params, run: Path | None) -> Any:
+    """The whole pipeline of `model.path`, with the run's network where one is named."""
+    network = None if run is None else student_folder(run)
+    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    dtype = torch_dtype(params.model.dtype)
+    with quiet_loading(), warnings.catch_warnings():
+        # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
+        warnings.simplefilter("ignore", FutureWarning)
+        own = {} if network is None else {"transformer": AutoModel.from_pretrained(str(network), torch_dtype=dtype)}
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **own)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(torch_device(params.compute.device))
+
+
+def draw(pipeline: Any, params: Params, prompt: str, nfe: int, seed: int, count: int) -> list[Image.Image]:
+    """The pipeline's own call, with the student's embedded guidance and the recipe's resolution."""
+    teacher = params.teacher
+    return pipeline(
+        prompt,
+        num_inference_steps=nfe,
+        guidance_scale=teacher.guidance_scale,
+        height=teacher.height,
+        width=teacher.width,
+        max_sequence_length=teacher.max_sequence_length,
+        num_images_per_prompt=count,
+        generator=torch.Generator().manual_seed(seed),
+    ).images
+
+
+def grid(pictures: Sequence[Image.Image]) -> Image.Image:
+    """One picture as it is; several in rows of nearly a square."""
+    width, height = pictures[0].size
+    columns = math.ceil(math.sqrt(len(pictures)))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    return sheet
+
+
+def encode(picture: Image.Image, suffix: str) -> bytes:
+    """The file's bytes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(suffix, "PNG"))
+    return buffer.getvalue()
+
+
+def _check_steps(run: Path, nfe: int) -> None:
+    """Says so when the student was not trained for this number of steps; it draws all the same."""
+    trained = read_record(run).nfe
+    if nfe not in trained:
+        log.warning("%s was trained for %s steps, not for %d", run, ", ".join(map(str, trained)), nfe)

@@ -1,0 +1,172 @@
+"""`rats init`: a project for one's own model, prompts and rewards, and the dvc.yaml of any params.yaml."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from rats.pipeline.atomic import atomic_write
+from rats.pipeline.prompts import Prompt, read_prompts
+from rats.schemas.errors import CannotCreateError, ConfigError
+from rats.schemas.params import Params, load_params
+
+ADAPTERS = ("pickscore", "hpsv2", "image-reward")
+HUB_REWARDS = (
+    ("hpsv2", "xswu/HPSv2"),
+    ("pickscore", "yuvalkirstain/PickScore_v1"),
+    ("image-reward", "THUDM/ImageReward"),
+)
+SHARES = {"test": 0.2, "validation": 0.1}
+"""Of the concepts; at least one each."""
+
+EXAMPLES = tuple(
+    Prompt(f"a {adjective} {thing}", thing)
+    for thing in (
+        "lighthouse",
+        "teapot",
+        "fox",
+        "bicycle",
+        "cathedral",
+        "market",
+        "violin",
+        "harbour",
+        "glacier",
+        "robot",
+    )
+    for adjective in ("small", "weathered", "golden")
+)
+PLOTS = (
+    ("reward", ("reward_student", "reward_teacher")),
+    ("gate", ("gate_mean",)),
+    ("gradient norms", ("grad_reward", "grad_shape")),
+)
+DVC_CONFIG = '[core]\n    analytics = false\n    check_update = false\n[cache]\n    type = "reflink,hardlink,copy"\n'
+IGNORED = "/store/\n/data/teacher/\n/runs/\n/reports/\n"
+
+
+def init_project(folder: Path, model: str, prompts: Path | None, rewards: Sequence[str], force: bool) -> list[Path]:
+    """Write params.yaml, dvc.yaml, prompts split by concept, and DVC's and git's settings into `folder`.
+
+    Args:
+        folder: Made if it is not there.
+        model: A pipeline folder or a hub id.
+        prompts: A .txt or .csv to split; a few examples if None.
+        rewards: "adapter=path", the first one trains; the published ones by hub id if there are none.
+        force: Replace files.
+
+    Raises:
+        ConfigError: an unknown adapter, or fewer than three concepts.
+        CannotCreateError: a file is there already.
+    """
+    splits = split_by_concept(read_prompts(prompts) if prompts else EXAMPLES)
+    pairs = [_reward(text) for text in rewards] or list(HUB_REWARDS)
+    values = {
+        "model": _seen_from(folder, model),
+        "local": Path(model).exists(),
+        "rewards": [{"adapter": adapter, "path": _seen_from(folder, path)} for adapter, path in pairs],
+    }
+    files = {f"prompts/{split}.csv": _csv(part) for split, part in splits.items()}
+    files |= {"params.yaml": _render("init_params.yaml.j2", values), ".gitignore": IGNORED}
+    files |= {".dvc/config": DVC_CONFIG, ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n"}
+    files[".dvcignore"] = "__pycache__/\n*.pyc\n"
+    _refuse_to_replace(folder, [*files, "dvc.yaml"], force)
+    written = [_write(folder / name, text) for name, text in files.items()]
+    return [*written, write_dvc(folder)]
+
+
+def write_dvc(folder: Path) -> Path:
+    """(Re)write `dvc.yaml` beside a `params.yaml`, whose rewards and variants decide its lines."""
+    return _write(folder / "dvc.yaml", dvc_yaml(load_params(folder / "params.yaml"), folder))
+
+
+def dvc_yaml(params: Params, folder: Path) -> str:
+    """The pipeline of `params`: a stage for each split and variant. Hub ids are no files and so no deps."""
+    places = {"model.path": params.model.path}
+    places |= {f"rewards[{i}].path": reward.path for i, reward in enumerate(params.rewards)}
+    features = params.evaluate.real_features
+    bound = [(name, source) for name in params.evaluate.variants if (source := _source(params, name))]
+    judged = "test" if params.prompts.test else "train"
+    values = {
+        "splits": sorted({"train", judged}, reverse=True),
+        "judged": judged,
+        "models": [f"${{{name}}}" for name, path in places.items() if (folder / path).exists()],
+        "features": ["${evaluate.real_features}"] if features and (folder / features).exists() else [],
+        "variants": params.evaluate.variants,
+        "free": [name for name in params.evaluate.variants if name not in dict(bound)],
+        "bound": bound,
+        "plots": PLOTS,
+    }
+    return _render("init_dvc.yaml.j2", values)
+
+
+def split_by_concept(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+    """Train, validation and test without a concept in common; which goes where depends on its name alone."""
+    concepts = sorted({prompt.concept for prompt in prompts}, key=lambda name: hashlib.sha256(name.encode()).digest())
+    if len(concepts) < 3:
+        raise ConfigError(f"{len(concepts)} concepts cannot be split in three: add prompts about other things")
+    where: dict[str, str] = {}
+    rest = list(concepts)
+    for split, share in SHARES.items():
+        count = max(1, round(share * len(concepts)))
+        where |= dict.fromkeys(rest[:count], split)
+        rest = rest[count:]
+    return {
+        split: [prompt for prompt in prompts if where.get(prompt.concept, "train") == split]
+        for split in ("train", "validation", "test")
+    }
+
+
+def _source(params: Params, name: str) -> str | None:
+    """The run whose gate a variant takes its value from."""
+    return params.variants[name].get("gate.value_from") or params.train.gate.value_from
+
+
+def _word(name: str) -> str:
+    """A name that readers of YAML 1.1 do not take for a boolean."""
+    return f'"{name}"' if name in ("on", "off", "yes", "no", "y", "n") else name
+
+
+def _reward(text: str) -> tuple[str, str]:
+    adapter, equals, path = text.partition("=")
+    if not equals or adapter not in ADAPTERS:
+        raise ConfigError(f"--reward {text!r}: write ADAPTER=PATH with one of the adapters {', '.join(ADAPTERS)}")
+    return adapter, path
+
+
+def _seen_from(folder: Path, path: str) -> str:
+    return os.path.relpath(path, folder) if Path(path).exists() else path
+
+
+def _csv(prompts: Sequence[Prompt]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([("prompt", "concept", "kind"), *((p.text, p.concept, p.kind) for p in prompts)])
+    return text.getvalue()
+
+
+def _render(template: str, values: dict[str, Any]) -> str:
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["word"] = _word
+    return environment.get_template(template).render(values)
+
+
+def _refuse_to_replace(folder: Path, names: Sequence[str], force: bool) -> None:
+    for name in names:
+        if (folder / name).exists() and not force:
+            raise CannotCreateError(f"{folder / name} is there already: choose another folder, or add --force")
+
+
+def _write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, text.encode())
+    return path

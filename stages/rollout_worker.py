@@ -1,0 +1,167 @@
+"""What a rollout does on a worker: sample a shard with the teacher, score it from what is on disk.
+
+A task is one shard. The worker writes shards and scores itself and returns counts, never tensors.
+Shapes: B samples, H kept horizons, T latent tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rats.pipeline.embeddings import has_embedding, read_embedding, write_embedding
+from rats.pipeline.flux import FluxStudent, FluxTeacher, open_decoder, open_teacher
+from rats.pipeline.noise import noise
+from rats.pipeline.protocols import Conditioning, Reward, Teacher
+from rats.pipeline.registry import open_reward
+from rats.pipeline.solver import euler
+from rats.pipeline.store import ShardSet
+from rats.pipeline.writer import write_shard
+from rats.schemas.horizons import rows_of
+from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
+from rats.schemas.params import Params
+from rats.stages.score import batches, score_shard
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard with something missing: its samples, or the scores of some columns (reward name -> fingerprint)."""
+
+    plan: ShardPlan
+    columns: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a task did; `failed` counts scores that are not finite."""
+
+    samples: int
+    teacher_forwards: int
+    failed: int
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs in order to make its context; pickles."""
+
+    params: Params
+    root: Path
+
+    def __call__(self) -> Context:
+        """The worker's context; models are loaded by the first task that needs them."""
+        return Context(self.params, ShardSet.open(self.root))
+
+
+class Context:
+    """A worker's models, each loaded once and only if a task asks for it."""
+
+    def __init__(self, params: Params, shards: ShardSet) -> None:
+        """Loads nothing yet."""
+        self.params, self.shards = params, shards
+        self.teacher_forwards = 0
+        self._rewards: dict[str, Reward] = {}
+
+    @cached_property
+    def teacher(self) -> FluxTeacher:
+        """The teacher, its network's forwards counted by a hook."""
+        teacher = open_teacher(self.params.model, self.params.teacher, self.params.compute)
+        teacher.network.register_forward_hook(self._count)
+        return teacher
+
+    @cached_property
+    def decoder(self) -> FluxStudent:
+        """The teacher's own decoder where it is loaded anyway, else the VAE alone."""
+        if "teacher" in self.__dict__:
+            return self.teacher
+        return open_decoder(self.params.model, self.params.teacher, self.params.compute)
+
+    def reward(self, name: str) -> Reward:
+        """A reward by name."""
+        if name not in self._rewards:
+            self._rewards[name] = self._open(name)
+        return self._rewards[name]
+
+    def _open(self, name: str) -> Reward:
+        settings = next(reward for reward in self.params.rewards if reward.name == name)
+        return open_reward(settings, self.params.compute.device)
+
+    def _count(self, *_: Any) -> None:
+        self.teacher_forwards += 1
+
+
+def roll_shard(teacher: Teacher, shards: ShardSet, plan: ShardPlan) -> ShardDone:
+    """Sample and write one shard. Its bytes depend on the recipe and the samples' identities alone."""
+    prompts = {sample.prompt_id: sample.prompt for sample in plan.samples}
+    for prompt_id, prompt in prompts.items():
+        if not has_embedding(shards, prompt_id):
+            embedding = teacher.encode([prompt])
+            write_embedding(shards, prompt_id, {name: value[0] for name, value in embedding.items()})
+    return write_shard(shards, plan, _samples(teacher, shards, plan.samples))
+
+
+def _samples(
+    teacher: Teacher, shards: ShardSet, samples: Sequence[PlannedSample]
+) -> Iterator[tuple[PlannedSample, dict[str, np.ndarray]]]:
+    """Each sample with its kept rows, in order; the network sees full micro-batches only."""
+    recipe = shards.recipe
+    rows = rows_of(recipe.sigmas, recipe.horizons)
+    for batch, count in batches(samples, recipe.compute.micro_batch):
+        x_BHTC, x0_BHTC = _trajectories(teacher, shards, batch, rows)
+        for sample, x, x0 in zip(batch[:count], x_BHTC, x0_BHTC, strict=False):
+            yield sample, {"x": x, "x0": x0}
+
+
+@torch.no_grad()
+def _trajectories(
+    teacher: Teacher, shards: ShardSet, batch: Sequence[PlannedSample], rows: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """States (B, H, T, C) and predicted clean latents (B, H - 1, T, C) at the kept rows, float16."""
+    recipe, shape = shards.recipe, teacher.latent_shape()
+    starts = [noise(recipe.seed, sample.prompt_id, sample.noise_index, shape) for sample in batch]
+    device = next(teacher.network.parameters()).device
+    conditioning = _conditioning(shards, batch, device)
+    states, x0s = euler(
+        lambda x, sigma: teacher.guided_velocity(x, sigma, conditioning), torch.stack(starts).to(device), recipe.sigmas
+    )
+    return _stack(states, rows), _stack(x0s, rows[:-1])
+
+
+def _conditioning(shards: ShardSet, batch: Sequence[PlannedSample], device: torch.device) -> Conditioning:
+    """What the student will be given as well: the embeddings as they are stored."""
+    read = [read_embedding(shards, sample.prompt_id) for sample in batch]
+    return {name: torch.stack([part[name] for part in read]).to(device) for name in read[0]}
+
+
+def _stack(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> np.ndarray:
+    return torch.stack([tensors[row] for row in rows], dim=1).to("cpu", torch.float16).numpy()
+
+
+def do_task(context: Context, task: Task) -> Made:
+    """One shard on a worker: its samples if they are missing, then the missing scores from what is on disk."""
+    before = context.teacher_forwards
+    with threads(context.params.compute.threads):
+        done = context.shards.done(task.plan.shard) or roll_shard(context.teacher, context.shards, task.plan)
+        size = context.params.compute.micro_batch
+        failed = sum(
+            score_shard(context.shards, done, context.reward(name), column, context.decoder, size)
+            for name, column in task.columns.items()
+        )
+    return Made(len(done.rows), context.teacher_forwards - before, failed)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """The recipe's threads: sums in other orders have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

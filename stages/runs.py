@@ -1,0 +1,30 @@
+"""What a training run has left: its record and its student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.run import RunRecord
+
+
+def read_record(run: Path) -> RunRecord:
+    """run.json, which is written last: ConfigError where it is not there yet, DataError when it is damaged."""
+    path = run / "run.json"
+    if not path.is_file():
+        raise ConfigError(f"no finished run in {run}: run `rats stage train --variant {run.name}`, or name another one")
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{path} is no record of a run ({reason}): train it again") from None
+
+
+def student_folder(run: Path) -> Path:
+    """The network that a run has left, or a ConfigError."""
+    folder = run / "student"
+    if not folder.is_dir():
+        raise ConfigError(f"no student in {run}: run `rats stage train --variant {run.name}`, or name another run")
+    return folder

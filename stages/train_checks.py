@@ -1,0 +1,96 @@
+"""What must be the same in stage two as it was in stage one: model, decoder, grids and reward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rats.pipeline.flux import open_outline
+from rats.pipeline.registry import reward_fingerprint
+from rats.pipeline.store import ShardSet
+from rats.pipeline.weights import PIPELINE_PATTERNS, hash_path, resolve, scheduler_hash
+from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.horizons import snap, union
+from rats.schemas.manifest import RewardRecord
+from rats.schemas.params import Params, RewardParams, nearest
+from rats.schemas.recipe import Recipe, make_recipe
+from rats.stages.score import reward_hashes
+
+NOT_COMPARED = ("compute", "format_version", "solver_version")
+"""Where and how the teacher ran, which a student may do elsewhere. Text encoders are not asked for at all:
+the embeddings are in the shards."""
+
+NETWORK = "transformer"
+
+
+@dataclass(frozen=True)
+class Column:
+    """The teacher's scores by one reward: their address in the shard set, and the hashes that made them."""
+
+    address: str
+    hashes: dict[str, str]
+
+
+def check_recipe(params: Params, shards: ShardSet) -> None:
+    """Raise DataError, naming the first difference, when the shards were not made by `params`' model and teacher."""
+    here, there = (_comparable(recipe) for recipe in (_recipe(params), shards.recipe))
+    for name, value in here.items():
+        if there[name] != value:
+            raise DataError(
+                f"{shards.root} was made with another {name}: {_short(there[name])} there, {_short(value)} by "
+                "params.yaml and model.path: run `rats stage rollout`, or name the shards of this model with --shards"
+            )
+
+
+def _recipe(params: Params) -> Recipe:
+    folder = _folder(params)
+    family = open_outline(params.model, params.teacher)
+    students = [family.stock_sigmas(nfe) for nfe in params.teacher.nfe]
+    sigmas = snap(family.stock_sigmas(params.teacher.steps), students)
+    weights = {NETWORK: hash_path(folder / NETWORK)}
+    return make_recipe(params, weights, scheduler_hash(folder), sigmas, union(students))
+
+
+def _comparable(recipe: Recipe) -> dict[str, Any]:
+    values = recipe.model_dump(mode="json", exclude={*NOT_COMPARED, "weights"})
+    return {NETWORK: recipe.weights.get(NETWORK), **values}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{len(value)} sigmas ({', '.join(f'{sigma:.4f}' for sigma in value[:3])}...)"
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
+
+
+def find_column(params: Params, name: str, shards: ShardSet) -> Column:
+    """The scores by the reward `name` as it is on disk now, decoded by the VAE as it is on disk now.
+
+    Raises:
+        DataError: the shards have scores by that name, but of another reward or VAE, or have none.
+    """
+    reward = reward_params(params, name)
+    hashes = reward_hashes(reward_fingerprint(reward), hash_path(_folder(params) / "vae"))
+    wanted, found = RewardRecord(name=name, hashes=hashes), shards.rewards()
+    if wanted.fingerprint in found:
+        return Column(wanted.fingerprint, hashes)
+    others = [record for record in found.values() if record.name == name]
+    rescore = "run `rats stage rollout`, which scores again without the teacher"
+    if not others:
+        known = nearest(name, {record.name for record in found.values()})
+        raise DataError(f"{shards.root} has no scores by {name!r}{known}: {rescore}")
+    part = next((part for part, value in hashes.items() if others[-1].hashes.get(part) != value), "reward")
+    there, here = others[-1].hashes.get(part, "none")[:12], hashes[part][:12]
+    raise DataError(f"{shards.root} was scored with another {part}: {there} there, {here} here: {rescore}")
+
+
+def reward_params(params: Params, name: str) -> RewardParams:
+    """The reward block of that name, or a ConfigError with the nearest."""
+    found = {reward.name: reward for reward in params.rewards}
+    if name not in found:
+        raise ConfigError(f"train.reward = {name!r} is no reward{nearest(name, found)}")
+    return found[name]
+
+
+def _folder(params: Params) -> Path:
+    return resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)

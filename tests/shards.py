@@ -1,0 +1,76 @@
+"""Small real shard sets for tests: random latents, everything else as a rollout writes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from rats.pipeline.prompts import Prompt, planned
+from rats.pipeline.store import ShardSet
+from rats.pipeline.writer import Sample, write_shard
+from rats.schemas.horizons import snap, union
+from rats.schemas.manifest import PlannedSample, ScoreRow, ShardPlan, Snapshot
+from rats.schemas.params import Params
+from rats.schemas.recipe import Recipe, make_recipe
+
+TOKENS, CHANNELS = 4, 8
+HORIZONS = 15
+"""Sigmas of the unshifted grids of 3, 5 and 8 steps."""
+
+
+def params(**teacher: object) -> Params:
+    """The least a file can say."""
+    values = {"model": {"path": "m"}, "prompts": {"train": "p.txt"}, "train": {"reward": "hps"}, "teacher": teacher}
+    return Params.model_validate(values)
+
+
+def grid(steps: int) -> list[float]:
+    """The unshifted stock grid."""
+    return [1.0 - i / steps for i in range(steps)] + [0.0]
+
+
+def recipe_of(settings: Params) -> Recipe:
+    """A recipe as rollout makes it, for hashes that are made up."""
+    students = [grid(nfe) for nfe in settings.teacher.nfe]
+    sigmas = snap(grid(settings.teacher.steps), students)
+    return make_recipe(settings, {"transformer": "a" * 64, "vae": "b" * 64}, "c" * 64, sigmas, union(students))
+
+
+def wanted(prompts: int = 5, noises: int = 2) -> list[PlannedSample]:
+    """Samples of prompts 0, 1, 2..."""
+    return planned([Prompt(f"a picture of thing {i}", f"thing {i}") for i in range(prompts)], noises)
+
+
+def latents(sample: PlannedSample, horizons: int) -> dict[str, np.ndarray]:
+    """Random arrays that depend on the sample alone."""
+    random = np.random.default_rng(int(sample.key[:8], 16) + sample.noise_index)
+    x = random.standard_normal((horizons, TOKENS, CHANNELS)).astype(np.float16)
+    return {"x": x, "x0": x[1:] / 2}
+
+
+def fill(shards: ShardSet, plan: ShardPlan) -> list[Sample]:
+    """What a teacher would hand to the writer."""
+    return [(sample, latents(sample, len(shards.recipe.horizons))) for sample in plan.samples]
+
+
+def write_set(store: Path, samples: list[PlannedSample] | None = None, shard_samples: int = 4) -> ShardSet:
+    """A set with these samples written and one snapshot of them."""
+    shards = ShardSet.open_or_create(store, recipe_of(params()))
+    write_samples(shards, wanted() if samples is None else samples, shard_samples)
+    return shards
+
+
+def write_samples(shards: ShardSet, samples: list[PlannedSample], shard_samples: int = 4) -> Snapshot:
+    """Plan, write and snapshot."""
+    for plan in shards.plan(samples, shard_samples):
+        write_shard(shards, plan, fill(shards, plan))
+    return shards.write_snapshot(sample.key for sample in samples)
+
+
+def score(shards: ShardSet, name: str = "hps") -> str:
+    """A column of scores for every finished shard; returns its fingerprint."""
+    reward = shards.record_reward(name, {"reward": "d" * 64, "vae": "b" * 64})
+    for plan in shards.plans():
+        shards.write_scores(reward, plan.shard, [ScoreRow(key=s.key, score=s.noise_index / 2) for s in plan.samples])
+    return reward

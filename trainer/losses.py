@@ -1,0 +1,69 @@
+"""The two losses of DESIGN.md section 1, per sample and in float32.
+
+B samples, T latent tokens, C channels, N student steps; k runs over 1..N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EPS = 1e-8  # of cosine_similarity: a zero vector has no direction and must not divide by zero
+
+
+def _state(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
+    """x_sigma_k, after each step."""
+    return torch.stack(list(states[1:]))
+
+
+def _velocity(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
+    """Average velocity of each step, (x_k - x_k-1) / (sigma_k - sigma_k-1)."""
+    pairs = zip(states, states[1:], sigmas, sigmas[1:], strict=False)
+    return torch.stack([(after - before) / (s_after - s_before) for before, after, s_before, s_after in pairs])
+
+
+def _x0(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
+    """Predicted clean latent *before* each step: the paper's choice as told, kept as an ablation."""
+    return torch.stack(list(x0s))
+
+
+SPACES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[float]], Tensor]] = {
+    "state": _state,
+    "velocity": _velocity,
+    "x0": _x0,
+}
+
+
+def compared(space: str, states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
+    """What the shaping loss compares, (N, B, T, C): one function for the student's path and for the teacher's.
+
+    `states` are the N + 1 of (B, T, C) at `sigmas`, the noise first; `x0s` the N predictions before each step.
+    """
+    return SPACES[space]([_wide(x) for x in states], [_wide(x) for x in x0s], sigmas)
+
+
+def shape_loss(student_NBTC: Tensor, teacher_NBTC: Tensor, l2: float = 1.0, cos: float = 1.0) -> Tensor:
+    """Shaping loss (N, B): l2 * MSE + cos * (1 - cosine) at every horizon; L_shape is its mean over N.
+
+    The mean runs over a sample's elements, the cosine over the flattened sample.
+    """
+    student = _wide(student_NBTC).flatten(2)
+    teacher = _wide(teacher_NBTC).detach().flatten(2)
+    mse_NB = (student - teacher).square().mean(-1)
+    # 1 - cos(a, b) = |a/|a| - b/|b||^2 / 2: the same number, but exactly 0 (and no gradient) where a = b
+    gap_NBD = F.normalize(student, dim=-1, eps=EPS) - F.normalize(teacher, dim=-1, eps=EPS)
+    return l2 * mse_NB + cos * 0.5 * gap_NBD.square().sum(-1)
+
+
+def reward_loss(scores_B: Tensor, weight: float, margin: float | None = None) -> Tensor:
+    """Reward loss (B,): -w R, or w relu(m - R), which stops pushing a sample at the margin m."""
+    scores_B = _wide(scores_B)
+    return -weight * scores_B if margin is None else weight * F.relu(margin - scores_B)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32; float64 stays, for the finite differences of the tests."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

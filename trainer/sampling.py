@@ -1,0 +1,93 @@
+"""The student's few steps, with gradient. B samples, T latent tokens, C channels, N steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rats.pipeline import solver
+from rats.pipeline.protocols import Conditioning, Student
+
+
+@dataclass
+class Bridge:
+    """A place in the graph that lets gradients pass unless it is closed."""
+
+    open: bool = True
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Nothing flows back over the bridge inside this block."""
+        self.open = False
+        try:
+            yield
+        finally:
+            self.open = True
+
+
+class _Cross(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bridge: Bridge) -> Tensor:
+        ctx.bridge = bridge
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        # None is an undefined gradient: autograd skips the arithmetic of all steps before it
+        return (grads[0] if ctx.bridge.open else None), None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A student's path: N + 1 states (the noise first) and the N clean latents predicted before each step.
+
+    `bridge` lies before the last k steps; None when the reward's gradient takes all of them.
+    """
+
+    states: list[Tensor]
+    x0s: list[Tensor]
+    bridge: Bridge | None = field(default=None)
+
+    @property
+    def final(self) -> Tensor:
+        """The clean latents (B, T, C) after the last step."""
+        return self.states[-1]
+
+
+def sample(
+    student: Student,
+    noise_BTC: Tensor,
+    sigmas: Sequence[float],
+    conditioning: Conditioning,
+    last_k: int | None = None,
+) -> Trajectory:
+    """Euler steps of the student along `sigmas` (N + 1 values), one evaluation a step, differentiable throughout.
+
+    The shaping loss reaches every step. The reward shall reach only the last `last_k` (None: all): the forward
+    pass is the same, with a bridge before those steps that is closed for the reward's backward pass.
+    """
+    steps = len(sigmas) - 1
+    cut = steps - min(last_k or steps, steps)
+    bridge = Bridge() if cut else None
+    x, states, x0s = noise_BTC, [noise_BTC], []
+    for k in range(steps):
+        if bridge and k == cut:
+            x = _Cross.apply(x, bridge)
+        v = student.velocity(x, sigmas[k], conditioning).to(x.dtype)
+        x0s.append(solver.x0_hat(x, v, sigmas[k]))
+        x = solver.step(x, v, sigmas[k], sigmas[k + 1])
+        states.append(x)
+    return Trajectory(states, x0s, bridge)
+
+
+def rounded(x_BTC: Tensor) -> Tensor:
+    """The latents as the store keeps the teacher's (float16), with the gradient of the identity.
+
+    So the gate's R_S is scored exactly as R_T was, and the reward's gradient shares its decoding.
+    """
+    return x_BTC + (x_BTC.detach().half().to(x_BTC.dtype) - x_BTC.detach())
