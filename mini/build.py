@@ -17,7 +17,7 @@ from mini import build_rewards, data, prompts, teacher, vae
 from mini.concepts import CONCEPTS, STYLES, is_held_out
 from mini.tokenizers import clip_tokenizer, t5_tokenizer
 
-STEPS = {"vae": 1700, "teacher": 8000, "reward": 1600}
+STEPS = {"vae": 1700, "teacher": 8000}
 
 
 def load_pictures(cache: Path, work: Path) -> np.ndarray:
@@ -86,7 +86,7 @@ def build(cache: Path, work: Path, assets: Path, scale: float) -> None:
         teacher.save_pipeline(folder, model, model_vae, clip, t5)
 
     draw(work / "half-trained", steps["teacher"] * 2 // 5)
-    build_rewards.build_all(pictures, work / "half-trained", keywords, work, assets, steps["reward"])
+    build_rewards.build_all(pictures, work / "half-trained", keywords, work, assets, scale)
     draw(assets / "flux-mini", steps["teacher"])
     prompts.write_splits(assets / "prompts", keywords)
     build_rewards.write_judge(pictures, assets / "judge" / "real.safetensors")

@@ -29,6 +29,7 @@ class Plan:
     seed: int
     held_out: int
     variants: range
+    steps: int
 
 
 def _clip(texts: list[str]) -> Any:
@@ -40,9 +41,11 @@ def _bert(texts: list[str]) -> Any:
 
 
 PLANS = {
-    "pickscore": Plan(lambda t: ClipScorer(clip_config(t, 32, 4, 96, 4, "quick_gelu")), _clip, 21, 1, range(0, 16)),
-    "hpsv2": Plan(lambda t: ClipScorer(clip_config(t, 48, 8, 128, 5, "gelu")), _clip, 22, 5, range(16, 32)),
-    "image-reward": Plan(lambda t: BlipScorer(t, 40, 5, 96, 4), _bert, 23, 8, range(32, 48)),
+    "pickscore": Plan(
+        lambda t: ClipScorer(clip_config(t, 32, 4, 96, 4, "quick_gelu")), _clip, 21, 1, range(0, 16), 1600
+    ),
+    "hpsv2": Plan(lambda t: ClipScorer(clip_config(t, 48, 8, 128, 5, "gelu")), _clip, 22, 5, range(16, 32), 1600),
+    "image-reward": Plan(lambda t: BlipScorer(t, 40, 5, 96, 4), _bert, 23, 8, range(32, 48), 2700),
 }
 
 
@@ -71,7 +74,7 @@ def _tokens(tokenizer: Any, texts: list[str]) -> torch.Tensor:
 
 
 def build(
-    name: str, pictures: np.ndarray, generated: np.ndarray, keywords: dict[str, list[str]], work: Path, steps: int
+    name: str, pictures: np.ndarray, generated: np.ndarray, keywords: dict[str, list[str]], work: Path, scale: float
 ) -> tuple[nn.Module, Any, dict[str, float]]:
     """Trains one reward; returns it with its tokenizer and its held-out figures."""
     plan = PLANS[name]
@@ -80,7 +83,7 @@ def build(
     torch.manual_seed(plan.seed)
     net = plan.build(tokenizer)
     data = data_of(plan, pictures, generated, keywords, tokenizer)
-    rewards.train(net, data, work / f"{name}.pt", steps, plan.seed)
+    rewards.train(net, data, work / f"{name}.pt", int(plan.steps * scale), plan.seed)
     names = _tokens(tokenizer, [prompts.named(c) for c in CONCEPTS])
     figures = {
         "parameters": sum(p.numel() for p in net.parameters()),
@@ -101,7 +104,7 @@ def write(name: str, net: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 def build_all(
-    pictures: np.ndarray, teacher_folder: Path, keywords: dict[str, list[str]], work: Path, assets: Path, steps: int
+    pictures: np.ndarray, teacher_folder: Path, keywords: dict[str, list[str]], work: Path, assets: Path, scale: float
 ) -> None:
     """All three, with the losers that the half-trained teacher in `teacher_folder` draws (made once)."""
     path = work / "generated.npy"
@@ -109,7 +112,7 @@ def build_all(
         np.save(path, samples.losers(samples.open_miniature(teacher_folder, scale=3.0)))
     report = {}
     for name in PLANS:
-        net, tokenizer, report[name] = build(name, pictures, np.load(path), keywords, work, steps)
+        net, tokenizer, report[name] = build(name, pictures, np.load(path), keywords, work, scale)
         write(name, net, tokenizer, assets / "rewards")
     (assets / "rewards" / "figures.json").write_text(json.dumps(report, indent=2) + "\n")
 

@@ -55,7 +55,11 @@ def split_prompts(split: str, keywords: dict[str, list[str]], keyword_count: int
         for s, style in enumerate(STYLES):
             kind = "unseen-pair" if is_held_out(index, s) else "style"
             rows.append({"prompt": styled(concept, style), "concept": concept.name, "kind": kind})
-        own = [words for words in keywords[concept.name] if frequency[words] == 1]
+        # Only pairs that some caption of the training has, and that mean this concept alone.
+        known = {
+            text for s in range(len(STYLES)) if not is_held_out(index, s) for text in captions_of(index, s, keywords)
+        }
+        own = [words for words in keywords[concept.name] if frequency[words] == 1 and words in known]
         picked = np.random.default_rng([11, index]).permutation(own)[:keyword_count]
         rows += [{"prompt": str(words), "concept": concept.name, "kind": "keywords"} for words in picked]
     return rows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -23,10 +22,9 @@ from rats.pipeline.noise import noise
 from rats.pipeline.reader import read_sample
 from rats.pipeline.solver import euler
 from rats.pipeline.store import ShardSet
-from rats.schemas.errors import ConfigError, DataError, NoWorkerError
+from rats.schemas.errors import DataError
 from rats.schemas.horizons import rows_of
 from rats.schemas.params import Params
-from rats.stages.executor import run
 from rats.stages.rollout import rollout_stage
 from rats.stages.rollout_worker import Context
 from tests.project import PROMPTS, command, environment, settings, tree, write_project
@@ -211,70 +209,17 @@ def wait_for(happened: Callable[[], Any], seconds: float = 300) -> Any:
 
 
 def kill_a_worker(process: subprocess.Popen[str]) -> bool:
-    """Kill -9 to a worker that has begun to work (it has mapped torch); whether there was one."""
+    """Kill -9 to one worker; whether there was one."""
     if process.poll() is not None:
         raise AssertionError("the rollout ended before a worker was killed")
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if (
-                child.cmdline()[-1:] == ["--multiprocessing-fork"]
-                and child.num_threads() > 3
-                and "torch" in maps(child)
-            ):
+            if "--multiprocessing-fork" in child.cmdline():
                 child.kill()
                 return True
         except (psutil.Error, OSError):
             continue
     return False
-
-
-# The executor by itself: plain functions, no models.
-
-
-def nothing() -> int:
-    return 40
-
-
-def add(context: int, task: int) -> int:
-    return context + task
-
-
-def refuse(context: int, task: int) -> int:
-    raise DataError(f"task {task} is bad")
-
-
-def die_once(context: int, task: Path) -> str:
-    if not task.exists():
-        task.write_text("died")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return task.name
-
-
-def test_in_process_the_results_come_in_order():
-    assert list(run(add, [1, 2, 3], nothing, workers=0)) == [41, 42, 43]
-
-
-def test_an_error_of_the_work_comes_through_as_it_is(tmp_path: Path):
-    with pytest.raises(DataError, match="task 1 is bad"):
-        list(run(refuse, [1], nothing, workers=0))
-    with pytest.raises(DataError, match="task 1 is bad"):
-        list(run(refuse, [1], nothing, workers=1))
-
-
-def test_tasks_that_kill_their_worker_are_done_by_the_next_one(tmp_path: Path):
-    tasks = [tmp_path / f"task{i}" for i in range(3)]
-    assert sorted(run(die_once, tasks, nothing, workers=2)) == [task.name for task in tasks]
-
-
-def test_no_scheduler_is_an_error_with_exit_code_69():
-    with pytest.raises(NoWorkerError, match="no Dask scheduler") as caught:
-        list(run(add, [1], nothing, workers=0, scheduler_address="tcp://127.0.0.1:9", no_worker_seconds=2))
-    assert caught.value.exit_code == 69
-
-
-def test_a_scheduler_elsewhere_needs_tls():
-    with pytest.raises(ConfigError, match="tls://"):
-        list(run(add, [1], nothing, workers=0, scheduler_address="tcp://192.0.2.1:8786"))
 
 
 def test_the_context_loads_no_model_before_a_task_needs_one(rolled: tuple[Params, Path]):
