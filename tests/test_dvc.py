@@ -28,7 +28,7 @@ SIZES = {
     "compute": {"micro_batch": 4},
     "store": {"workers": 0},
     "train": {"nfe": [2, 3], "steps": 3, "batch": 2, "micro_batch": 2, "lr": 0.001, "checkpoint_every": 2},
-    "evaluate": {"variants": ["rats", "constant"], "bootstrap": 50, "pictures": 2},
+    "evaluate": {"bootstrap": 50, "pictures": 2},
 }
 VARIANTS = {"rats": {}, "constant": {"gate.form": "constant", "gate.value_from": "runs/rats"}}
 
@@ -47,6 +47,7 @@ def project(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rats(folder, "init", "mine", "--prompts", "mine.csv", *paths)
     mine = folder / "mine"
     shrink(mine / "params.yaml")
+    control(mine / "params.yaml")
     rats(folder, "init", "mine", "--dvc")
     git(mine, "init", "--quiet")
     (mine / ".gitignore").write_text((mine / ".gitignore").read_text() + "/models/\n/bin/\n")
@@ -58,6 +59,13 @@ def shrink(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
     for block, change in SIZES.items():
         values[block] |= change
+    path.write_text(yaml.safe_dump(values))
+
+
+def control(path: Path) -> None:
+    """Adds the control whose gate is constant."""
+    values = yaml.safe_load(path.read_text())
+    values["evaluate"]["variants"] = list(VARIANTS)
     path.write_text(yaml.safe_dump(values | {"variants": VARIANTS}))
 
 

@@ -24,9 +24,11 @@ def commands() -> list[list[str]]:
 
 
 def test_the_readmes_ten_lines_lead_from_a_model_prompts_and_a_reward_to_a_picture(models: Path, tmp_path: Path):
+    # A fifth of the prompts is for the test, and an interval needs two of them.
+    prompts = [*PROMPTS, "a red whale", "a green house", "a blue star", "two yellow apples"]
     shutil.copytree(models / "flux", tmp_path / "my-model")
     shutil.copytree(models / "pickscore", tmp_path / "my-reward")
-    (tmp_path / "my-prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "my-prompts.txt").write_text("\n".join(prompts) + "\n")
     folder = tmp_path
     for line in commands():
         rats(folder, *line)

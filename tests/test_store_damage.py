@@ -288,11 +288,13 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def test_a_writer_killed_anywhere_leaves_no_torn_shard_and_the_same_snapshot_in_the_end(tmp_path: Path) -> None:
-    expected = write_set(tmp_path / "undisturbed", wanted(40), shard_samples=4).snapshot()
+    started = time.monotonic()
+    expected = write_set(tmp_path / "undisturbed", wanted(80), shard_samples=4).snapshot()
+    whole = time.monotonic() - started
     generator, kills = random.Random(0), 0
     for _ in range(8):
-        child = fork(lambda: write_set(tmp_path / "store", wanted(40), shard_samples=4))
-        time.sleep(generator.uniform(0.01, 0.2))
+        child = fork(lambda: write_set(tmp_path / "store", wanted(80), shard_samples=4))
+        time.sleep(generator.uniform(0.3, 1.0) * whole / 8)
         os.kill(child, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         for root in (tmp_path / "store").glob("*"):
@@ -300,7 +302,7 @@ def test_a_writer_killed_anywhere_leaves_no_torn_shard_and_the_same_snapshot_in_
             finished = [plan.shard for plan in shards.plans() if shards.done(plan.shard)]
             assert all(verify_shard(shards, shard) for shard in finished)
     assert kills >= 1
-    assert write_set(tmp_path / "store", wanted(40), shard_samples=4).snapshot() == expected
+    assert write_set(tmp_path / "store", wanted(80), shard_samples=4).snapshot() == expected
     assert not list((tmp_path / "store").rglob("*.tar.*.tmp"))
 
 
