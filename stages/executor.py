@@ -94,6 +94,10 @@ def _on_worker(work: Callable[[Any, Task], Result], task: Task) -> Result:
 @contextmanager
 def _client(workers: int, address: str | None, seconds: float) -> Iterator[Any]:
     """A client of the local or the named cluster, with at least one worker."""
+    import dask
+
+    # Read while distributed is imported: its log of every connection would bury our progress.
+    dask.config.set({"logging.distributed": "error"})
     from distributed import Client
 
     with _local(workers) if address is None else nullcontext(_checked(address)) as cluster:
