@@ -56,7 +56,7 @@ def all_captions(keywords: dict[str, list[str]]) -> dict[tuple[int, int], list[s
 
 
 def data_of(
-    plan: Plan, pictures: np.ndarray, generated: np.ndarray | None, keywords: dict[str, list[str]], tokenizer: Any
+    plan: Plan, pictures: np.ndarray, generated: np.ndarray, keywords: dict[str, list[str]], tokenizer: Any
 ) -> rewards.RewardData:
     """One reward's pictures and tokenized captions."""
     captions = all_captions(keywords)

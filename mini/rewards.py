@@ -46,7 +46,7 @@ class RewardData:
     """Pictures (concepts, styles, variants, 32, 32, 3) uint8, generated ones (concepts, n, ...), captions."""
 
     pictures: np.ndarray
-    generated: np.ndarray | None
+    generated: np.ndarray
     texts: list[str]
     tokens: Tensor
     captions: dict[tuple[int, int], list[int]]
@@ -81,17 +81,16 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def batches(data: RewardData, size: int, generator: torch.Generator, held_out: bool = False) -> Iterator[Batch]:
-    """Endless pairs; three tenths of the losers are generated where there are any."""
+    """Endless pairs; three tenths of the losers are generated."""
     rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
     pairs = data.drawings(held_out)
     while True:
         picked = [pairs[i] for i in rng.integers(len(pairs), size=size)]
         won = to_images(np.stack([data.pictures[c, s, rng.choice(data.variants)] for c, s in picked]))
         lost = spoil(won, generator)
-        if data.generated is not None:
-            k = size * 3 // 10
-            samples = [data.generated[c, rng.integers(data.generated.shape[1])] for c, _ in picked[:k]]
-            lost[:k] = to_images(np.stack(samples))
+        k = size * 3 // 10
+        samples = [data.generated[c, rng.integers(data.generated.shape[1])] for c, _ in picked[:k]]
+        lost[:k] = to_images(np.stack(samples))
         rows = torch.tensor([int(rng.choice(data.captions[pair])) for pair in picked])
         yield jitter(won, generator), jitter(lost, generator), rows, torch.tensor([c for c, _ in picked])
 
@@ -122,15 +121,12 @@ def loss_of(net: Scorer, data: RewardData, batch: Batch, hard: bool, generator: 
 
 
 def train(net: nn.Module, data: RewardData, path: Path, steps: int, seed: int, batch: int = 32) -> nn.Module:
-    """Trains for `steps` over restarts; after the first fifth every second step is hardened.
-
-    Without generated pictures it stops after two fifths: the rest needs them.
-    """
+    """Trains for `steps` over restarts; after the first fifth every second step is hardened."""
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     state = load_state(path, net, optimizer)
     generator = torch.Generator().manual_seed(seed + state["step"])
     stream, running = batches(data, batch, generator), 2.0
-    while state["step"] < steps * (1 if data.generated is not None else 0.4):
+    while state["step"] < steps:
         start, fraction = time.time(), state["step"] / steps
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (state["step"] + 1) / 100) * min(1, max(0.02, 2 * (1 - fraction)))
