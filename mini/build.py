@@ -17,7 +17,7 @@ from mini import build_rewards, data, prompts, teacher, vae
 from mini.concepts import CONCEPTS, STYLES, is_held_out
 from mini.tokenizers import clip_tokenizer, t5_tokenizer
 
-STEPS = {"vae": 1700, "teacher": 8000}
+STEPS = {"vae": 1700, "teacher": 15000}
 
 
 def load_pictures(cache: Path, work: Path) -> np.ndarray:
@@ -66,7 +66,8 @@ def tokenize(captions: list[list[str]], clip, t5) -> teacher.Captions:
     rows = {text: i for i, text in enumerate(texts)}
     arguments = {"padding": "max_length", "max_length": teacher.MAX_LENGTH, "truncation": True, "return_tensors": "pt"}
     choices = [torch.tensor([rows[text] for text in texts]) for texts in captions]
-    return teacher.Captions(clip(texts, **arguments).input_ids, t5(texts, **arguments).input_ids, choices)
+    ids = clip(texts, **arguments).input_ids, t5(texts, **arguments).input_ids
+    return teacher.Captions(*ids, choices, rows[""])
 
 
 def build(cache: Path, work: Path, assets: Path, scale: float) -> None:

@@ -45,7 +45,7 @@ PLANS = {
         lambda t: ClipScorer(clip_config(t, 32, 4, 96, 4, "quick_gelu")), _clip, 21, 1, range(0, 16), 1600
     ),
     "hpsv2": Plan(lambda t: ClipScorer(clip_config(t, 48, 8, 128, 5, "gelu")), _clip, 22, 5, range(16, 32), 1600),
-    "image-reward": Plan(lambda t: BlipScorer(t, 40, 5, 96, 4), _bert, 23, 8, range(32, 48), 2700),
+    "image-reward": Plan(lambda t: BlipScorer(t, 40, 5, 96, 4), _bert, 23, 8, range(32, 48), 4700),
 }
 
 

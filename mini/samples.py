@@ -19,8 +19,9 @@ from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
 
 
 def open_miniature(folder: Path, scale: float) -> FluxTeacher:
-    """The pipeline folder with true guidance `scale`, in fp32."""
-    settings = TeacherParams(true_cfg_scale=scale, max_sequence_length=MAX_LENGTH, height=32, width=32)
+    """The pipeline folder with true guidance `scale`, in fp32: what its embedded guidance is learned from."""
+    size = {"max_sequence_length": MAX_LENGTH, "height": 32, "width": 32}
+    settings = TeacherParams(guidance_scale=1.0, true_cfg_scale=scale, **size)
     return open_teacher(ModelParams(path=str(folder)), settings, ComputeParams(threads=torch.get_num_threads()))
 
 

@@ -21,6 +21,14 @@ def normalise(images_B3HW: Tensor, size: int) -> Tensor:
     return (images_B3HW - MEAN) / STD
 
 
+def info_nce(logits_BB: Tensor, same_BB: Tensor) -> Tensor:
+    """Symmetric cross entropy of the diagonal (CLIP, arXiv 2103.00020), equals masked."""
+    own = torch.eye(len(logits_BB), dtype=torch.bool)
+    logits_BB = logits_BB.masked_fill(same_BB & ~own, -1e4)
+    target = torch.arange(len(logits_BB))
+    return (F.cross_entropy(logits_BB, target) + F.cross_entropy(logits_BB.T, target)) / 2
+
+
 def clip_config(tokenizer, size: int, patch: int, width: int, layers: int, act: str) -> CLIPConfig:
     """A small CLIP: a ViT over `size` pixels and a causal text transformer of two layers."""
     text = {
@@ -75,11 +83,7 @@ class ClipScorer(nn.Module):
 
     def contrast(self, features: Tensor, captions: Tensor, same_BB: Tensor) -> Tensor:
         """Symmetric InfoNCE (CLIP, arXiv 2103.00020), equals masked."""
-        own = torch.eye(len(features), dtype=torch.bool)
-        logits = self.scale() * features @ self.texts(captions).T
-        logits = logits.masked_fill(same_BB & ~own, -1e4)
-        target = torch.arange(len(features))
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        return info_nce(self.scale() * features @ self.texts(captions).T, same_BB)
 
 
 class BlipScorer(nn.Module):
@@ -116,6 +120,8 @@ class BlipScorer(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(96, 96), nn.Linear(96, 48), nn.Linear(48, 24), nn.Linear(24, 12), nn.Linear(12, 1)
         )
+        # Two heads for training alone: BLIP's contrast of both towers, which teaches names far sooner than pairs do.
+        self.vision_head, self.text_head = nn.Linear(width, 96), nn.Linear(96, 96)
         self.size, self.pad = size, tokenizer.pad_token_id
 
     def features(self, images_B3HW: Tensor) -> Tensor:
@@ -134,10 +140,17 @@ class BlipScorer(nn.Module):
         return self.mlp(hidden[:, 0])[:, 0]
 
     def contrast(self, features: Tensor, captions: Tensor, same_BB: Tensor) -> Tensor:
-        """Own caption over three others of the batch (softmax over four)."""
+        """Own caption over three others of the batch (softmax over four) + both towers' contrast."""
         own, terms = self.scores(features, captions), []
         for shift in (1, 2, 3):
             other = self.scores(features, captions.roll(shift, 0))
             rows = torch.arange(len(captions))
             terms.append(other.masked_fill(same_BB[rows, rows.roll(shift)], -1e4))
-        return F.cross_entropy(torch.stack([own, *terms], 1), torch.zeros(len(own), dtype=torch.long))
+        pairs = F.cross_entropy(torch.stack([own, *terms], 1), torch.zeros(len(own), dtype=torch.long))
+        return pairs + self.towers(features, captions, same_BB)
+
+    def towers(self, features: Tensor, captions: Tensor, same_BB: Tensor) -> Tensor:
+        """Symmetric InfoNCE of picture and caption, each alone (image-text contrast, BLIP, arXiv 2201.12086)."""
+        hidden = self.text(input_ids=captions, attention_mask=(captions != self.pad).long(), is_decoder=False)
+        pictures = F.normalize(self.vision_head(features[:, 0]), dim=-1)
+        return info_nce(20 * pictures @ F.normalize(self.text_head(hidden.last_hidden_state[:, 0]), dim=-1).T, same_BB)

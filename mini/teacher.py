@@ -1,7 +1,12 @@
-"""The miniature FLUX: flow matching on cached VAE latents, text encoders trained along with it."""
+"""The miniature FLUX: flow matching on cached VAE latents, text encoders trained along with it.
+
+Guidance is embedded as in FLUX.1-dev: half of each batch of the later steps learns, at a random scale, what
+classifier-free guidance of the averaged network predicts (Meng et al., arXiv 2210.03142, stage one).
+"""
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +24,16 @@ MAX_LENGTH = 10
 """Text tokens, for both encoders."""
 
 
+LARGEST_GUIDANCE = 6.0
+"""The embedded guidance is learned for scales from 1, which is none, to this one."""
+
+GUIDED_FROM = 0.53
+"""Share of the steps after which half of each batch learns guidance; before, the network has nothing to teach."""
+
+
 def build_transformer() -> FluxTransformer2DModel:
-    """3 double and 4 single blocks of width 192: 16 image tokens of 64 channels."""
-    return FluxTransformer2DModel(
+    """3 double and 4 single blocks of width 192: 16 image tokens of 64 channels; guidance changes nothing yet."""
+    network = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
         num_layers=3,
@@ -30,9 +42,13 @@ def build_transformer() -> FluxTransformer2DModel:
         num_attention_heads=4,
         joint_attention_dim=96,
         pooled_projection_dim=96,
-        guidance_embeds=False,
+        guidance_embeds=True,
         axes_dims_rope=(8, 20, 20),
     )
+    last = network.time_text_embed.guidance_embedder.linear_2
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return network
 
 
 def build_clip(tokenizer) -> CLIPTextModel:
@@ -73,12 +89,12 @@ class Miniature(nn.Module):
         self.register_buffer("image_ids", image_ids, persistent=False)
         self.register_buffer("text_ids", torch.zeros(MAX_LENGTH, 3), persistent=False)
 
-    def forward(self, x_BTC: Tensor, sigma_B: Tensor, clip_BL: Tensor, t5_BL: Tensor) -> Tensor:
-        """Velocity (B, 16, 64)."""
+    def forward(self, x_BTC: Tensor, sigma_B: Tensor, scale_B: Tensor, clip_BL: Tensor, t5_BL: Tensor) -> Tensor:
+        """Velocity (B, 16, 64) at the embedded guidance `scale_B`."""
         return self.transformer(
             hidden_states=x_BTC,
             timestep=sigma_B,
-            guidance=None,
+            guidance=scale_B,
             pooled_projections=self.clip(clip_BL).pooler_output,
             encoder_hidden_states=self.t5(t5_BL)[0],
             img_ids=self.image_ids,
@@ -94,6 +110,12 @@ class Captions:
     clip: Tensor
     t5: Tensor
     choices: list[Tensor] = field(default_factory=list)
+    nothing: int = 0
+    """Row of the empty caption."""
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """The empty caption, (1, L) for either encoder: what guidance leads away from."""
+        return self.clip[self.nothing : self.nothing + 1], self.t5[self.nothing : self.nothing + 1]
 
     def pick(self, drawing_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A caption for each drawing, uniformly from its list (the list repeats what is frequent)."""
@@ -103,12 +125,45 @@ class Captions:
         return self.clip[rows], self.t5[rows]
 
 
-def loss_of(model: Miniature, x0: Tensor, clip: Tensor, t5: Tensor, generator: torch.Generator) -> Tensor:
-    """Flow-matching loss with logit-normal sigmas (Stable Diffusion 3, arXiv 2403.03206, section 3.1)."""
+@torch.no_grad()
+def guided_velocity(network: Miniature, x: Tensor, sigma: Tensor, scale: Tensor, clip: Tensor, t5: Tensor) -> Tensor:
+    """Classifier-free guidance of `network`, v_u + scale (v_c - v_u); `clip` and `t5` end with the empty caption."""
+    count = len(x)
+    rows = torch.cat([torch.arange(count), torch.full((count,), len(clip) - 1)])
+    both = network(x.repeat(2, 1, 1), sigma.repeat(2), torch.ones(2 * count), clip[rows], t5[rows])
+    conditional, unconditional = both.chunk(2)
+    return unconditional + scale[:, None, None] * (conditional - unconditional)
+
+
+@dataclass
+class Batch:
+    """Clean latents (B, 16, 64), their captions and the empty caption; the first `guided` rows learn guidance."""
+
+    x0: Tensor
+    clip: Tensor
+    t5: Tensor
+    empty: tuple[Tensor, Tensor]
+    guided: int
+
+
+def losses_of(model: Miniature, average: Miniature, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Squared error of each row: flow matching with logit-normal sigmas (arXiv 2403.03206, section 3.1) or guidance."""
+    n, x0 = batch.guided, batch.x0
     sigma = torch.sigmoid(torch.randn(len(x0), generator=generator))
     eps = torch.randn(x0.shape, generator=generator)
     x = (1 - sigma)[:, None, None] * x0 + sigma[:, None, None] * eps
-    return (model(x, sigma, clip, t5) - (eps - x0)).square().mean()
+    target, scale = eps - x0, torch.ones(len(x0))
+    if n:
+        scale[:n] += (LARGEST_GUIDANCE - 1) * torch.rand(n, generator=generator)
+        clip, t5 = torch.cat([batch.clip[:n], batch.empty[0]]), torch.cat([batch.t5[:n], batch.empty[1]])
+        target[:n] = guided_velocity(average, x[:n], sigma[:n], scale[:n], clip, t5)
+    return (model(x, sigma, scale, batch.clip, batch.t5) - target).square().mean((1, 2))
+
+
+def draw(latents_DVTC: Tensor, captions: Captions, size: int, guided: int, generator: torch.Generator) -> Batch:
+    """`size` random variants of random drawings, with captions of theirs."""
+    d, v = (torch.randint(count, (size,), generator=generator) for count in latents_DVTC.shape[:2])
+    return Batch(latents_DVTC[d, v], *captions.pick(d, generator), captions.empty(), guided)
 
 
 def learning_rate(step: int, fraction: float, peak: float) -> float:
@@ -133,26 +188,32 @@ def train(
     until = steps if until is None else until
     if "ema" in state:
         ema.load_state_dict(state.pop("ema"))
+    average = copy.deepcopy(model).requires_grad_(False)
     generator = torch.Generator().manual_seed(2 + state["step"])
-    drawings, variants = latents_DVTC.shape[:2]
-    running = 1.0
+    plain, guidance = 1.0, 1.0
     while state["step"] < until:
         start = time.time()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state["step"], state["step"] / steps, peak)
-        d = torch.randint(drawings, (batch,), generator=generator)
-        v = torch.randint(variants, (batch,), generator=generator)
-        loss = loss_of(model, latents_DVTC[d, v], *captions.pick(d, generator), generator)
+        guided = batch // 2 if state["step"] >= GUIDED_FROM * steps else 0
+        if guided and state["step"] % 10 == 0:
+            ema.copy_to(average.parameters())
+        losses = losses_of(model, average, draw(latents_DVTC, captions, batch, guided, generator), generator)
         optimizer.zero_grad()
-        loss.backward()
+        losses.mean().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.step(model.parameters())
-        running += 0.01 * (loss.item() - running)
+        plain += 0.01 * (losses[guided:].mean().item() - plain)
+        guidance += 0.01 * (losses[:guided].mean().item() - guidance) if guided else 0
         state["step"] += 1
         state["seconds"] += time.time() - start
         if state["step"] % 200 == 0:
-            print(f"teacher step {state['step']} loss {running:.4f} of {steps}, {state['seconds']:.0f} s", flush=True)
+            print(
+                f"teacher step {state['step']} of {steps}, loss {plain:.4f}, guidance {guidance:.4f}, "
+                f"{state['seconds']:.0f} s",
+                flush=True,
+            )
             save_state(path, model, optimizer, state | {"ema": ema.state_dict()})
     save_state(path, model, optimizer, state | {"ema": ema.state_dict()})
     ema.copy_to(model.parameters())

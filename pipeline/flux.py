@@ -57,7 +57,10 @@ class FluxStudent:
         return self._rows * self._columns, int(self._config.in_channels)
 
     def velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
-        """Velocity eps - x0 (B, T, C), in the dtype of `x_BTC`: one evaluation of the network."""
+        """Velocity eps - x0 (B, T, C), in the dtype of `x_BTC`: one evaluation, at the embedded guidance scale."""
+        return self._evaluate(x_BTC, sigma, conditioning, self.settings.guidance_scale)
+
+    def _evaluate(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning, guidance_scale: float) -> Tensor:
         dtype = self._image_ids.dtype
         prompt = conditioning["prompt_embeds"].to(x_BTC.device, dtype)
         # FluxPipeline rounds the timestep (0 to 1000) to the network's dtype before it divides: so do we.
@@ -65,7 +68,7 @@ class FluxStudent:
         output = self.network(
             hidden_states=x_BTC.to(dtype),
             timestep=timestep.to(dtype) / 1000,
-            guidance=self._guidance(x_BTC),
+            guidance=self._guidance(x_BTC, guidance_scale),
             pooled_projections=conditioning["pooled_prompt_embeds"].to(x_BTC.device, dtype),
             encoder_hidden_states=prompt,
             txt_ids=torch.zeros(prompt.shape[1], 3, device=x_BTC.device, dtype=dtype),
@@ -74,11 +77,11 @@ class FluxStudent:
         )[0]
         return output.to(x_BTC.dtype)
 
-    def _guidance(self, x_BTC: Tensor) -> Tensor | None:
+    def _guidance(self, x_BTC: Tensor, scale: float) -> Tensor | None:
         """The embedded guidance scale (B,), float32, for networks that were distilled with it."""
         if not self._config.guidance_embeds:
             return None
-        return torch.full((len(x_BTC),), self.settings.guidance_scale, device=x_BTC.device)
+        return torch.full((len(x_BTC),), scale, device=x_BTC.device)
 
     def decode(self, x_BTC: Tensor) -> Tensor:
         """Images (B, 3, H, W), float32 in [0, 1]; z / scaling + shift before the VAE, v / 2 + 0.5 after it."""
@@ -127,6 +130,8 @@ class FluxTeacher(FluxStudent):
         super().__init__(network, vae, scheduler, settings)
         network.requires_grad_(False).eval()
         self.evaluations_per_step = 2 if settings.true_cfg_scale > 1 else 1
+        embedded = bool(self._config.guidance_embeds) and settings.guidance_scale != 1
+        self.is_guided = settings.true_cfg_scale > 1 or embedded
         self._pipeline = FluxPipeline(scheduler=scheduler, vae=vae, transformer=network, **encoders)
         self._pipeline.set_progress_bar_config(disable=True)
         self._negative: Conditioning | None = None
@@ -154,6 +159,12 @@ class FluxTeacher(FluxStudent):
             return conditional
         unconditional = self.velocity(x_BTC, sigma, self._negatives(len(x_BTC)))
         return guide(conditional, unconditional, self.settings.true_cfg_scale)
+
+    @torch.no_grad()
+    def unguided_velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        """Velocity (B, T, C) without true CFG, which is the untrained student; at embedded scale 1 if that is all."""
+        embedded = self.settings.guidance_scale if self.evaluations_per_step > 1 else 1.0
+        return self._evaluate(x_BTC, sigma, conditioning, embedded)
 
     def _negatives(self, batch: int) -> Conditioning:
         """The negative prompt's embeddings, encoded once, for a batch."""

@@ -49,6 +49,9 @@ class Teacher(Student, Protocol):
     evaluations_per_step: int
     """2 with classifier-free guidance, else 1."""
 
+    is_guided: bool
+    """Whether `guided_velocity` and `unguided_velocity` differ."""
+
     def latent_shape(self) -> tuple[int, ...]:
         """Shape (T, C) of one latent at the recipe's resolution."""
         ...
@@ -59,4 +62,8 @@ class Teacher(Student, Protocol):
 
     def guided_velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
         """Velocity with the recipe's guidance, in `evaluations_per_step` network evaluations."""
+        ...
+
+    def unguided_velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        """Velocity of the bare network, in one evaluation: what guidance is measured against."""
         ...

@@ -99,7 +99,7 @@ def evaluate_stage(params: Params, shards: Path, runs: Path, out: Path) -> Evalu
 def _columns(params: Params) -> int:
     """How many systems there are at most (an unguided teacher has one base less), for the progress only."""
     grids = [with_variant(params, name).nfe for name in params.evaluate.variants]
-    bases = len({n for grid in grids for n in grid}) * (2 if params.teacher.true_cfg_scale > 1 else 1)
+    bases = 2 * len({n for grid in grids for n in grid})
     return 1 + bases + sum(len(grid) for grid in grids)
 
 

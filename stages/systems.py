@@ -108,13 +108,13 @@ def systems(params: Params, runs: Path) -> Iterator[System]:
 
 
 def _bases(teacher: Teacher, nfe: int) -> Iterator[System]:
-    """The teacher itself in a few steps of its stock grid; unguided only where guidance costs evaluations."""
+    """The teacher itself in a few steps of its stock grid, with its guidance and, if it has any, without."""
     cost = nfe * teacher.evaluations_per_step
     draw = few_steps(teacher, nfe, teacher.guided_velocity)
     yield System(Column(f"base_guided-{nfe}", "base_guided", "", nfe, cost), draw, teacher.decode)
-    if teacher.evaluations_per_step > 1:
+    if teacher.is_guided:
         column = Column(f"base_unguided-{nfe}", "base_unguided", "", nfe, nfe)
-        yield System(column, few_steps(teacher, nfe), teacher.decode)
+        yield System(column, few_steps(teacher, nfe, teacher.unguided_velocity), teacher.decode)
 
 
 def stored_final(batch: Batch) -> Tensor:

@@ -103,6 +103,23 @@ def test_guidance_costs_as_many_network_evaluations_as_it_says(folder: Path, sca
     assert len(calls) == expected == teacher.evaluations_per_step
 
 
+def test_the_unguided_base_of_a_guidance_distilled_network_is_the_pipeline_at_scale_one(tmp_path: Path) -> None:
+    teacher = teacher_of(tiny.write_flux(tmp_path, guidance_embeds=True), 1.0)
+    pipeline = FluxPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    conditioning, start, sigmas = teacher.encode(PROMPTS), noise(teacher), teacher.stock_sigmas(3)
+    states, _ = euler(lambda x, sigma: teacher.unguided_velocity(x, sigma, conditioning), start, sigmas)
+    call = dict(height=tiny.SIZE, width=tiny.SIZE, num_inference_steps=3, max_sequence_length=tiny.LENGTH)
+    plain = pipeline(PROMPTS, latents=start.clone(), guidance_scale=1.0, output_type="latent", **call).images
+    torch.testing.assert_close(states[-1], plain, atol=1e-4, rtol=0)
+    guided = teacher.guided_velocity(start, 0.5, conditioning)
+    assert teacher.is_guided and not torch.equal(guided, teacher.unguided_velocity(start, 0.5, conditioning))
+
+
+def test_without_true_or_embedded_guidance_there_is_nothing_to_leave_out(folder: Path) -> None:
+    assert teacher_of(folder, 3.0).is_guided and not teacher_of(folder, 1.0).is_guided
+
+
 def test_a_prompt_has_the_same_embedding_in_any_company(folder: Path) -> None:
     teacher = teacher_of(folder)
     alone, together = teacher.encode(PROMPTS[1:]), teacher.encode(PROMPTS)
