@@ -28,7 +28,7 @@ from rats.stages.report import report_stage
 from rats.stages.report_tables import read_values
 from rats.stages.rollout import rollout_stage
 from rats.stages.statistics import paired
-from rats.stages.systems import open_samples
+from rats.stages.systems import open_samples, systems
 from tests import tiny
 from tests.test_report import write_record, write_run
 
@@ -184,6 +184,11 @@ def test_an_untrained_student_is_the_unguided_base_to_the_last_bit(world: Path, 
     for nfe in NFE:
         for metric in ("hpsv2", "pickscore", "kid", "diversity"):
             assert found["rats", nfe, metric].mean == found["base_unguided", nfe, metric].mean
+
+
+def test_a_number_of_steps_that_training_visits_twice_is_evaluated_once(world: Path):
+    twice = settings(world, train={"nfe": [3, 2, 3]})
+    assert [s.column.id for s in systems(twice, world / "runs")][-2:] == ["rats-2", "rats-3"]
 
 
 def test_a_second_evaluation_gives_the_same_files(world: Path, tmp_path: Path):
