@@ -19,10 +19,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from mini.resume import load_state, save_state
 from mini.tokenizers import save_clip
+from rats.pipeline.solver import guide
 
 MAX_LENGTH = 10
 """Text tokens, for both encoders."""
-
 
 LARGEST_GUIDANCE = 6.0
 """The embedded guidance is learned for scales from 1, which is none, to this one."""
@@ -132,7 +132,7 @@ def guided_velocity(network: Miniature, x: Tensor, sigma: Tensor, scale: Tensor,
     rows = torch.cat([torch.arange(count), torch.full((count,), len(clip) - 1)])
     both = network(x.repeat(2, 1, 1), sigma.repeat(2), torch.ones(2 * count), clip[rows], t5[rows])
     conditional, unconditional = both.chunk(2)
-    return unconditional + scale[:, None, None] * (conditional - unconditional)
+    return guide(conditional, unconditional, scale[:, None, None])
 
 
 @dataclass

@@ -25,7 +25,7 @@ def x0_hat(x: Tensor, v: Tensor, sigma: float) -> Tensor:
     return x - sigma * v
 
 
-def guide(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance, uncond + scale (cond - uncond), in FluxPipeline's order of operations."""
     return uncond + scale * (cond - uncond)
 

@@ -126,6 +126,11 @@ class TrainParams(Block):
     gate: GateParams = GateParams()
     shape: ShapeParams = ShapeParams()
 
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The student's numbers of steps, each once: training may visit one more often than another."""
+        return tuple(sorted(set(self.nfe)))
+
 
 class EvaluateParams(Block):
     """Which runs are compared, on how much, and by which judge."""

@@ -30,7 +30,7 @@ from rats.stages.quality import RealSet, open_real
 from rats.stages.report_tables import VALUE_COLUMNS, VALUES
 from rats.stages.runs import read_record, student_folder
 from rats.stages.statistics import Paired, paired, paired_kid
-from rats.stages.systems import Samples, System, grid_of, open_samples, systems
+from rats.stages.systems import Samples, System, open_samples, systems
 from rats.stages.train_checks import NETWORK, check_recipe, find_column
 
 Features = NDArray[np.float64]
@@ -98,7 +98,7 @@ def evaluate_stage(params: Params, shards: Path, runs: Path, out: Path) -> Evalu
 
 def _columns(params: Params) -> int:
     """How many systems there are at most (an unguided teacher has one base less), for the progress only."""
-    grids = [grid_of(params, name) for name in params.evaluate.variants]
+    grids = [with_variant(params, name).grid for name in params.evaluate.variants]
     bases = 2 * len({n for grid in grids for n in grid})
     return 1 + bases + sum(len(grid) for grid in grids)
 

@@ -91,14 +91,9 @@ def _prompts_of(params: Params, wanted: set[str], folder: Path) -> tuple[str, di
     raise DataError(f"{folder} holds prompts that are in none of {names}: run `rats stage rollout` for this split")
 
 
-def grid_of(params: Params, variant: str) -> list[int]:
-    """The numbers of steps of a variant's student, each once: its training may visit one more often than another."""
-    return sorted(set(with_variant(params, variant).nfe))
-
-
 def systems(params: Params, runs: Path) -> Iterator[System]:
     """The teacher, the untrained base at every NFE, then each variant's student; one network in memory at a time."""
-    grids = {name: grid_of(params, name) for name in params.evaluate.variants}
+    grids = {name: with_variant(params, name).grid for name in params.evaluate.variants}
     folders = {name: student_folder(runs / name) for name in grids}
     teacher = open_teacher(params.model, params.teacher, params.compute)
     evaluations = params.teacher.steps * teacher.evaluations_per_step

@@ -238,7 +238,7 @@ def _record(
         seconds=state.seconds,
         checkpoint=str(run.checkpoints.path(state.step)),
         variant=variant,
-        nfe=tuple(sorted(set(settings.train.nfe))),
+        nfe=settings.train.grid,
         recipe=source.shards.fingerprint,
         snapshot_number=snapshot.number,
         samples=snapshot.samples,
