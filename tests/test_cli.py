@@ -12,7 +12,9 @@ import yaml
 
 from rats.pipeline.prompts import read_prompts
 from rats.schemas.params import load_params
-from rats.stages.cli import app, shards, stage
+from rats.stages.cli import app
+from rats.stages.cli_shards import shards
+from rats.stages.cli_stage import stage
 from tests.project import command, environment, rats, spawn, tree, write_project
 
 COMMON = {"params", "set_", "json_"}
