@@ -1,7 +1,7 @@
 """Files and folders that are there whole or not at all: temporary name, fsync, rename.
 
 A final name never holds a part of a file; what a killed process left under a temporary name is removed
-when the same file is written next.
+when the same file is written next. In a remote place one upload is what the rename is here (`pipeline.places`).
 """
 
 from __future__ import annotations
@@ -10,25 +10,44 @@ import errno
 import os
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rats.pipeline import places
+from rats.pipeline.places import Place
 from rats.schemas.errors import CannotCreateError, RatsError, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.EISDIR, errno.EEXIST)
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Place, data: bytes) -> None:
     """Write a whole file.
 
     Raises:
         StorageError: the disk is full or fails; what was at `path` is still there.
         CannotCreateError: the folder cannot be written.
     """
+    if not isinstance(path, Path):
+        places.write(path, data)
+        return
     with storage_errors(path, len(data)), atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def create(path: Place, data: bytes) -> bool:
+    """As `atomic_write`, unless something is there already; says whether it wrote.
+
+    A remote store decides between two at once; on a local one the caller holds a lock.
+    """
+    if not isinstance(path, Path):
+        return places.create(path, data)
+    if path.exists():
+        return False
+    atomic_write(path, data)
+    return True
 
 
 @contextmanager
@@ -45,8 +64,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def temporary_path(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write under; removed at the end unless `put` has moved it."""
+def temporary_path(path: Place) -> Iterator[Path]:
+    """A local name to write under, beside `path` if that is local; removed at the end unless `put` has moved it."""
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="rats-") as folder:
+            yield Path(folder) / path.name
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -55,8 +78,11 @@ def temporary_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def put(temporary: Path, path: Path) -> None:
+def put(temporary: Path, path: Place) -> None:
     """Make a written temporary file the one at `path`, on the disk when this returns."""
+    if not isinstance(path, Path):
+        places.upload(temporary, path)
+        return
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -80,6 +106,18 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             sync(path.parent)
         finally:
             remove(temporary)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hardlink, its folder made where needed; a copy where the file system differs or has no links."""
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+            shutil.copyfile(source, target)
 
 
 def _swap(temporary: Path, path: Path) -> None:
@@ -114,7 +152,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def storage_errors(path: Path, size: int | None = None) -> Iterator[None]:
+def storage_errors(path: Place, size: int | None = None) -> Iterator[None]:
     """Turn the operating system's errors while writing `path` (`size` bytes) into ours."""
     try:
         yield

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from rats.pipeline.atomic import atomic_folder, storage_errors
+from rats.pipeline.atomic import atomic_folder, link_or_copy
+from rats.pipeline.places import Place, concurrently, download, is_remote, read, sizes
+from rats.pipeline.reader import verify_shard
 from rats.pipeline.store import ROLLOUT, ShardSet
 from rats.schemas.errors import CannotCreateError, DataError
 from rats.schemas.manifest import Snapshot
@@ -17,7 +17,8 @@ from rats.schemas.manifest import Snapshot
 def publish(shards: ShardSet, snapshot: Snapshot, out: Path, reward_fps: Sequence[str]) -> None:
     """Make `out` exactly what the snapshot needs: its shards, index, embeddings, scores and manifest.
 
-    Files are linked, and copied where the file system differs; an older published folder is replaced.
+    Files are linked, and copied where the file system differs; from a remote store they are downloaded and verified.
+    An older published folder is replaced.
 
     Raises:
         DataError: a shard or a column of scores is missing.
@@ -29,23 +30,30 @@ def publish(shards: ShardSet, snapshot: Snapshot, out: Path, reward_fps: Sequenc
     if _same(shards.root, out, files):
         return
     with atomic_folder(out) as folder:
-        for name in files:
-            _link(shards.root / name, folder / name)
+        concurrently(shards.root, lambda name: _link(shards.root / name, folder / name), files)
+        if is_remote(shards.root):
+            _verify(ShardSet.open(folder), snapshot)
+
+
+def _verify(copy: ShardSet, snapshot: Snapshot) -> None:
+    for shard, digest in snapshot.shards.items():
+        verify_shard(copy, shard, digest)
 
 
 def _files(shards: ShardSet, snapshot: Snapshot, reward_fps: Sequence[str]) -> list[str]:
     """Names below the set's folder, the manifest last."""
-    rows = shards.index(snapshot)
-    prompts = sorted({row.prompt_id for row in rows})
     names = ["recipe.json", f"index/{snapshot.index}"]
+    done = {part.shard: part for part in shards.finished()}
     for shard in sorted(snapshot.shards):
-        done = shards.done(shard)
-        if done is None or done.blake3 != snapshot.shards[shard]:
+        if shard not in done or done[shard].blake3 != snapshot.shards[shard]:
             raise DataError(f"{shards.shard_path(shard)} is not the shard of snapshot {snapshot.number}; {ROLLOUT}")
         names += [f"shards/{shard}.tar", f"shards/{shard}.done.json"]
-        names += [name for fp in reward_fps for name in _scores(shards, fp, shard)]
+    columns = [(fp, shard) for fp in reward_fps for shard in sorted(snapshot.shards)]
+    names += [name for part in concurrently(shards.root, lambda pair: _scores(shards, *pair), columns) for name in part]
     names += [f"scores/{fp}/reward.json" for fp in reward_fps]
-    names += [f"embeddings/{prompt}.safetensors" for prompt in prompts if shards.embedding_path(prompt).exists()]
+    encoded = sizes(shards.root / "embeddings")
+    prompts = sorted({row.prompt_id for row in shards.index(snapshot)})
+    names += [f"embeddings/{prompt}.safetensors" for prompt in prompts if f"{prompt}.safetensors" in encoded]
     return [*names, f"manifests/{snapshot.number:04d}.json"]
 
 
@@ -57,27 +65,34 @@ def _scores(shards: ShardSet, reward_fp: str, shard: str) -> list[str]:
 
 def _check_out(shards: ShardSet, out: Path) -> None:
     """Never replace a folder that is not ours."""
-    here, root = out.resolve(), shards.root.resolve()
-    if here.is_relative_to(root) or root.is_relative_to(here):
-        raise CannotCreateError(f"cannot publish {root} into {out}: one holds the other; choose another folder")
+    if isinstance(shards.root, Path):
+        here, root = out.resolve(), shards.root.resolve()
+        if here.is_relative_to(root) or root.is_relative_to(here):
+            raise CannotCreateError(f"cannot publish {root} into {out}: one holds the other; choose another folder")
     if out.exists() and not (out / "recipe.json").exists() and (not out.is_dir() or any(out.iterdir())):
         raise CannotCreateError(f"{out} holds something else than a shard set; choose another folder or empty it")
 
 
-def _same(root: Path, out: Path, files: Sequence[str]) -> bool:
-    """Whether `out` is there already, link by link."""
+def _same(root: Place, out: Path, files: Sequence[str]) -> bool:
+    """Whether `out` is there already: link by link, or from a remote place name by name and size by size."""
     found = (
         {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else set()
     )
-    return found == set(files) and all(os.path.samefile(root / name, out / name) for name in files)
+    return found == set(files) and all(concurrently(root, lambda name: _is_copy(root / name, out / name), files))
 
 
-def _link(source: Path, target: Path) -> None:
+def _is_copy(source: Place, target: Path) -> bool:
+    if isinstance(source, Path):
+        return os.path.samefile(source, target)
+    if source.suffix != ".json":
+        return target.stat().st_size == source.stat().st_size
+    # the documents hold the hashes of all that is larger
+    return target.read_bytes() == read(source, ROLLOUT)
+
+
+def _link(source: Place, target: Path) -> None:
+    if isinstance(source, Path):
+        link_or_copy(source, target)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with storage_errors(target):
-        try:
-            os.link(source, target)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-                raise
-            shutil.copyfile(source, target)
+    download(source, target, ROLLOUT)

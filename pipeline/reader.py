@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from rats.pipeline import cache, places
 from rats.pipeline.order import row_at
-from rats.pipeline.sealed import hash_bytes, hash_file, open_regular
+from rats.pipeline.places import Place
+from rats.pipeline.sealed import hash_bytes, hash_ranges, open_regular
 from rats.pipeline.store import REMAKE, ShardSet
 from rats.schemas.errors import DataError, StorageError
 from rats.schemas.manifest import IndexRow, Snapshot
@@ -19,19 +23,32 @@ from rats.schemas.manifest import IndexRow, Snapshot
 def read_sample(shards: ShardSet, row: IndexRow) -> dict[str, np.ndarray]:
     """A sample's `x` (H, T, C) and `x0` (H - 1, T, C), float16, after its hash was checked.
 
+    From a remote store only the sample's bytes are fetched, once, into the local cache (`pipeline.cache`).
+
     Raises:
         DataError: the shard is missing, cut or changed, or a link.
     """
-    path = shards.shard_path(row.shard)
-    with open_regular(path, REMAKE) as file:
-        data = _pread(file, row)
-    if len(data) != row.length or hash_bytes(data) != row.blake3:
+    data = _bytes_of(shards.shard_path(row.shard), row)
+    if not _is_whole(row, data):
+        path = shards.shard_path(row.shard)
         raise DataError(f"{path} is damaged at sample {row.key} ({len(data)} of {row.length} bytes); {REMAKE}")
     return _parse(shards, row, data)
 
 
+def _is_whole(row: IndexRow, data: bytes) -> bool:
+    return len(data) == row.length and hash_bytes(data) == row.blake3
+
+
+def _bytes_of(path: Place, row: IndexRow) -> bytes:
+    if isinstance(path, Path):
+        with open_regular(path, REMAKE) as file:
+            return _pread(file, row)
+    fetch = partial(places.read, path, REMAKE, row.offset, row.offset + row.length)
+    return cache.shared().get(row.blake3, fetch, partial(_is_whole, row))
+
+
 def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> int:
-    """Read every byte of a shard; returns how many. `expected`: the tar's blake3 by the snapshot.
+    """Read every byte of a shard once; returns how many. `expected`: the tar's blake3 by the snapshot.
 
     Raises:
         DataError: the tar is not the recorded one, or a row of its document points at something else.
@@ -39,12 +56,15 @@ def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> i
     done = shards.done(shard)
     if done is None:
         raise DataError(f"{shards.shard_path(shard)} is missing; run `rats stage rollout`")
-    digest, size = hash_file(shards.shard_path(shard), REMAKE)
-    if digest != done.blake3 or digest != (expected or digest):
-        raise DataError(f"{shards.shard_path(shard)} is damaged (blake3 {digest[:12]}, not the recorded one); {REMAKE}")
-    for row in done.rows:
-        read_sample(shards, row)
-    return size
+    path = shards.shard_path(shard)
+    ranges = [(row.offset, row.length) for row in done.rows]
+    whole, parts = hash_ranges(path, ranges, REMAKE)
+    if whole != done.blake3 or whole != (expected or whole):
+        raise DataError(f"{path} is damaged (blake3 {whole[:12]}, not the recorded one); {REMAKE}")
+    for row, part in zip(done.rows, parts, strict=True):
+        if part != row.blake3:
+            raise DataError(f"{path} is damaged at sample {row.key}; {REMAKE}")
+    return done.bytes
 
 
 class Stream:
@@ -92,9 +112,11 @@ def _parse(shards: ShardSet, row: IndexRow, data: bytes) -> dict[str, np.ndarray
     try:
         arrays = load(data)
         x, x0 = arrays["x"], arrays["x0"]
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise DataError(f"{row.shard}: sample {row.key} is not in this format ({error}); {REMAKE}") from None
-    rows = len(shards.recipe.horizons)
-    if len(x) != rows or x0.shape != (rows - 1, *x.shape[1:]) or {x.dtype, x0.dtype} != {np.dtype(np.float16)}:
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{row.shard}: sample {row.key} is not in this format ({reason}); {REMAKE}") from None
+    rows, kinds = len(shards.recipe.horizons), {x.dtype, x0.dtype}
+    shapes = (rows, *x.shape[1:]), (rows - 1, *x.shape[1:])
+    if x.ndim != 3 or (x.shape, x0.shape) != shapes or kinds != {np.dtype(np.float16)}:
         raise DataError(f"{row.shard}: sample {row.key} has x {x.dtype} {x.shape}, x0 {x0.shape}; {REMAKE}")
     return {"x": x, "x0": x0}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rats.pipeline.sealed import read_sealed, write_sealed
-from rats.pipeline.tables import read_rows, write_rows
+from rats.pipeline.atomic import atomic_write
+from rats.pipeline.places import Place, concurrently, matching
+from rats.pipeline.sealed import hash_bytes, read_all_sealed, read_sealed, write_sealed
+from rats.pipeline.tables import encode_rows, read_rows
 from rats.schemas.errors import DataError
 from rats.schemas.manifest import RewardRecord, ScoreRow, ScoresDone
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from rats.pipeline.store import ShardSet
 
 REMEDY = "delete it and run `rats stage rollout`, which scores it again without the teacher"
+
+MAX_BAD = 0.1
+"""The share of samples that a reward may fail on, unless `--max-bad` says otherwise; trainers pass over them."""
 
 
 def record_reward(shards: ShardSet, record: RewardRecord) -> str:
@@ -28,8 +32,8 @@ def record_reward(shards: ShardSet, record: RewardRecord) -> str:
 def rewards(shards: ShardSet) -> dict[str, RewardRecord]:
     """All columns, by fingerprint."""
     found = {}
-    for path in sorted((shards.root / "scores").glob("*/reward.json")):
-        record = read_sealed(path, RewardRecord, REMEDY)
+    paths = matching(shards.root / "scores", "*/reward.json")
+    for path, record in zip(paths, read_all_sealed(paths, RewardRecord, REMEDY), strict=True):
         if record.fingerprint != path.parent.name:
             raise DataError(f"{path} is the record of {record.fingerprint[:12]}, not of its folder; {REMEDY}")
         found[record.fingerprint] = record
@@ -52,8 +56,9 @@ def write_scores(shards: ShardSet, reward_fp: str, shard: str, rows: Sequence[Sc
     if sorted(row.key for row in rows) != sorted(row.key for row in done.rows):
         raise DataError(f"the scores for {shard} are not for its samples; {REMEDY}")
     table, vouched = _paths(shards, reward_fp, shard)
-    digest = write_rows(table, ScoreRow, sorted(rows, key=lambda row: row.key))
-    write_sealed(vouched, ScoresDone(shard=shard, shard_blake3=done.blake3, rows=len(rows), blake3=digest))
+    data = encode_rows(ScoreRow, sorted(rows, key=lambda row: row.key))
+    atomic_write(table, data)
+    write_sealed(vouched, ScoresDone(shard=shard, shard_blake3=done.blake3, rows=len(rows), blake3=hash_bytes(data)))
 
 
 def scores_done(shards: ShardSet, reward_fp: str, shard: str) -> bool:
@@ -78,19 +83,18 @@ def score_rows(shards: ShardSet, reward_fp: str, shard: str) -> list[ScoreRow]:
 def read_scores(shards: ShardSet, reward_fp: str, keys: Iterable[str]) -> dict[str, float]:
     """Score by key; failed samples are left out, a key that was never scored is an error."""
     wanted = set(keys)
-    found: dict[str, ScoreRow] = {}
-    for path in sorted(shards.scores_folder(reward_fp).glob("rollout-*.done.json")):
-        rows = score_rows(shards, reward_fp, path.name.partition(".")[0])
-        found.update({row.key: row for row in rows if row.key in wanted})
+    names = [path.name.partition(".")[0] for path in matching(shards.scores_folder(reward_fp), "rollout-*.done.json")]
+    parts = concurrently(shards.root, lambda name: score_rows(shards, reward_fp, name), names)
+    found = {row.key: row for rows in parts for row in rows if row.key in wanted}
     if missing := sorted(wanted - set(found)):
         raise DataError(f"{len(missing)} samples have no score, {missing[0]} first; run `rats stage rollout`")
     return {key: row.score for key, row in sorted(found.items()) if row.score is not None}
 
 
-def _paths(shards: ShardSet, reward_fp: str, shard: str) -> tuple[Path, Path]:
+def _paths(shards: ShardSet, reward_fp: str, shard: str) -> tuple[Place, Place]:
     folder = shards.scores_folder(reward_fp)
     return folder / f"{shard}.parquet", folder / f"{shard}.done.json"
 
 
-def _record_path(shards: ShardSet, reward_fp: str) -> Path:
+def _record_path(shards: ShardSet, reward_fp: str) -> Place:
     return shards.scores_folder(reward_fp) / "reward.json"

@@ -1,4 +1,4 @@
-"""A shard set on disk: `<store>/<fingerprint>/`, content-addressed, only ever added to.
+"""A shard set: `<store>/<fingerprint>/`, content-addressed, only ever added to, in a folder or a remote place.
 
 Everything is found through `ShardSet`; the layout is DESIGN.md section 2's.
 """
@@ -7,18 +7,28 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from rats.pipeline import scores
-from rats.pipeline.atomic import atomic_write, storage_errors
-from rats.pipeline.sealed import check_version, read_regular, read_sealed, write_sealed
-from rats.pipeline.tables import read_rows, write_rows
+from rats.pipeline.atomic import atomic_write, create
+from rats.pipeline.locks import file_lock
+from rats.pipeline.packing import distinct, needed, packed
+from rats.pipeline.places import Place, concurrently, is_remote, matching, open_place, sizes
+from rats.pipeline.sealed import (
+    check_version,
+    create_sealed,
+    hash_bytes,
+    read_all_sealed,
+    read_regular,
+    read_sealed,
+    refuse_linked_folders,
+)
+from rats.pipeline.tables import encode_rows, read_rows
 from rats.schemas.canonical import canonical_json, sha256
-from rats.schemas.errors import ConfigError, DataError, RetryLaterError
+from rats.schemas.errors import DataError, RetryLaterError
 from rats.schemas.manifest import (
     IndexRow,
     PlannedSample,
@@ -34,78 +44,85 @@ from rats.schemas.recipe import Recipe, fingerprint
 REMAKE = "delete it and run `rats stage rollout`, which makes it again"
 ROLLOUT = "run `rats stage rollout`"
 _LOCK_SECONDS = 60.0
+_NUMBER = "[0-9]" * 4
 
 
 class ShardSet:
     """One recipe's shards, whether in a store or published into a folder.
 
     Attributes:
-        root: The folder.
+        root: The folder, local or remote (`pipeline.places`).
         recipe: What made every sample.
         fingerprint: sha256 of `recipe.json`.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Place) -> None:
         """Read the recipe; see `open`."""
-        self.root = Path(root)
+        self.root = root
         data = read_regular(self.root / "recipe.json", "name a folder that `rats stage rollout` has published")
+        refuse_linked_folders(self.root, "copy it to where the link is")
         self.recipe = _parse_recipe(self.root / "recipe.json", data)
         self.fingerprint = sha256(data)
         if len(self.root.name) == 64 and self.root.name != self.fingerprint:
             raise DataError(f"{self.root} holds recipe {self.fingerprint[:12]}, not the one of its name; {REMAKE}")
 
     @classmethod
-    def open(cls, folder: Path) -> ShardSet:
-        """Open a store's `<fingerprint>` folder or a published one.
+    def open(cls, folder: Place | str) -> ShardSet:
+        """Open a store's `<fingerprint>` folder or a published one; a text may be a URL.
 
         Raises:
             DataError: no shard set, a damaged or foreign recipe, or a later format version.
         """
-        return cls(folder)
+        return cls(open_place(folder))
 
     @classmethod
-    def open_or_create(cls, store: Path, recipe: Recipe) -> ShardSet:
+    def open_or_create(cls, store: Place | str, recipe: Recipe) -> ShardSet:
         """The set of `recipe` in `store`, made if it is new."""
-        root = Path(store) / fingerprint(recipe)
+        root = open_place(store) / fingerprint(recipe)
         if not (root / "recipe.json").exists():
             atomic_write(root / "recipe.json", canonical_json(recipe.model_dump(mode="json")))
         return cls(root)
 
-    def shard_path(self, shard: str) -> Path:
+    def shard_path(self, shard: str) -> Place:
         """The tar of a shard, there once it is whole."""
         return self.root / "shards" / f"{shard}.tar"
 
-    def done_path(self, shard: str) -> Path:
+    def done_path(self, shard: str) -> Place:
         """The document that says a shard is whole."""
         return self.root / "shards" / f"{shard}.done.json"
 
-    def plan_path(self, shard: str) -> Path:
+    def plan_path(self, shard: str) -> Place:
         """The document that says what a shard will hold."""
         return self.root / "shards" / f"{shard}.plan.json"
 
-    def embedding_path(self, prompt_id: str) -> Path:
+    def embedding_path(self, prompt_id: str) -> Place:
         """Where a prompt's embeddings lie (`pipeline.embeddings` reads and writes them)."""
         return self.root / "embeddings" / f"{prompt_id}.safetensors"
 
-    def scores_folder(self, reward_fp: str) -> Path:
+    def scores_folder(self, reward_fp: str) -> Place:
         """The folder of one reward's scores."""
         return self.root / "scores" / reward_fp
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Exclusive among the processes of this machine; released when the holder dies."""
-        path = self.root / "locks" / f"{name}.lock"
-        with storage_errors(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path)
-            try:
-                lock.acquire(timeout=_LOCK_SECONDS)
-            except Timeout:
-                raise RetryLaterError(f"{path} is held by another process; run the same command later") from None
-        try:
+        """Exclusive among the processes of this machine; released when the holder dies. Nothing in a remote store."""
+        with self._held(name, _LOCK_SECONDS) as held:
+            if not held:
+                place = self.root / "locks" / f"{name}.lock"
+                raise RetryLaterError(f"{place} is held by another process; run the same command later")
             yield
-        finally:
-            lock.release()
+
+    def claim(self, shard: str) -> AbstractContextManager[bool]:
+        """Whether this process may make the shard now: False while another of this machine is at it.
+
+        In a remote store always True: two may make a shard there, and the first to finish wins.
+        """
+        return self._held(f"{shard}.claim", 0.0)
+
+    def _held(self, name: str, seconds: float) -> AbstractContextManager[bool]:
+        if not isinstance(self.root, Path):
+            return nullcontext(True)
+        return file_lock(self.root / "locks" / f"{name}.lock", seconds)
 
     def plan(self, wanted: Sequence[PlannedSample], shard_samples: int) -> list[ShardPlan]:
         """The shards that hold `wanted`; samples that no shard was ever planned for get new ones.
@@ -113,22 +130,20 @@ class ShardSet:
         A plan is written before its first sample is made and never changed, so a killed or grown run finds
         every shard as it was. New shards are packed in the order of keys, not of the prompt file.
         """
-        keys = _distinct(wanted)
+        keys = distinct(wanted)
         with self.lock("plan"):
-            plans = self.plans()
-            planned = {sample.key for plan in plans for sample in plan.samples}
-            new = sorted((sample for sample in wanted if sample.key not in planned), key=lambda sample: sample.key)
-            first = 1 + max((_number(plan.shard) for plan in plans), default=-1)
-            for offset, start in enumerate(range(0, len(new), shard_samples)):
-                samples = tuple(new[start : start + shard_samples])
-                plans.append(ShardPlan(shard=f"rollout-{first + offset:06d}", samples=samples))
-                write_sealed(self.plan_path(plans[-1].shard), plans[-1])
-        return [plan for plan in plans if any(sample.key in keys for sample in plan.samples)]
+            while True:
+                plans = self.plans()
+                new = packed(wanted, plans, shard_samples)
+                # a number that another driver has just taken: look again at what is planned now
+                if all(create_sealed(self.plan_path(plan.shard), plan) for plan in new):
+                    break
+        return needed([*plans, *new], self.finished(), keys)
 
     def plans(self) -> list[ShardPlan]:
         """All plans of the set, by shard."""
-        paths = sorted((self.root / "shards").glob("rollout-*.plan.json"))
-        return [read_sealed(path, ShardPlan, "restore it from a copy of the store") for path in paths]
+        paths = matching(self.root / "shards", "rollout-*.plan.json")
+        return read_all_sealed(paths, ShardPlan, "restore it from a copy of the store")
 
     def done(self, shard: str) -> ShardDone | None:
         """What a finished shard holds; None when it is still to be made (or its tar was deleted).
@@ -137,10 +152,21 @@ class ShardSet:
             DataError: the tar's size is not what was recorded.
         """
         tar, path = self.shard_path(shard), self.done_path(shard)
-        if not tar.exists() or not path.exists():
+        if not path.exists() or not tar.exists():
             return None
-        done = read_sealed(path, ShardDone, REMAKE)
-        if (size := tar.stat().st_size) != done.bytes:
+        return self._sized(read_sealed(path, ShardDone, REMAKE), tar.stat().st_size)
+
+    def finished(self) -> list[ShardDone]:
+        """`done` of every finished shard, by name."""
+        found = sizes(self.root / "shards")
+        names = sorted(name.removesuffix(".done.json") for name in found if name.endswith(".done.json"))
+        names = [name for name in names if f"{name}.tar" in found]
+        documents = read_all_sealed([self.done_path(name) for name in names], ShardDone, REMAKE)
+        return [self._sized(done, found[f"{name}.tar"]) for name, done in zip(names, documents, strict=True)]
+
+    def _sized(self, done: ShardDone, size: int) -> ShardDone:
+        if size != done.bytes:
+            tar = self.shard_path(done.shard)
             raise DataError(f"{tar} is damaged ({size} bytes, {done.bytes} recorded); {REMAKE}")
         return done
 
@@ -152,39 +178,55 @@ class ShardSet:
         """
         with self.lock("snapshot"):
             rows, shards = self._rows_of(set(wanted))
-            old = [self.snapshot(number) for number in self.snapshots()]
             name = snapshot_hash(rows)
-            same = [snapshot for snapshot in old if snapshot.hash == name and snapshot.shards == shards]
-            return same[-1] if same else self._new_snapshot(rows, shards, 1 + max(self.snapshots(), default=0))
+            while True:
+                old = concurrently(self.root, self.snapshot, self.snapshots())
+                if same := [snapshot for snapshot in old if snapshot.hash == name and snapshot.shards == shards]:
+                    return same[-1]
+                if new := self._new_snapshot(rows, shards, 1 + self._last_number()):
+                    return new
 
-    def _new_snapshot(self, rows: list[IndexRow], shards: dict[str, str], number: int) -> Snapshot:
-        """The index first, the manifest that vouches for it last."""
-        index = f"{number:04d}.parquet"
+    def _new_snapshot(self, rows: list[IndexRow], shards: dict[str, str], number: int) -> Snapshot | None:
+        """The index first, the manifest that vouches for it last; None when another driver took the number."""
+        index, data = self.root / "index" / f"{number:04d}.parquet", encode_rows(IndexRow, rows)
         snapshot = Snapshot(
             number=number,
             fingerprint=self.fingerprint,
             hash=snapshot_hash(rows),
             samples=len(rows),
             shards=shards,
-            index=index,
-            index_blake3=write_rows(self.root / "index" / index, IndexRow, rows),
+            index=index.name,
+            index_blake3=hash_bytes(data),
         )
-        write_sealed(self._manifest_path(number), snapshot)
-        return snapshot
+        if is_remote(index) and not create(index, data):
+            return None
+        if not is_remote(index):
+            atomic_write(index, data)  # under the lock, what lies there is of a killed writer
+        return snapshot if create_sealed(self._manifest_path(number), snapshot) else None
+
+    def _last_number(self) -> int:
+        """Of all snapshots, and in a remote store of all indexes: there one may be of a snapshot that is to come."""
+        indexes = matching(self.root / "index", f"{_NUMBER}.parquet") if is_remote(self.root) else ()
+        return max([*self.snapshots(), *(int(path.stem) for path in indexes)], default=0)
 
     def _rows_of(self, wanted: set[str]) -> tuple[list[IndexRow], dict[str, str]]:
-        """Index rows in the order of keys, and the hashes of the shards they lie in."""
-        done = [done for plan in self.plans() if (done := self.done(plan.shard))]
-        rows = sorted((row for part in done for row in part.rows if row.key in wanted), key=lambda row: row.key)
-        if missing := sorted(wanted - {row.key for row in rows}):
+        """Index rows in the order of keys, and the hashes of the shards they lie in.
+
+        A sample that lies in two shards, after an import, counts in the first.
+        """
+        done = self.finished()
+        found: dict[str, IndexRow] = {}
+        for row in (row for part in done for row in part.rows if row.key in wanted):
+            found.setdefault(row.key, row)
+        if missing := sorted(wanted - set(found)):
             raise DataError(f"{len(missing)} samples are not rolled out yet, {missing[0]} first; {ROLLOUT}")
+        rows = [found[key] for key in sorted(found)]
         used = {row.shard for row in rows}
         return rows, {part.shard: part.blake3 for part in done if part.shard in used}
 
     def snapshots(self) -> list[int]:
         """Numbers of all snapshots, rising."""
-        paths = (self.root / "manifests").glob("[0-9][0-9][0-9][0-9].json")
-        return sorted(int(path.stem) for path in paths)
+        return sorted(int(path.stem) for path in matching(self.root / "manifests", f"{_NUMBER}.json"))
 
     def snapshot(self, number: int | None = None) -> Snapshot:
         """A snapshot by number, the newest by default.
@@ -207,13 +249,14 @@ class ShardSet:
         """The snapshot's rows in the order of keys, checked against its hash."""
         path = self.root / "index" / snapshot.index
         rows = read_rows(path, IndexRow, snapshot.index_blake3, ROLLOUT)
-        if len(rows) != snapshot.samples or snapshot_hash(rows) != snapshot.hash:
+        keys = [row.key for row in rows]
+        if keys != sorted(set(keys)) or len(rows) != snapshot.samples or snapshot_hash(rows) != snapshot.hash:
             raise DataError(f"{path} does not hold the samples of snapshot {snapshot.number}; {ROLLOUT}")
         if not {row.shard for row in rows} <= set(snapshot.shards):
             raise DataError(f"{path} names a shard that snapshot {snapshot.number} does not know; {ROLLOUT}")
         return rows
 
-    def _manifest_path(self, number: int) -> Path:
+    def _manifest_path(self, number: int) -> Place:
         return self.root / "manifests" / f"{number:04d}.json"
 
     def record_reward(self, name: str, hashes: dict[str, str]) -> str:
@@ -245,20 +288,7 @@ class ShardSet:
         return scores.read_scores(self, reward_fp, keys)
 
 
-def _distinct(wanted: Sequence[PlannedSample]) -> set[str]:
-    keys: set[str] = set()
-    for sample in wanted:
-        if sample.key in keys:
-            raise ConfigError(f"sample {sample.key} ({sample.prompt!r}) is wanted twice; remove the repeated prompt")
-        keys.add(sample.key)
-    return keys
-
-
-def _number(shard: str) -> int:
-    return int(shard.rpartition("-")[2])
-
-
-def _parse_recipe(path: Path, data: bytes) -> Recipe:
+def _parse_recipe(path: Place, data: bytes) -> Recipe:
     try:
         content = json.loads(data)
         check_version(content, path)

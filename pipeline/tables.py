@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
-from rats.pipeline.atomic import atomic_write
+from rats.pipeline.places import Place
 from rats.pipeline.sealed import hash_bytes, read_regular
 from rats.schemas.errors import DataError
 from rats.schemas.manifest import IndexRow, ScoreRow
 
 _Row = TypeVar("_Row", bound=BaseModel)
+
+_UNFOLDS = 1000
+"""Bytes in memory for a byte on disk, at most: rows of one prompt's many noises come to 50."""
 
 _SCHEMAS: dict[type[BaseModel], Any] = {
     IndexRow: pa.schema(
@@ -37,17 +40,15 @@ _SCHEMAS: dict[type[BaseModel], Any] = {
 }
 
 
-def write_rows(path: Path, model: type[_Row], rows: Sequence[_Row]) -> str:
-    """Write the rows atomically; returns the file's blake3."""
+def encode_rows(model: type[_Row], rows: Sequence[_Row]) -> bytes:
+    """The rows as a Parquet file; the same rows give the same bytes."""
     table = pa.Table.from_pylist([row.model_dump() for row in rows], schema=_SCHEMAS[model])
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    data = sink.getvalue().to_pybytes()
-    atomic_write(path, data)
-    return hash_bytes(data)
+    return sink.getvalue().to_pybytes()
 
 
-def read_rows(path: Path, model: type[_Row], blake3: str, remedy: str) -> list[_Row]:
+def read_rows(path: Place, model: type[_Row], blake3: str, remedy: str) -> list[_Row]:
     """Rows of the file whose hash is `blake3`; `remedy` ends the error.
 
     Raises:
@@ -57,9 +58,28 @@ def read_rows(path: Path, model: type[_Row], blake3: str, remedy: str) -> list[_
     if (found := hash_bytes(data)) != blake3:
         raise DataError(f"{path} is damaged (blake3 {found[:12]}, recorded {blake3[:12]}); {remedy}")
     try:
-        table = pq.read_table(pa.BufferReader(data))
-        if not table.schema.equals(_SCHEMAS[model]):
-            raise ValueError(f"columns {table.schema.names}")
-        return [model.model_validate(row) for row in table.to_pylist()]
-    except (pa.ArrowException, ValidationError, ValueError) as error:
-        raise DataError(f"{path} is not a table of this format ({str(error)[:120]}); {remedy}") from None
+        return [model.model_validate(row) for row in _table(data, _SCHEMAS[model]).to_pylist()]
+    except (pa.ArrowException, OSError, ValidationError, ValueError) as error:  # pyarrow's damage is an OSError
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"{path} is not a table of this format ({reason}); {remedy}") from None
+
+
+def _table(data: bytes, schema: Any) -> Any:
+    """The table of a file that does not unfold into much more than itself (ValueError: it does)."""
+    about = pq.read_metadata(pa.BufferReader(data))
+    if not about.schema.to_arrow_schema().equals(schema):
+        raise ValueError(f"columns {about.schema.names}")
+    size = sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
+    if about.num_rows > len(data) or size > _UNFOLDS * len(data):
+        raise ValueError(f"{about.num_rows} rows, {size} bytes in a file of {len(data)}")
+    texts = [field.name for field in schema if field.type == pa.string()]
+    table = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts).read()
+    if (size := sum(_text_bytes(table[name]) for name in texts)) > _UNFOLDS * len(data):
+        raise ValueError(f"{size} bytes of text in a file of {len(data)}")
+    return table.cast(schema)
+
+
+def _text_bytes(column: Any) -> int:
+    """Length of all texts of a column whose repeated ones are stored once."""
+    lengths = [pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks]
+    return sum(pc.sum(chunk).as_py() or 0 for chunk in lengths)

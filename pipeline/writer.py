@@ -44,7 +44,11 @@ def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[Sample]) ->
 
 
 def _finish(shards: ShardSet, temporary: Path, done: ShardDone) -> ShardDone:
-    """Give the shard its name; of two writers the first wins, so that tar and document belong together."""
+    """Give the shard its name; of two writers the first wins, so that tar and document belong together.
+
+    In a remote store nothing keeps two that finish in one moment apart: of one recipe they wrote the same bytes, and
+    if they did not, the reader finds that tar and document disagree.
+    """
     with shards.lock(done.shard):
         if earlier := shards.done(done.shard):
             return earlier

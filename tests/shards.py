@@ -9,7 +9,7 @@ import numpy as np
 from rats.pipeline.prompts import Prompt, planned
 from rats.pipeline.store import ShardSet
 from rats.pipeline.writer import Sample, write_shard
-from rats.schemas.horizons import snap, union
+from rats.schemas.horizons import aligned
 from rats.schemas.manifest import PlannedSample, ScoreRow, ShardPlan, Snapshot
 from rats.schemas.params import Params
 from rats.schemas.recipe import Recipe, make_recipe
@@ -32,9 +32,11 @@ def grid(steps: int) -> list[float]:
 
 def recipe_of(settings: Params) -> Recipe:
     """A recipe as rollout makes it, for hashes that are made up."""
-    students = [grid(nfe) for nfe in settings.teacher.nfe]
-    sigmas = snap(grid(settings.teacher.steps), students)
-    return make_recipe(settings, {"transformer": "a" * 64, "vae": "b" * 64}, "c" * 64, sigmas, union(students))
+    teacher = settings.teacher
+    sigmas, horizons = aligned(grid, teacher.steps, teacher.nfe, teacher.horizons)
+    return make_recipe(
+        settings, {"transformer": "a" * 64, "vae": "b" * 64}, "c" * 64, sigmas, horizons, (TOKENS, CHANNELS)
+    )
 
 
 def wanted(prompts: int = 5, noises: int = 2) -> list[PlannedSample]:

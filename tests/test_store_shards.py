@@ -16,13 +16,11 @@ import pytest
 import torch
 import webdataset
 
-from rats.pipeline import publish as publishing
 from rats.pipeline.embeddings import has_embedding, read_embedding, write_embedding
-from rats.pipeline.publish import publish
 from rats.pipeline.reader import Stream, read_sample, verify_shard
 from rats.pipeline.store import ShardSet
 from rats.pipeline.writer import Sample, write_shard
-from rats.schemas.errors import CannotCreateError, ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.identity import KEY_PATTERN
 from rats.schemas.manifest import PlannedSample, ScoreRow
 from tests.shards import HORIZONS, fill, latents, params, recipe_of, score, wanted, write_samples, write_set
@@ -270,75 +268,6 @@ def test_embeddings_come_back_in_their_own_dtype(tmp_path: Path) -> None:
     assert has_embedding(shards, one) and not has_embedding(shards, "0" * 64)
     assert tensors["context"].dtype == torch.bfloat16
     assert torch.equal(tensors["pooled"], torch.arange(4.0))
-
-
-def test_a_published_folder_is_a_shard_set_with_exactly_what_its_snapshot_needs(tmp_path: Path) -> None:
-    shards = write_set(tmp_path / "store")
-    embed(shards)
-    reward = score(shards)
-    write_samples(shards, wanted(prompts=9))  # growth that the first snapshot does not know
-    snapshot = shards.snapshot(1)
-    publish(shards, snapshot, tmp_path / "out", [reward])
-    out = ShardSet.open(tmp_path / "out")
-    assert (out.fingerprint, out.snapshot(), out.index(snapshot)) == (
-        shards.fingerprint,
-        snapshot,
-        shards.index(snapshot),
-    )
-    assert out.read_scores(*[out.reward_named("hps")[0], [s.key for s in wanted()]]) == shards.read_scores(
-        reward, [s.key for s in wanted()]
-    )
-    assert read_embedding(out, wanted()[0].prompt_id)
-    assert [key.key for key, _ in (next(Stream(out, out.snapshot(), 0, i)) for i in range(10))]
-    parts = {name.split("/")[0]: 0 for name in tree(out.root)}
-    for name in tree(out.root):
-        parts[name.split("/")[0]] += 1
-        assert os.path.samefile(out.root / name, shards.root / name)
-    assert parts == {"recipe.json": 1, "shards": 6, "index": 1, "embeddings": 5, "scores": 7, "manifests": 1}
-
-
-def test_publishing_again_changes_nothing_and_another_snapshot_replaces_the_old(tmp_path: Path) -> None:
-    shards = write_set(tmp_path / "store")
-    out = tmp_path / "data" / "train"
-    publish(shards, shards.snapshot(), out, [])
-    inode = out.stat().st_ino
-    publish(shards, shards.snapshot(), out, [])
-    assert out.stat().st_ino == inode
-    publish(shards, write_samples(shards, wanted(prompts=1)), out, [])
-    assert ShardSet.open(out).snapshots() == [2]
-    assert tree(out / "shards") < tree(shards.root / "shards")
-    assert [path.name for path in out.parent.iterdir()] == ["train"]
-
-
-def test_publishing_across_file_systems_copies(tmp_path: Path) -> None:
-    other = Path("/dev/shm")
-    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("needs a second file system")
-    shards = write_set(tmp_path)
-    out = other / f"rats-test-{os.getpid()}"
-    try:
-        publish(shards, shards.snapshot(), out, [])
-        publish(shards, shards.snapshot(), out, [])
-        assert ShardSet.open(out).index(shards.snapshot()) == shards.index(shards.snapshot())
-    finally:
-        publishing.shutil.rmtree(out, ignore_errors=True)
-
-
-def test_publishing_never_replaces_a_folder_that_is_not_ours(tmp_path: Path) -> None:
-    shards = write_set(tmp_path / "store")
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "thesis.txt").write_text("years")
-    for out in (tmp_path / "work", tmp_path, tmp_path / "work" / "thesis.txt", shards.root, shards.root / "x"):
-        with pytest.raises(CannotCreateError):
-            publish(shards, shards.snapshot(), out, [])
-    assert (tmp_path / "work" / "thesis.txt").read_text() == "years"
-
-
-def test_publishing_without_the_scores_is_refused(tmp_path: Path) -> None:
-    shards = write_set(tmp_path / "store")
-    with pytest.raises(DataError, match="no scores"):
-        publish(shards, shards.snapshot(), tmp_path / "out", ["f" * 64])
-    assert not (tmp_path / "out").exists()
 
 
 def test_written_files_obey_the_umask(tmp_path: Path) -> None:
