@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.loading import quiet_imports, quiet_loading, torch_device, torch_dtype
+from rats.pipeline.loading import quiet_imports, quiet_loading, quiet_notices, torch_device, torch_dtype
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.solver import guide
-from rats.pipeline.weights import PIPELINE_PATTERNS, resolve
+from rats.pipeline.weights import DECODER_PATTERNS, PIPELINE_PATTERNS, resolve
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
 
@@ -27,8 +27,39 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
     from diffusers import FluxPipeline
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
+ATTENTION = {"sdpa": "native"}
+"""`compute.attention` in diffusers' words."""
 
-class FluxStudent:
+
+class FluxDecoder:
+    """The VAE alone: all that a stored final needs to become a picture."""
+
+    network_class = FluxTransformer2DModel
+    """What this family's teachers and students run."""
+
+    def __init__(self, vae: AutoencoderKL, settings: TeacherParams) -> None:
+        """Takes a loaded VAE. `settings` gives the resolution."""
+        self.vae = vae.requires_grad_(False).eval()
+        self.settings = settings
+        self._vae_config: Any = vae.config
+        self._factor = 2 ** (len(self._vae_config.block_out_channels) - 1)
+        _check_resolution(settings, 2 * self._factor)
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """(T, C): 2 x 2 patches of the VAE's latent, packed as FluxPipeline packs them."""
+        patch = 2 * self._factor
+        return self.settings.height // patch * (self.settings.width // patch), 4 * int(self._vae_config.latent_channels)
+
+    def decode(self, x_BTC: Tensor) -> Tensor:
+        """Images (B, 3, H, W), float32 in [0, 1]; z / scaling + shift before the VAE, v / 2 + 0.5 after it."""
+        packed = x_BTC.to(self.vae.device, self.vae.dtype)
+        z = FluxPipeline._unpack_latents(packed, self.settings.height, self.settings.width, self._factor)
+        z = z / self._vae_config.scaling_factor + (self._vae_config.shift_factor or 0.0)
+        image = self.vae.decode(z, return_dict=False)[0]
+        return (image.float() / 2 + 0.5).clamp(0, 1)
+
+
+class FluxStudent(FluxDecoder):
     """Transformer, VAE and scheduler: all that sampling from stored embeddings needs."""
 
     def __init__(
@@ -39,16 +70,12 @@ class FluxStudent:
         settings: TeacherParams,
     ) -> None:
         """Takes loaded parts. `settings` gives the resolution and the embedded guidance scale."""
+        super().__init__(vae, settings)
         self.network: nn.Module = network
-        self.vae = vae.requires_grad_(False).eval()
         self.scheduler = scheduler
-        self.settings = settings
         self._config: Any = network.config
-        self._vae_config: Any = vae.config
-        self._factor = 2 ** (len(self._vae_config.block_out_channels) - 1)
         self._rows = settings.height // (2 * self._factor)
         self._columns = settings.width // (2 * self._factor)
-        _check_resolution(settings, 2 * self._factor)
         position = FluxPipeline._prepare_latent_image_ids
         self._image_ids = position(1, self._rows, self._columns, network.device, network.dtype)
 
@@ -82,14 +109,6 @@ class FluxStudent:
         if not self._config.guidance_embeds:
             return None
         return torch.full((len(x_BTC),), scale, device=x_BTC.device)
-
-    def decode(self, x_BTC: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float32 in [0, 1]; z / scaling + shift before the VAE, v / 2 + 0.5 after it."""
-        packed = x_BTC.to(self.vae.dtype)
-        z = FluxPipeline._unpack_latents(packed, self.settings.height, self.settings.width, self._factor)
-        z = z / self._vae_config.scaling_factor + (self._vae_config.shift_factor or 0.0)
-        image = self.vae.decode(z, return_dict=False)[0]
-        return (image.float() / 2 + 0.5).clamp(0, 1)
 
     def stock_sigmas(self, steps: int) -> list[float]:
         """The pipeline's own grid: 1 to 1 / steps, shifted once (statically or by resolution), then 0.
@@ -195,11 +214,10 @@ def open_teacher(model: ModelParams, teacher: TeacherParams, compute: ComputePar
     return FluxTeacher(network, vae, scheduler, teacher, encoders)
 
 
-def open_decoder(model: ModelParams, teacher: TeacherParams, compute: ComputeParams) -> FluxStudent:
-    """Loads the VAE only; the network is an outline without weights, so `velocity` cannot be called."""
-    folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
-    vae = _load(AutoencoderKL, folder / "vae", model, compute)
-    return FluxStudent(_outline(FluxTransformer2DModel, folder / "transformer"), vae, _scheduler(folder), teacher)
+def open_decoder(model: ModelParams, teacher: TeacherParams, compute: ComputeParams) -> FluxDecoder:
+    """Loads the VAE; nothing else of the model has to be there."""
+    folder = resolve(model.path, model.revision, DECODER_PATTERNS)
+    return FluxDecoder(_load(AutoencoderKL, folder / "vae", model, compute), teacher)
 
 
 def open_outline(model: ModelParams, teacher: TeacherParams) -> FluxStudent:
@@ -224,10 +242,17 @@ def _load_parts(
     folder: Path, model: ModelParams, compute: ComputeParams, transformer: Path | None
 ) -> tuple[FluxTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler]:
     network = _load(FluxTransformer2DModel, transformer or folder / "transformer", model, compute)
-    if compute.compile:
-        network.compile()
+    apply_kernels(network, compute)
     vae = _load(AutoencoderKL, folder / "vae", model, compute)
     return network, vae, _scheduler(folder)
+
+
+def apply_kernels(network: FluxTransformer2DModel, compute: ComputeParams) -> None:
+    """The recipe's attention and compilation, whatever the environment (DIFFUSERS_ATTN_BACKEND) asks for."""
+    with quiet_notices():
+        network.set_attention_backend(ATTENTION[compute.attention])
+    if compute.compile:
+        network.compile()
 
 
 def _load(cls: Any, folder: Path, model: ModelParams, compute: ComputeParams) -> Any:

@@ -78,6 +78,19 @@ def quiet_imports() -> Iterator[None]:
 
 
 @contextmanager
+def quiet_notices() -> Iterator[None]:
+    """No remarks of diffusers on features that it calls experimental."""
+    import diffusers.utils.logging as diffusers_logging
+
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def quiet_loading() -> Iterator[None]:
     """No progress bars of diffusers and transformers while weights load: our own progress is on stderr."""
     import diffusers.utils.logging as diffusers_logging

@@ -24,17 +24,22 @@ class Reward(Protocol):
 
 
 @runtime_checkable
-class Student(Protocol):
+class Decoder(Protocol):
+    """What scoring and looking at stored finals need of a family."""
+
+    def decode(self, x_BTC: Tensor) -> Tensor:
+        """Images (B, 3, H, W), clamped to [0, 1], of clean latents; differentiable."""
+        ...
+
+
+@runtime_checkable
+class Student(Decoder, Protocol):
     """What stage two holds of a family: one network and the decoder, no text encoder."""
 
     network: nn.Module
 
     def velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
         """Velocity eps - x0 (B, T, C) at one sigma, in one network evaluation; differentiable."""
-        ...
-
-    def decode(self, x_BTC: Tensor) -> Tensor:
-        """Images (B, 3, H, W), clamped to [0, 1], of clean latents; differentiable."""
         ...
 
     def stock_sigmas(self, steps: int) -> list[float]:

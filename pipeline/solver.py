@@ -1,6 +1,7 @@
 """The Euler solver of flow matching on pure tensors: sigma in [0, 1], 1 = noise, v = eps - x0.
 
 It knows no model: `velocity` may be a network, a guided pair of networks or a formula in a test.
+When a change here moves latents, `schemas.recipe.SOLVER_VERSION` is raised: tests/test_golden.py says when.
 """
 
 from __future__ import annotations
@@ -8,9 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
-
-SOLVER_VERSION = 1
-"""Raise it when the golden-latents test says that latents moved: it is part of every fingerprint."""
 
 Velocity = Callable[[Tensor, float], Tensor]
 

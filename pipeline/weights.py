@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from rats.schemas.errors import ConfigError, DataError
@@ -15,6 +15,9 @@ HASHED_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
 
 PIPELINE_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
 """What a diffusers folder needs; leaves out the single-file copies at the top of hub repositories."""
+
+DECODER_PATTERNS = ("model_index.json", "vae/*.json", "vae/*.safetensors")
+"""What decoding stored latents needs of it."""
 
 
 def hash_files(paths: Iterable[Path], root: Path) -> str:
@@ -94,6 +97,24 @@ def resolve(path: str | Path, revision: str | None = None, patterns: Sequence[st
     if not _is_hub_id(str(path)):
         raise ConfigError(f"no model at '{path}' (looked in {Path.cwd()}): give a folder or a hub id like org/name")
     return _download(str(path), revision, patterns)
+
+
+def pinned(path: str, revision: str | None, patterns: Sequence[str] | None = None) -> str | None:
+    """The commit that a hub repository is at now, so that every worker takes the same; a local path's as given."""
+    return revision if Path(path).exists() else resolve(path, revision, patterns).name
+
+
+def check_weights(folder: Path, expected: Mapping[str, str]) -> None:
+    """Holds a folder's weights and vocabularies against a recipe's: another node may have others in the same place.
+
+    Raises ConfigError when a component differs.
+    """
+    found = component_hashes(folder)
+    if other := sorted(name for name, value in expected.items() if found.get(name) != value):
+        raise ConfigError(
+            f"{folder / other[0]} holds other weights than the shard set's recipe names: "
+            "give every worker the same model, or start the rollout again for the new one"
+        )
 
 
 def _is_hub_id(path: str) -> bool:

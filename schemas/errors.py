@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
+
 
 class RatsError(Exception):
     """One line that says what, which value and the way out; `exit_code` is what the process returns."""
@@ -43,3 +49,8 @@ class RetryLaterError(RatsError):
     """Somebody else holds what we need; the same command works later."""
 
     exit_code = 75
+
+
+def brief(value: Any) -> str:
+    """A value for an error's one line, cut to a few words however large or deep it is."""
+    return " ".join(_REPR.repr(value).split())[:300]

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rats.schemas.errors import ConfigError
 
 TOLERANCE = 1e-6
 """Two float32 roundings of one sigma; closer than any two steps of a grid."""
+
+
+def aligned(
+    stock: Callable[[int], Sequence[float]], steps: int, nfe: Sequence[int], kept: str
+) -> tuple[list[float], list[float]]:
+    """The teacher's snapped grid of `steps` + 1 sigmas, and those of them whose states are kept.
+
+    Args:
+        stock: A family's own grid for a number of steps, from 1.0 to 0.0.
+        steps: The teacher's.
+        nfe: The students'.
+        kept: "nfe" for the sigmas of the students' grids, "all" for the whole snapped grid.
+    """
+    students = [stock(count) for count in nfe]
+    sigmas = snap(stock(steps), students)
+    return sigmas, union(students) if kept == "nfe" else sigmas
 
 
 def union(students: Sequence[Sequence[float]]) -> list[float]:

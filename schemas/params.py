@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rats.schemas.errors import ConfigError
+from rats.schemas.errors import ConfigError, brief
 from rats.schemas.yaml_values import override, parse, set_at
 
 Positive = Annotated[int, Field(gt=0)]
@@ -44,10 +44,14 @@ class PromptParams(Block):
 
 
 class TeacherParams(Block):
-    """How the teacher samples. `nfe`: the student grids whose sigmas are snapped into its own."""
+    """How the teacher samples. `nfe`: the student grids whose sigmas are snapped into its own.
+
+    `horizons`: which of its states are kept, those at the students' sigmas or all.
+    """
 
     steps: Positive = 50
     nfe: tuple[Positive, ...] = (3, 5, 8)
+    horizons: Literal["nfe", "all"] = "nfe"
     guidance_scale: NonNegative = 3.5
     true_cfg_scale: Annotated[float, Field(ge=1)] = 1.0
     negative_prompt: str = ""
@@ -167,7 +171,9 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     """
     values = parse(_read_text(path), str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys such as 'model:', got {values!r}; `rats init` writes a file to start")
+        raise ConfigError(
+            f"{path}: expected keys such as 'model:', got {brief(values)}; `rats init` writes a file to start"
+        )
     for text in overrides:
         override(values, text)
     params = _validate(Params, values, str(path))
@@ -182,7 +188,7 @@ def with_variant(params: Params, name: str) -> TrainParams:
         ConfigError: an unknown variant, key or value, with the nearest known name.
     """
     if name not in params.variants:
-        raise ConfigError(f"unknown variant {name!r}{nearest(name, params.variants)}; add it under variants:")
+        raise ConfigError(f"unknown variant {brief(name)}{nearest(name, params.variants)}; add it under variants:")
     values = params.train.model_dump()
     for dotted, value in params.variants[name].items():
         set_at(values, dotted.split("."), value, f"variants.{name}.{dotted}")
@@ -191,9 +197,9 @@ def with_variant(params: Params, name: str) -> TrainParams:
 
 def nearest(name: str, known: Any) -> str:
     """A hint for an error text: ", did you mean 'x'?", else the known names."""
-    names = sorted(map(str, known))
-    match = difflib.get_close_matches(name, names, n=1)
-    return f", did you mean {match[0]!r}?" if match else f" (known: {', '.join(names) or 'none'})"
+    names = sorted(str(one)[:80] for one in known)[:100]
+    match = difflib.get_close_matches(name[:80], names, n=1)
+    return f", did you mean {match[0]!r}?" if match else f" (known: {', '.join(names)[:300] or 'none'})"
 
 
 def _read_text(path: Path) -> str:
@@ -219,10 +225,10 @@ def _explain(model: type[Block], error: ValidationError) -> str:
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
         hint = nearest(str(first["loc"][-1]), fields_at(model, first["loc"][:-1]))
-        return f"unknown key {dotted!r}{hint}{more}"
+        return f"unknown key {brief(dotted)}{hint}{more}"
     if first["type"] == "missing":
-        return f"{dotted!r} is missing{more}"
-    return f"{dotted} = {first['input']!r}: {first['msg']}{more}"
+        return f"{brief(dotted)} is missing{more}"
+    return f"{dotted[:120]} = {brief(first['input'])}: {' '.join(first['msg'].split())[:200]}{more}"
 
 
 def fields_at(model: type[Block], place: Sequence[int | str]) -> list[str]:
@@ -246,10 +252,12 @@ def _check_names(params: Params, where: str) -> None:
         raise ConfigError(f"{where}: two rewards have one name in {names}; give each its own")
     for name in params.evaluate.variants:
         if name not in params.variants:
-            raise ConfigError(f"{where}: evaluate.variants has unknown {name!r}{nearest(name, params.variants)}")
+            raise ConfigError(f"{where}: evaluate.variants has unknown {brief(name)}{nearest(name, params.variants)}")
     for name in params.variants:
         train = with_variant(params, name)
         if names and train.reward not in names:
-            raise ConfigError(f"{where}: train.reward = {train.reward!r} is no reward{nearest(train.reward, names)}")
+            raise ConfigError(
+                f"{where}: train.reward = {brief(train.reward)} is no reward{nearest(train.reward, names)}"
+            )
         if missing := sorted(set(train.nfe) - set(params.teacher.nfe)):
             raise ConfigError(f"{where}: train.nfe has {missing[0]}, teacher.nfe has not; add it there")

@@ -12,16 +12,17 @@ from pydantic import Field
 
 from rats.schemas.canonical import canonical_json, sha256
 from rats.schemas.manifest import FORMAT_VERSION, Record
-from rats.schemas.params import Params
+from rats.schemas.params import Params, Positive
 
 SOLVER_VERSION = 1
-"""Bumped when the golden-latents test says that latents moved."""
+"""Raised when the golden-latents test (tests/test_golden.py) says that the same recipe gives other latents."""
 
 IN_RECIPE = (
     "model.family",
     "model.dtype",
     "teacher.steps",
     "teacher.nfe",
+    "teacher.horizons",
     "teacher.guidance_scale",
     "teacher.true_cfg_scale",
     "teacher.negative_prompt",
@@ -35,7 +36,8 @@ IN_RECIPE = (
     "compute.attention",
     "compute.compile",
 )
-"""Fields whose change is a new address. `steps` and `nfe` enter as the snapped sigmas and the horizons."""
+"""Fields whose change is a new address. `steps`, `nfe` and `horizons` enter as the snapped sigmas
+and the sigmas that are kept."""
 
 NOT_IN_RECIPE = (
     "model.path",
@@ -70,7 +72,10 @@ class ComputeRecipe(Record):
 
 
 class Recipe(Record):
-    """`weights` by component name, `sigmas` the snapped teacher grid, `horizons` the rows that are kept."""
+    """`weights` by component name, `sigmas` the snapped teacher grid, `horizons` the rows that are kept.
+
+    `latent_shape` is one state's, (T, C) for FLUX: the decoder's depth decides it, and its weights are left out.
+    """
 
     format_version: Literal[1] = FORMAT_VERSION
     solver_version: int = SOLVER_VERSION
@@ -79,6 +84,7 @@ class Recipe(Record):
     scheduler: str
     sigmas: Annotated[tuple[float, ...], Field(min_length=2)]
     horizons: Annotated[tuple[float, ...], Field(min_length=2)]
+    latent_shape: Annotated[tuple[Positive, ...], Field(min_length=1)]
     guidance_scale: float
     true_cfg_scale: float
     negative_prompt: str
@@ -102,6 +108,7 @@ def make_recipe(
     scheduler: str,
     sigmas: Sequence[float],
     horizons: Sequence[float],
+    latent_shape: Sequence[int],
 ) -> Recipe:
     """The recipe of `params` for hashed weights and read sigmas.
 
@@ -110,9 +117,10 @@ def make_recipe(
         weights: Hash by component (transformer, text encoders, tokenizers); the VAE is left out.
         scheduler: Hash of the scheduler's configuration.
         sigmas: The teacher's grid, snapped to the students' (`schemas.horizons.snap`).
-        horizons: The sigmas whose states are kept (`schemas.horizons.union`).
+        horizons: The sigmas whose states are kept (`schemas.horizons.aligned` gives both).
+        latent_shape: Of one state, by the family at this resolution.
     """
-    teacher = params.teacher.model_dump(exclude={"steps", "nfe", "noises_per_prompt"})
+    teacher = params.teacher.model_dump(exclude={"steps", "nfe", "horizons", "noises_per_prompt"})
     compute = params.compute.model_dump() | {"device": params.compute.device.split(":")[0]}
     return Recipe(
         **teacher,
@@ -122,5 +130,6 @@ def make_recipe(
         scheduler=scheduler,
         sigmas=tuple(sigmas),
         horizons=tuple(horizons),
+        latent_shape=tuple(latent_shape),
         compute=ComputeRecipe(**compute),
     )

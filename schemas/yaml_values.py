@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import yaml
 
-from rats.schemas.errors import ConfigError
+from rats.schemas.errors import ConfigError, brief
+
+_DEEP = re.compile(r"[\[{]{100}")
+"""PyYAML takes seconds for some thousand of them before it gives up."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -15,9 +20,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        twice = sorted(key for key, count in Counter(keys).items() if count > 1)
         if twice:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key {twice[0]!r} is there twice")
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key {brief(twice[0])} is there twice")
         return super().construct_mapping(node, deep)
 
 
@@ -29,10 +34,13 @@ _Loader.yaml_implicit_resolvers = {
 
 def parse(text: str, where: str) -> Any:
     """The value of a YAML text; `where` begins the error."""
+    if _DEEP.search(text):
+        raise ConfigError(f"{where} is not YAML: a hundred brackets in a row")
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: it makes plain data only
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # the last three are how PyYAML says that `!!int ""`, `!!omap x` and `!!timestamp x` are none
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def override(values: dict[str, Any], text: str) -> None:

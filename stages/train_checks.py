@@ -11,11 +11,11 @@ from rats.pipeline.registry import reward_fingerprint
 from rats.pipeline.store import ShardSet
 from rats.pipeline.weights import PIPELINE_PATTERNS, hash_path, resolve, scheduler_hash
 from rats.schemas.errors import ConfigError, DataError
-from rats.schemas.horizons import snap, union
+from rats.schemas.horizons import aligned
 from rats.schemas.manifest import RewardRecord
 from rats.schemas.params import Params, RewardParams, nearest
 from rats.schemas.recipe import Recipe, make_recipe
-from rats.stages.score import reward_hashes
+from rats.stages.score_worker import reward_hashes
 
 NOT_COMPARED = ("compute", "format_version", "solver_version")
 """Where and how the teacher ran, which a student may do elsewhere. Text encoders are not asked for at all:
@@ -46,10 +46,10 @@ def check_recipe(params: Params, shards: ShardSet) -> None:
 def _recipe(params: Params) -> Recipe:
     folder = _folder(params)
     family = open_outline(params.model, params.teacher)
-    students = [family.stock_sigmas(nfe) for nfe in params.teacher.nfe]
-    sigmas = snap(family.stock_sigmas(params.teacher.steps), students)
+    teacher = params.teacher
+    sigmas, horizons = aligned(family.stock_sigmas, teacher.steps, teacher.nfe, teacher.horizons)
     weights = {NETWORK: hash_path(folder / NETWORK)}
-    return make_recipe(params, weights, scheduler_hash(folder), sigmas, union(students))
+    return make_recipe(params, weights, scheduler_hash(folder), sigmas, horizons, family.latent_shape())
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def home(tmp_path_factory) -> Path:
     tiny.write_flux(folder / "flux")
     tiny.write_pickscore(folder / "pick")
     (folder / "prompts.txt").write_text("\n".join(tiny.PROMPTS[:4]) + "\n")
-    rollout_stage(params_of(folder), "train", folder / "shards", workers=0)
+    rollout_stage(params_of(folder), "train", folder / "shards")
     return folder
 
 
