@@ -22,6 +22,27 @@ class RolloutReport(Record):
     seconds: float
     snapshot_number: int = 0
     samples_failed: int = 0
+    """Failed scores of these samples as they are stored now, whenever they were made."""
+
+
+class ScoreReport(Record):
+    """`rats stage score`; `rewards` maps a reward's name to its column, `seconds` is wall time.
+
+    `scored` counts the rows written by this run, `failed` the failed scores of the snapshot's samples as stored now;
+    `teacher_forwards` is counted by a hook on every network of the teacher's class.
+    """
+
+    fingerprint: str
+    snapshot: str
+    rewards: dict[str, str]
+    samples: int
+    scored: int
+    failed: int
+    shards_total: int
+    shards_reused: int
+    teacher_forwards: int
+    seconds: float
+    snapshot_number: int = 0
 
 
 class TrainReport(Record):

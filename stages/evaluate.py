@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from rats.pipeline.atomic import atomic_write
 from rats.pipeline.judge import Judge, diversity_by_group
 from rats.pipeline.loading import torch_device
+from rats.pipeline.places import Place
 from rats.pipeline.protocols import Reward
 from rats.pipeline.registry import open_reward
 from rats.pipeline.store import ShardSet
@@ -61,7 +62,7 @@ class Bench:
     device: torch.device
 
 
-def evaluate_stage(params: Params, shards: Path, runs: Path, out: Path) -> EvaluateReport:
+def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> EvaluateReport:
     """Writes `out` (the cells), and beside it every sample's score and the pictures of the report.
 
     Args:

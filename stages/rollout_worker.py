@@ -7,44 +7,35 @@ Shapes: B samples, H kept horizons, T latent tokens, C channels.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from rats.pipeline.embeddings import has_embedding, read_embedding, write_embedding
-from rats.pipeline.flux import FluxStudent, FluxTeacher, open_decoder, open_teacher
+from rats.pipeline.flux import FluxDecoder, FluxTeacher, open_decoder, open_teacher
 from rats.pipeline.noise import noise
-from rats.pipeline.protocols import Conditioning, Reward, Teacher
-from rats.pipeline.registry import open_reward
+from rats.pipeline.places import Place
+from rats.pipeline.protocols import Conditioning, Teacher
 from rats.pipeline.solver import euler
 from rats.pipeline.store import ShardSet
+from rats.pipeline.weights import PIPELINE_PATTERNS, check_weights, resolve
 from rats.pipeline.writer import write_shard
 from rats.schemas.horizons import rows_of
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 from rats.schemas.params import Params
-from rats.stages.score import batches, score_shard
+from rats.stages.score_worker import Scorer, batches, missing_columns, threads
+from rats.stages.work import Busy, Made, ShardTask, claimed
 
 
-@dataclass(frozen=True)
-class Task:
-    """A shard with something missing: its samples, or the scores of some columns (reward name -> fingerprint)."""
+@dataclass(frozen=True, kw_only=True)
+class Task(ShardTask):
+    """A shard with something missing: samples, embeddings, or scores of some columns (reward name -> fingerprint)."""
 
     plan: ShardPlan
     columns: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Made:
-    """What a task did; `failed` counts scores that are not finite."""
-
-    samples: int
-    teacher_forwards: int
-    failed: int
 
 
 @dataclass(frozen=True)
@@ -52,57 +43,64 @@ class Setup:
     """What a worker needs in order to make its context; pickles."""
 
     params: Params
-    root: Path
+    root: Place
 
     def __call__(self) -> Context:
         """The worker's context; models are loaded by the first task that needs them."""
         return Context(self.params, ShardSet.open(self.root))
 
 
-class Context:
+class Context(Scorer):
     """A worker's models, each loaded once and only if a task asks for it."""
 
     def __init__(self, params: Params, shards: ShardSet) -> None:
         """Loads nothing yet."""
-        self.params, self.shards = params, shards
+        super().__init__(params, shards)
         self.teacher_forwards = 0
-        self._rewards: dict[str, Reward] = {}
 
     @cached_property
     def teacher(self) -> FluxTeacher:
-        """The teacher, its network's forwards counted by a hook."""
+        """The teacher, its weights those of the recipe, its network's forwards counted by a hook."""
+        model = self.params.model
+        check_weights(resolve(model.path, model.revision, PIPELINE_PATTERNS), self.shards.recipe.weights)
         teacher = open_teacher(self.params.model, self.params.teacher, self.params.compute)
         teacher.network.register_forward_hook(self._count)
         return teacher
 
     @cached_property
-    def decoder(self) -> FluxStudent:
+    def decoder(self) -> FluxDecoder:
         """The teacher's own decoder where it is loaded anyway, else the VAE alone."""
         if "teacher" in self.__dict__:
             return self.teacher
         return open_decoder(self.params.model, self.params.teacher, self.params.compute)
 
-    def reward(self, name: str) -> Reward:
-        """A reward by name."""
-        if name not in self._rewards:
-            self._rewards[name] = self._open(name)
-        return self._rewards[name]
-
-    def _open(self, name: str) -> Reward:
-        settings = next(reward for reward in self.params.rewards if reward.name == name)
-        return open_reward(settings, self.params.compute.device)
-
     def _count(self, *_: Any) -> None:
         self.teacher_forwards += 1
 
 
-def roll_shard(teacher: Teacher, shards: ShardSet, plan: ShardPlan) -> ShardDone:
-    """Sample and write one shard. Its bytes depend on the recipe and the samples' identities alone."""
+def do_task(context: Context, task: Task) -> Made | Busy:
+    """One shard on a worker: what is missing of embeddings and samples, then of scores, from what is on disk."""
+    before = context.teacher_forwards
+    with claimed(context.shards, task.shard, task.wait) as mine, threads(context.params.compute.threads):
+        if not mine:
+            return Busy(task.shard)
+        encode(context, task.plan)
+        done = context.shards.done(task.shard) or roll_shard(context.teacher, context.shards, task.plan)
+        scored = context.score(done, missing_columns(context.shards, task.shard, task.columns))
+    return Made(len(done.rows), context.teacher_forwards - before, scored)
+
+
+def encode(context: Context, plan: ShardPlan) -> None:
+    """Write the embeddings that are missing, of a finished shard's prompts too."""
     prompts = {sample.prompt_id: sample.prompt for sample in plan.samples}
     for prompt_id, prompt in prompts.items():
-        if not has_embedding(shards, prompt_id):
-            embedding = teacher.encode([prompt])
-            write_embedding(shards, prompt_id, {name: value[0] for name, value in embedding.items()})
+        if not has_embedding(context.shards, prompt_id):
+            embedding = context.teacher.encode([prompt])
+            write_embedding(context.shards, prompt_id, {name: value[0] for name, value in embedding.items()})
+
+
+def roll_shard(teacher: Teacher, shards: ShardSet, plan: ShardPlan) -> ShardDone:
+    """Sample and write one shard. Its bytes depend on the recipe and the samples' identities alone."""
     return write_shard(shards, plan, _samples(teacher, shards, plan.samples))
 
 
@@ -123,8 +121,8 @@ def _trajectories(
     teacher: Teacher, shards: ShardSet, batch: Sequence[PlannedSample], rows: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """States (B, H, T, C) and predicted clean latents (B, H - 1, T, C) at the kept rows, float16."""
-    recipe, shape = shards.recipe, teacher.latent_shape()
-    starts = [noise(recipe.seed, sample.prompt_id, sample.noise_index, shape) for sample in batch]
+    recipe = shards.recipe
+    starts = [noise(recipe.seed, sample.prompt_id, sample.noise_index, recipe.latent_shape) for sample in batch]
     device = next(teacher.network.parameters()).device
     conditioning = _conditioning(shards, batch, device)
     states, x0s = euler(
@@ -141,27 +139,3 @@ def _conditioning(shards: ShardSet, batch: Sequence[PlannedSample], device: torc
 
 def _stack(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> np.ndarray:
     return torch.stack([tensors[row] for row in rows], dim=1).to("cpu", torch.float16).numpy()
-
-
-def do_task(context: Context, task: Task) -> Made:
-    """One shard on a worker: its samples if they are missing, then the missing scores from what is on disk."""
-    before = context.teacher_forwards
-    with threads(context.params.compute.threads):
-        done = context.shards.done(task.plan.shard) or roll_shard(context.teacher, context.shards, task.plan)
-        size = context.params.compute.micro_batch
-        failed = sum(
-            score_shard(context.shards, done, context.reward(name), column, context.decoder, size)
-            for name, column in task.columns.items()
-        )
-    return Made(len(done.rows), context.teacher_forwards - before, failed)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """The recipe's threads: sums in other orders have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

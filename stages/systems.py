@@ -16,6 +16,7 @@ from torch import Tensor
 from rats.pipeline import solver
 from rats.pipeline.embeddings import read_embedding
 from rats.pipeline.flux import open_student, open_teacher
+from rats.pipeline.places import Place
 from rats.pipeline.prompts import Prompt, read_prompts
 from rats.pipeline.protocols import Conditioning, Student, Teacher
 from rats.pipeline.reader import read_sample
@@ -68,7 +69,7 @@ class Samples:
         return Sample(row.key, row.prompt, x, x0, conditioning, score=float("nan"))
 
 
-def open_samples(params: Params, folder: Path) -> Samples:
+def open_samples(params: Params, folder: Place) -> Samples:
     """The newest snapshot of a published shard set, joined with the prompt file that it came from.
 
     Raises:
@@ -81,7 +82,7 @@ def open_samples(params: Params, folder: Path) -> Samples:
     return Samples(shards, rows, split, concepts, [known[row.prompt_id].kind for row in rows])
 
 
-def _prompts_of(params: Params, wanted: set[str], folder: Path) -> tuple[str, dict[str, Prompt]]:
+def _prompts_of(params: Params, wanted: set[str], folder: Place) -> tuple[str, dict[str, Prompt]]:
     files = {split: getattr(params.prompts, split) for split in SPLITS}
     for split, file in files.items():
         known = {prompt.id: prompt for prompt in read_prompts(Path(file))} if file else {}

@@ -20,6 +20,7 @@ from torch import nn
 
 from rats.pipeline.atomic import atomic_folder, atomic_write, remove
 from rats.pipeline.flux import FluxStudent, open_student
+from rats.pipeline.places import Place
 from rats.pipeline.registry import open_reward
 from rats.pipeline.store import ShardSet
 from rats.pipeline.weights import hash_path
@@ -60,7 +61,7 @@ class Source:
     scores: dict[str, float]
 
 
-def train_stage(params: Params, variant: str, shards: Path, out: Path, resume: str | None = None) -> TrainReport:
+def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: str | None = None) -> TrainReport:
     """Train `variant`'s student from the shards in the folder `shards`; everything it leaves is in `out`.
 
     `out` holds metrics.csv, checkpoints/, and at the end student/ (a diffusers transformer folder) and run.json.
@@ -89,7 +90,7 @@ def train_stage(params: Params, variant: str, shards: Path, out: Path, resume: s
     return TrainReport(**{name: getattr(record, name) for name in TrainReport.model_fields})
 
 
-def open_source(params: Params, chosen: TrainParams, folder: Path, saved: Saved | None = None) -> Source:
+def open_source(params: Params, chosen: TrainParams, folder: Place, saved: Saved | None = None) -> Source:
     """The shards, checked against model and reward; of the snapshot that the checkpoint has read, if it is there."""
     shards = ShardSet.open(folder)
     check_recipe(params, shards)

@@ -129,7 +129,7 @@ def test_a_grown_prompt_file_adds_shards_and_keeps_the_old_ones(rolled: tuple[Pa
 
 
 def test_a_changed_recipe_gets_a_new_address_and_a_changed_worker_count_does_not(rolled: tuple[Params, Path]):
-    from rats.stages.rollout import plan_rollout
+    from rats.stages.plan import plan_rollout
 
     params, _ = rolled
     assert plan_rollout(params, "train")["samples_missing"] == 0

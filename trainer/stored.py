@@ -10,12 +10,12 @@ import torch
 
 from rats.pipeline.embeddings import read_embedding
 from rats.pipeline.reader import Stream
+from rats.pipeline.scores import MAX_BAD
 from rats.pipeline.store import ShardSet
 from rats.schemas.errors import DataError
 from rats.schemas.manifest import Snapshot
 from rats.trainer.batches import Sample
 
-MOST_UNSCORED = 0.1
 PROMPTS_IN_MEMORY = 256
 
 
@@ -30,10 +30,10 @@ class StoredSamples:
     ) -> None:
         """`scores`: R_T by key. Raises DataError when more than a tenth of the samples have none."""
         missing = snapshot.samples - len(scores)
-        if missing > MOST_UNSCORED * snapshot.samples:
+        if missing > MAX_BAD * snapshot.samples:
             raise DataError(
                 f"{missing} of {snapshot.samples} samples of {shards.root} have no score: mend the reward, "
-                "then run `rats stage rollout`, which scores again without the teacher"
+                "then `rats stage score --retry-failed` and publish again with its --out"
             )
         self._stream = Stream(shards, snapshot, seed, position)
         self._scores = scores
