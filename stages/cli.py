@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from rats.schemas.errors import ConfigError
-from rats.stages.cli_options import DEFAULT_PARAMS, STYLE, Json, ParamsFile, Seed, Sets, load
+from rats.stages.cli_options import DEFAULT_PARAMS, STYLE, Json, ParamsFile, Seed, Sets, load, split_named
 from rats.stages.cli_shards import shards
 from rats.stages.cli_stage import stage
 from rats.stages.console import guarded, say, table
@@ -45,6 +45,38 @@ def init(
 
     written = [write_dvc(folder)] if dvc else init_project(folder, model, prompts, reward or [], force)
     say({"written": [str(path) for path in written]}, json_)
+
+
+@app.command()
+def plan(
+    split: Annotated[str, typer.Option(metavar="train|validation|test", help="Which prompts.")] = "train",
+    experiments: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Trainings on this set; all variants if not given.")
+    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, metavar="USD", help="An hour of one worker.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="How many share the work.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=1e-6, metavar="TFLOPS", help="Of one worker elsewhere; else measured here.")
+    ] = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Say what a rollout takes, before it starts.
+
+    Samples, what is there, evaluations, time, bytes and cost; stored trajectories against a live teacher.
+    """
+    values = load(params, set_)
+    from rats.stages.plan import plan_stage
+    from rats.stages.plan_text import plan_rows
+
+    flops = None if rate is None else rate * 1e12
+    planned = plan_stage(values, split_named(split), experiments, price, workers, flops)
+    if json_:
+        say(planned.model_dump(), json_)
+        return
+    for name, text in plan_rows(planned):
+        print(f"{name:<12} {text}")
 
 
 @app.command()
