@@ -1,25 +1,23 @@
-"""What `rats shards` prints: which sets there are, what is in one, whether every byte is as recorded."""
+"""What `rats shards ls` and `info` print: which sets there are, and what is in one."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from rats.pipeline.embeddings import has_embedding, read_embedding
-from rats.pipeline.reader import verify_shard
+from rats.pipeline.places import Place
 from rats.pipeline.store import ShardSet
 from rats.schemas.errors import ConfigError
 
 
-def list_sets(folder: Path) -> list[dict[str, Any]]:
+def list_sets(folder: Place) -> list[dict[str, Any]]:
     """A row for every shard set below `folder`, which may be a store, a set or a published folder."""
     if not folder.is_dir():
         raise ConfigError(f"no folder {folder}: name a store or a published folder, such as data/teacher/train")
-    roots = sorted(path.parent for path in folder.glob("**/recipe.json"))
+    roots = sorted((path.parent for path in folder.glob("**/recipe.json")), key=str)
     return [_row(ShardSet.open(root)) for root in roots]
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Place) -> dict[str, Any]:
     """Recipe, newest snapshot and columns of scores of one set.
 
     Raises:
@@ -38,26 +36,6 @@ def describe(folder: Path) -> dict[str, Any]:
         "rewards": [f"{record.name} {column[:12]}" for column, record in shards.rewards().items()],
         "weights": [f"{name} {digest[:12]}" for name, digest in sorted(recipe.weights.items())],
     }
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Reads all that the newest snapshot needs and compares every hash.
-
-    Raises:
-        DataError: at the first difference, naming the file and the way out.
-    """
-    shards = ShardSet.open(folder)
-    snapshot = shards.snapshot()
-    rows = shards.index(snapshot)
-    size = sum(verify_shard(shards, shard, digest) for shard, digest in snapshot.shards.items())
-    prompts = {row.prompt_id for row in rows}
-    for prompt in sorted(prompts):
-        if has_embedding(shards, prompt):
-            read_embedding(shards, prompt)
-    columns = shards.rewards()
-    for column in columns:
-        shards.read_scores(column, (row.key for row in rows))
-    return {"samples": len(rows), "shards": len(snapshot.shards), "bytes": size, "rewards": len(columns), "ok": True}
 
 
 def _row(shards: ShardSet) -> dict[str, Any]:
