@@ -175,6 +175,22 @@ def forest(cells: Sequence[Cell], variants: Sequence[str]) -> str:
     return _panels([partial(draw, metric=m) for m in metrics], ylabel="", share_y=True, height=0.9 + 0.16 * len(height))
 
 
+def histograms(columns: Sequence[tuple[str, Sequence[float]]]) -> str:
+    """How the scores of each (name, scores) are spread, one panel each, with their mean."""
+
+    def draw(axes: Axes, name: str, scores: Sequence[float], shade: str) -> None:
+        axes.hist(scores, bins=min(40, max(5, round(len(scores) ** 0.5))), color=shade, alpha=0.75)
+        axes.axvline(float(np.mean(scores)), color=TEACHER, linestyle="--", linewidth=1)
+        axes.set_title(name)
+        axes.set_xlabel("score")
+
+    draws = [
+        partial(draw, name=name, scores=scores, shade=PALETTE[i % len(PALETTE)])
+        for i, (name, scores) in enumerate(columns)
+    ]
+    return _panels(draws, ylabel="samples", share_y=False)
+
+
 def _panels(
     draws: Sequence[Callable[[Axes], None]],
     ylabel: str,
