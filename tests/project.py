@@ -41,7 +41,7 @@ def settings(models: Path, folder: Path, **changes: Any) -> dict[str, Any]:
         "train": {"reward": "hpsv2", "nfe": [2, 3], "steps": 2, "batch": 2, "micro_batch": 2},
     }
     for block, change in changes.items():
-        values[block] = values[block] | change if isinstance(change, dict) else change
+        values[block] = values.get(block, {}) | change if isinstance(change, dict) else change
     return values
 
 

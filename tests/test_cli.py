@@ -18,14 +18,28 @@ from rats.stages.cli_stage import stage
 from tests.project import command, environment, rats, spawn, tree, write_project
 
 COMMON = {"params", "set_", "json_"}
+WHERE = {
+    *("workers", "scheduler_address", "scheduler_file", "tls_ca_file", "tls_cert", "tls_key", "cluster"),
+    *("worker_resources", "wait_for_workers", "performance_report"),
+}
 COMMANDS = {
-    "stage rollout": {"split", "out", "report_path", "workers", "scheduler_address", "seed", "dry_run"} | COMMON,
+    "stage rollout": {"split", "out", "report_path", "max_bad", "seed", "dry_run"} | COMMON | WHERE,
+    "stage score": {"split", "shards", "reward", "snapshot", "retry_failed"}
+    | {"out", "report_path", "max_bad", "seed", "dry_run"}
+    | COMMON
+    | WHERE,
     "stage train": {"shards", "variant", "out", "resume", "seed", "dry_run"} | COMMON,
     "stage evaluate": {"shards", "runs", "out", "seed", "dry_run"} | COMMON,
     "stage report": {"runs", "evaluation", "out", "dry_run"} | COMMON,
     "shards ls": {"path", "json_"},
     "shards info": {"path", "json_"},
     "shards verify": {"path", "json_"},
+    "shards preview": {"path", "out", "count", "seed"} | COMMON,
+    "shards export": {"path", "out", "license_", "license_name", "license_link", "teacher", "title", "json_"},
+    "shards import": {"folder", "store", "json_"},
+    "shards gc": {"store", "root", "older_than", "delete", "json_"},
+    "shards diff": {"a", "b", "snapshot_a", "snapshot_b", "json_"},
+    "plan": {"split", "experiments", "price", "workers", "rate"} | COMMON,
     "init": {"folder", "model", "prompts", "reward", "force", "dvc", "json_"},
     "generate": {"prompt", "nfe", "run", "out", "count", "seed"} | COMMON,
     "doctor": COMMON,

@@ -79,8 +79,8 @@ def commit(folder: Path) -> None:
     git(folder, "commit", "--quiet", "--message", "state")
 
 
-def dvc(folder: Path, *arguments: str) -> str:
-    """Runs dvc, which finds this checkout's `rats` first on its PATH; returns what it printed."""
+def dvc_line(folder: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """The command line and the environment of a dvc that finds this checkout's `rats` first on its PATH."""
     binaries = folder / "bin"
     binaries.mkdir(exist_ok=True)
     (binaries / "rats").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m rats.stages.cli "$@"\n')
@@ -90,7 +90,12 @@ def dvc(folder: Path, *arguments: str) -> str:
     own = (
         environment() | names | mails | {"PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
     )
-    line = [sys.executable, "-m", "dvc", *arguments]
+    return [sys.executable, "-m", "dvc", *arguments], own
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    """Runs dvc; returns what it printed."""
+    line, own = dvc_line(folder, *arguments)
     done = subprocess.run(line, cwd=folder, env=own, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, f"dvc {' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
