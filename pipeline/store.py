@@ -154,7 +154,7 @@ class ShardSet:
         tar, path = self.shard_path(shard), self.done_path(shard)
         if not path.exists() or not tar.exists():
             return None
-        return self._sized(read_sealed(path, ShardDone, REMAKE), tar.stat().st_size)
+        return self._checked(shard, read_sealed(path, ShardDone, REMAKE), tar.stat().st_size)
 
     def finished(self) -> list[ShardDone]:
         """`done` of every finished shard, by name."""
@@ -162,12 +162,14 @@ class ShardSet:
         names = sorted(name.removesuffix(".done.json") for name in found if name.endswith(".done.json"))
         names = [name for name in names if f"{name}.tar" in found]
         documents = read_all_sealed([self.done_path(name) for name in names], ShardDone, REMAKE)
-        return [self._sized(done, found[f"{name}.tar"]) for name, done in zip(names, documents, strict=True)]
+        pairs = zip(names, documents, strict=True)
+        return [self._checked(name, done, found[f"{name}.tar"]) for name, done in pairs]
 
-    def _sized(self, done: ShardDone, size: int) -> ShardDone:
+    def _checked(self, shard: str, done: ShardDone, size: int) -> ShardDone:
+        if {done.shard, *(row.shard for row in done.rows)} != {shard}:
+            raise DataError(f"{self.done_path(shard)} describes another shard; {REMAKE}")
         if size != done.bytes:
-            tar = self.shard_path(done.shard)
-            raise DataError(f"{tar} is damaged ({size} bytes, {done.bytes} recorded); {REMAKE}")
+            raise DataError(f"{self.shard_path(shard)} is damaged ({size} bytes, {done.bytes} recorded); {REMAKE}")
         return done
 
     def write_snapshot(self, wanted: Iterable[str]) -> Snapshot:

@@ -11,7 +11,7 @@ from typing import Any
 from rats.pipeline.flux import open_outline
 from rats.pipeline.flux_plan import conditioning_shapes, decode_flops, evaluation_flops, measured_rate
 from rats.pipeline.loading import torch_dtype
-from rats.pipeline.packing import packed
+from rats.pipeline.packing import needed, packed
 from rats.pipeline.places import Place, open_place
 from rats.pipeline.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.pipeline.store import ShardSet
@@ -55,8 +55,7 @@ def survey(params: Params, split: Split) -> Survey:
     plans, done = (shards.plans(), shards.finished()) if shards else ([], [])
     encoded = {path.stem for path in (root / "embeddings").glob("*.safetensors")} if shards else set()
     keys, finished = {sample.key for sample in wanted}, {part.shard for part in done}
-    used = [plan for plan in plans if any(sample.key in keys for sample in plan.samples)]
-    used += packed(wanted, plans, params.store.shard_samples)
+    used = needed([*plans, *packed(wanted, plans, params.store.shard_samples)], done, keys)
     return Survey(
         recipe=recipe,
         root=root,

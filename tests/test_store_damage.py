@@ -155,6 +155,16 @@ def test_a_deleted_shard_is_made_again_with_the_same_bytes(tmp_path: Path) -> No
     assert path.read_bytes() == data
 
 
+def test_a_document_under_another_shards_name_is_refused(copy: Path) -> None:
+    folder = copy / "shards"
+    for suffix in (".tar", ".done.json"):
+        shutil.copyfile(folder / f"rollout-000000{suffix}", folder / f"rollout-000001{suffix}")
+    shards = ShardSet.open(copy)
+    for look in (lambda: shards.done("rollout-000001"), shards.finished):
+        with pytest.raises(DataError, match=r"rollout-000001.done.json describes another shard"):
+            look()
+
+
 def test_a_manifest_changed_by_hand_is_refused_even_when_it_is_valid_json(copy: Path) -> None:
     path = copy / "manifests" / "0001.json"
     path.write_bytes(re.sub(rb'"samples":6', b'"samples":5', path.read_bytes()))
