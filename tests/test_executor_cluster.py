@@ -138,6 +138,7 @@ def test_a_machine_without_the_batch_system_says_so(monkeypatch: pytest.MonkeyPa
         list(run(add, [1], nothing, Where(workers=1, cluster="slurm")))
 
 
+@pytest.mark.slow
 def test_kills_lose_no_task_and_a_lost_scheduler_is_exit_code_69_with_the_results_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -170,6 +170,7 @@ def test_two_workers_one_of_which_is_killed_and_another_order_of_prompts_make_th
     assert tree(tmp_path / "data") == tree(rolled[1] / "data")
 
 
+@pytest.mark.slow
 def test_a_killed_rollout_takes_up_where_it_was(rolled: tuple[Params, Path], models: Path, tmp_path: Path):
     params = Params.model_validate(write_project(models, tmp_path))
     with started(tmp_path, "--out", "data") as process:
@@ -182,6 +183,7 @@ def test_a_killed_rollout_takes_up_where_it_was(rolled: tuple[Params, Path], mod
     assert tree(tmp_path / "data") == tree(rolled[1] / "data")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_a_rollout_with_143_and_no_process_is_left(models: Path, tmp_path: Path):
     write_project(models, tmp_path, teacher={"steps": 4000})
     with started(tmp_path, "--workers", "1") as process:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -43,6 +44,7 @@ def in_child(folder: Path, work: Callable[[random.Random, int], object], seed: i
 
 def _findings(work: Callable[[random.Random, int], object], seed: int, count: int, at: Path) -> list[str]:
     found = []
+    gc.freeze()  # else each collection walks, and copies, all that the other tests have left in the parent
     _limit_memory()
     before = _peak()
     for number in range(count):
