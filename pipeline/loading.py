@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import transformers.utils.logging as transformers_logging
@@ -66,28 +67,27 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-@contextmanager
-def quiet_imports() -> Iterator[None]:
+def quiet_imports() -> AbstractContextManager[None]:
     """No warnings of transformers while modules are imported that look for torchvision."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    return _errors_only(transformers_logging)
 
 
-@contextmanager
-def quiet_notices() -> Iterator[None]:
+def quiet_notices() -> AbstractContextManager[None]:
     """No remarks of diffusers on features that it calls experimental."""
     import diffusers.utils.logging as diffusers_logging
 
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+    return _errors_only(diffusers_logging)
+
+
+@contextmanager
+def _errors_only(logging: ModuleType) -> Iterator[None]:
+    """A library's log shows errors alone; both have one interface."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
 
 
 @contextmanager
