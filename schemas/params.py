@@ -6,31 +6,28 @@ Which fields enter a shard set's fingerprint is said in `schemas.recipe`.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
+from rats.schemas.blocks import Block, NonNegative, Positive
 from rats.schemas.errors import ConfigError, brief
+from rats.schemas.train_params import TrainParams
 from rats.schemas.yaml_values import override, parse, set_at
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+_KIND = re.compile(r"(constrained-|dict\[|literal\[|[A-Z]|(str|float|int)$)")
 Split = Literal["train", "validation", "test"]
 
 
-class Block(BaseModel):
-    """Base of all blocks: immutable, no unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class ModelParams(Block):
-    """The teacher: a diffusers folder or hub id."""
+    """The teacher: a diffusers folder or hub id; `transformer`: a folder whose network replaces the pipeline's."""
 
     path: str
     revision: str | None = None
+    transformer: str | None = None
     family: Literal["flux"] = "flux"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -84,56 +81,9 @@ class RewardParams(Block):
     """A reward model: `adapter` reads the checkpoint at `path` (a folder, a file or a hub id)."""
 
     name: str
-    adapter: Literal["pickscore", "hpsv2", "image-reward"]
+    adapter: Literal["pickscore", "hpsv2", "image-reward", "url"]
     path: str
     revision: str | None = None
-
-
-class GateParams(Block):
-    """The gate of DESIGN.md section 1. `tau: null` takes the spread of R_T in the shards."""
-
-    form: Literal["rats", "figure", "constant", "off"] = "rats"
-    tau: Annotated[float, Field(gt=0)] | None = None
-    value: Annotated[float, Field(ge=0, le=1)] | None = None
-    value_from: str | None = None
-
-
-class ShapeParams(Block):
-    """The shaping loss: what is compared, and the weights of its two terms."""
-
-    space: Literal["state", "velocity", "x0"] = "velocity"
-    l2: NonNegative = 1.0
-    cos: NonNegative = 1.0
-
-
-class TrainParams(Block):
-    """Stage two."""
-
-    nfe: tuple[Positive, ...] = (3, 5, 8)
-    steps: Positive = 400
-    batch: Positive = 32
-    micro_batch: Positive = 32
-    lr: Annotated[float, Field(gt=0)] = 1e-5
-    warmup: Annotated[int, Field(ge=0)] = 10
-    alpha: NonNegative = 1.0
-    reward: str
-    reward_weight: NonNegative = 1.0
-    margin: float | None = None
-    last_k: Positive | None = None
-    augment: Annotated[float, Field(ge=0, le=1)] = 1.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    seed: int = 0
-    checkpoint_every: Positive = 50
-    checkpoints_total_limit: Positive = 2
-    log_gradients_every: Positive = 10
-    gate: GateParams = GateParams()
-    shape: ShapeParams = ShapeParams()
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """The student's numbers of steps, each once: training may visit one more often than another."""
-        return tuple(sorted(set(self.nfe)))
 
 
 class EvaluateParams(Block):
@@ -221,14 +171,20 @@ def _validate(model: type[_Model], values: Any, where: str) -> _Model:
 
 def _explain(model: type[Block], error: ValidationError) -> str:
     first = error.errors()[0]
-    dotted = ".".join(map(str, first["loc"]))
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    dotted = _dotted(first["loc"])
+    others = {_dotted(one["loc"]) for one in error.errors()} - {dotted}
+    more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         hint = nearest(str(first["loc"][-1]), fields_at(model, first["loc"][:-1]))
         return f"unknown key {brief(dotted)}{hint}{more}"
     if first["type"] == "missing":
         return f"{brief(dotted)} is missing{more}"
     return f"{dotted[:120]} = {brief(first['input'])}: {' '.join(first['msg'].split())[:200]}{more}"
+
+
+def _dotted(place: Sequence[int | str]) -> str:
+    """A place without the names of the kinds that pydantic tried there."""
+    return ".".join(str(part) for part in place if not _KIND.match(str(part)))
 
 
 def fields_at(model: type[Block], place: Sequence[int | str]) -> list[str]:
@@ -255,9 +211,10 @@ def _check_names(params: Params, where: str) -> None:
             raise ConfigError(f"{where}: evaluate.variants has unknown {brief(name)}{nearest(name, params.variants)}")
     for name in params.variants:
         train = with_variant(params, name)
-        if names and train.reward not in names:
-            raise ConfigError(
-                f"{where}: train.reward = {brief(train.reward)} is no reward{nearest(train.reward, names)}"
-            )
+        for trained in train.reward_weights:
+            if names and trained not in names:
+                raise ConfigError(f"{where}: train.reward = {brief(trained)} is no reward{nearest(trained, names)}")
+        if isinstance(train.alpha, dict) and (without := sorted(set(train.nfe) - set(train.alpha))):
+            raise ConfigError(f"{where}: train.alpha has no value for {without[0]} steps; train.nfe visits them")
         if missing := sorted(set(train.nfe) - set(params.teacher.nfe)):
             raise ConfigError(f"{where}: train.nfe has {missing[0]}, teacher.nfe has not; add it there")

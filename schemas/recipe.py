@@ -42,6 +42,7 @@ and the sigmas that are kept."""
 NOT_IN_RECIPE = (
     "model.path",
     "model.revision",
+    "model.transformer",
     "prompts.train",
     "prompts.validation",
     "prompts.test",
@@ -54,8 +55,8 @@ NOT_IN_RECIPE = (
     "variants",
     "evaluate",
 )
-"""Fields that change no byte of a sample. A block's name stands for all its fields. The weights behind
-`model.path` and `model.revision` enter by their hashes; rewards are columns with addresses of their own."""
+"""Fields that change no byte of a sample. A block's name stands for all its fields. The weights behind `model.path`,
+`model.revision` and `model.transformer` enter by their hashes; rewards are columns with addresses of their own."""
 
 DECODER = "vae"
 """The one component that no trajectory depends on: its hash is part of the scores' address instead."""

@@ -80,8 +80,9 @@ class Cell(Record):
 
 
 class EvaluateReport(Record):
-    """`reports/evaluate.json`; `snapshot` names the test samples."""
+    """`reports/evaluate.json`; `snapshot` names the test samples, `students` each variant's network by its hash."""
 
     cells: tuple[Cell, ...]
     snapshot: str = ""
     seconds: float = 0.0
+    students: dict[str, str] = {}

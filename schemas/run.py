@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from rats.schemas.manifest import Record
 from rats.schemas.reports import TrainReport
+
+
+class Generation(Record):
+    """A generation of `teacher.mode: refresh`: rolled out at `step` (0: the teacher's own).
+
+    `mean_reward` is of what trains; a generation below the one that is followed is refused (`accepted`).
+    """
+
+    step: int
+    fingerprint: str
+    snapshot: str
+    snapshot_number: int
+    samples: int
+    mean_reward: float
+    accepted: bool
+    shard_bytes: int
+    network_bytes: int
 
 
 class RunRecord(TrainReport):
     """`rats stage train`'s report, with all that is needed to say later what was trained on what.
 
     `recipe` is the fingerprint of the shards, `reward_column` the address of the teacher's scores, `base` the hash of
-    the transformer that the student started from, `student` of the folder that it was saved to. `seconds` counts the
-    steps of all resumes; the forwards and calls are those of the last process.
+    the transformer that the student started from, `student` of the folder that it was saved to. `call` is what its
+    pipeline is called with. `seconds` counts the steps of all resumes; the forwards and calls are those of the last
+    process.
     """
 
     variant: str
@@ -33,3 +52,14 @@ class RunRecord(TrainReport):
     student_forwards: int
     seconds_per_step: float
     threads: int
+    call: dict[str, int | float] | None = None
+    """None in records that an older rats has written."""
+    ranks: int = 1
+    micro_batch: int | None = None
+    rewards_asked: int = 0
+    rewards_bad: int = 0
+    finished: str | None = None
+    student_step: int | None = None
+    teacher_mode: str = "frozen"
+    """`live-ema` runs a teacher in every step: `teacher_forwards` and `teacher_reward_calls` are its own."""
+    generations: tuple[Generation, ...] = ()

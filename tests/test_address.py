@@ -93,8 +93,9 @@ def test_fields_that_are_not_in_the_recipe_move_no_sample(
     shutil.copytree(flux, tmp_path / "elsewhere" / "flux")
     (tmp_path / "prompts.txt").write_text("\n".join(["a first one", *reversed(PROMPTS)]))
     prompts = {"train": str(tmp_path / "prompts.txt"), "test": "t.csv", "validation": "v.csv"}
+    elsewhere = tmp_path / "elsewhere" / "flux"
     changes = {
-        "model": {"path": str(tmp_path / "elsewhere" / "flux"), "revision": "v2"},
+        "model": {"path": str(elsewhere), "revision": "v2", "transformer": str(elsewhere / "transformer")},
         "prompts": prompts,
         "teacher": {"noises_per_prompt": 2},
         "store": {"path": str(tmp_path / "store"), "shard_samples": 5},

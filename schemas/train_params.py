@@ -1,0 +1,146 @@
+"""What `params.train` may say: stage two, field by field."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from rats.schemas.blocks import Block, NonNegative, Positive
+
+
+class GateParams(Block):
+    """The gate of DESIGN.md section 1.
+
+    `tau`: a number in the reward's units; null, the spread of R_T in the shards; "gap", the spread of R_T - R_S of the
+    untrained student. `teacher_reward`: R_T of the sample itself, or the mean over its prompt's noises.
+    `each`: with several rewards, a gate for each, averaged by their weights, in place of one for their sum.
+    """
+
+    form: Literal["rats", "figure", "constant", "off"] = "rats"
+    tau: Annotated[float, Field(gt=0)] | Literal["gap"] | None = None
+    value: Annotated[float, Field(ge=0, le=1)] | None = None
+    value_from: str | None = None
+    teacher_reward: Literal["sample", "prompt"] = "sample"
+    each: bool = False
+
+
+class ShapeParams(Block):
+    """The shaping loss: what is compared, and the weights of its two terms."""
+
+    space: Literal["state", "velocity", "x0"] = "velocity"
+    l2: NonNegative = 1.0
+    cos: NonNegative = 1.0
+
+
+class Ramp(Block):
+    """A weight that moves in a straight line from `start` to `end` over the first `over` steps, and stays there."""
+
+    start: NonNegative
+    end: NonNegative
+    over: Positive
+
+    def at(self, step: int) -> float:
+        """The weight of a step, counted from 0."""
+        return self.start + (self.end - self.start) * min(1.0, step / self.over)
+
+
+class LoraParams(Block):
+    """Low-rank adapters in place of full fine-tuning (peft). `targets: null` takes the family's own list."""
+
+    rank: Positive = 32
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    targets: tuple[str, ...] | None = None
+
+
+class TeacherModeParams(Block):
+    """Who is followed: the stored teacher; a new generation of shards every `every` steps; or a live average.
+
+    `ema`: decay per step of the student's average that rolls the next generation, or that is the live teacher.
+    """
+
+    mode: Literal["frozen", "refresh", "live-ema"] = "frozen"
+    every: Positive = 100
+    ema: Annotated[float, Field(ge=0, le=1)] = 0.99
+
+
+class BlackBoxParams(Block):
+    """Rewards without a gradient: theirs is estimated at the final latent from antithetic pairs.
+
+    `pairs` decodes and scores 2 x as many pictures a sample; `spread` is the perturbation's standard deviation in
+    units of the latents.
+    """
+
+    pairs: Positive = 4
+    spread: Annotated[float, Field(gt=0)] = 0.1
+
+
+class GuardParams(Block):
+    """The look at the validation prompts every `every` steps (null: never): held-out rewards and the judge.
+
+    `patience` alarms in a row end the run with `stop: true`; `keep: best` leaves the student with the best panel.
+    """
+
+    every: Positive | None = None
+    prompts: Positive = 32
+    stop: bool = False
+    patience: Positive = 2
+    keep: Literal["last", "best"] = "last"
+
+
+class TrainParams(Block):
+    """Stage two. `reward`: one name, or names with weights, each then in units of its spread in the shards."""
+
+    nfe: tuple[Positive, ...] = (3, 5, 8)
+    steps: Positive = 400
+    batch: Positive = 32
+    micro_batch: Positive = 32
+    lr: Annotated[float, Field(gt=0)] = 1e-5
+    warmup: Annotated[int, Field(ge=0)] = 10
+    alpha: NonNegative | dict[int, NonNegative] | Ramp = 1.0
+    reward: str | dict[str, Annotated[float, Field(gt=0)]]
+    reward_weight: NonNegative = 1.0
+    margin: float | None = None
+    last_k: Positive | None = None
+    augment: Annotated[float, Field(ge=0, le=1)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    seed: int = 0
+    checkpoint_every: Positive = 50
+    checkpoints_total_limit: Positive = 2
+    log_gradients_every: Positive = 10
+    gate: GateParams = GateParams()
+    shape: ShapeParams = ShapeParams()
+    teacher: TeacherModeParams = TeacherModeParams()
+    lora: LoraParams | None = None
+    black_box: BlackBoxParams = BlackBoxParams()
+    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    fsdp: bool = False
+    loader_workers: Annotated[int, Field(ge=0)] = 0
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.25
+    guard: GuardParams = GuardParams()
+    samples_every: Positive | None = None
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb", "dvclive"], ...] = ()
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        """The weight of each reward that trains, by name."""
+        return {self.reward: 1.0} if isinstance(self.reward, str) else self.reward
+
+    @property
+    def reward_names(self) -> str:
+        """What trains, for a reader: "hpsv2 + pickscore"."""
+        return " + ".join(self.reward_weights)
+
+    def alpha_at(self, nfe: int, step: int) -> float:
+        """The weight of the shaping loss at a step, counted from 0, of `nfe` evaluations."""
+        if isinstance(self.alpha, Ramp):
+            return self.alpha.at(step)
+        return self.alpha[nfe] if isinstance(self.alpha, dict) else self.alpha
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The student's numbers of steps, each once: training may visit one more often than another."""
+        return tuple(sorted(set(self.nfe)))
