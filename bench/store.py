@@ -23,8 +23,9 @@ import webdataset
 from safetensors.numpy import load, save
 
 from bench.rollout import where
+from rats.pipeline.order import row_at
 from rats.pipeline.prompts import Prompt, planned
-from rats.pipeline.reader import Stream, read_sample, verify_shard
+from rats.pipeline.reader import read_sample, verify_shard
 from rats.pipeline.store import ShardSet
 from rats.pipeline.writer import LATENTS, write_shard
 from rats.schemas.canonical import canonical_json
@@ -77,8 +78,9 @@ class Rats:
 
     def at_random(self) -> int:
         """All samples, as training reads them."""
-        stream = Stream(self.shards, self.shards.snapshot(), seed=0)
-        return sum(len(next(stream)[1]) for _ in stream.rows)
+        rows = self.shards.index(self.shards.snapshot())
+        order = [rows[row_at(0, len(rows), position)] for position in range(len(rows))]
+        return sum(len(read_sample(self.shards, row)) for row in order)
 
     def verify(self) -> int:
         """Every byte."""

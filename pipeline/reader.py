@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load
 
 from rats.pipeline import cache, places
-from rats.pipeline.order import row_at
 from rats.pipeline.places import Place
 from rats.pipeline.sealed import hash_bytes, hash_ranges, open_regular
 from rats.pipeline.store import REMAKE, ShardSet
 from rats.schemas.errors import DataError, StorageError
-from rats.schemas.manifest import IndexRow, Snapshot
+from rats.schemas.manifest import IndexRow
 
 
 def read_sample(shards: ShardSet, row: IndexRow) -> dict[str, np.ndarray]:
@@ -67,44 +65,18 @@ def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> i
     return done.bytes
 
 
-class Stream:
-    """A snapshot's samples in training order, without end: a new permutation each epoch.
-
-    `position`, the number of samples given so far, is the whole state; the order depends on it, the seed
-    and the snapshot, and on nothing else.
-    """
-
-    def __init__(self, shards: ShardSet, snapshot: Snapshot, seed: int, position: int = 0) -> None:
-        """Load the snapshot's index; `position` goes on where a checkpoint was."""
-        self.shards, self.snapshot, self.seed, self.position = shards, snapshot, seed, position
-        self.rows = shards.index(snapshot)
-        if not self.rows:
-            raise DataError(f"snapshot {snapshot.number} of {shards.root} has no samples; run `rats stage rollout`")
-
-    def __iter__(self) -> Iterator[tuple[IndexRow, dict[str, np.ndarray]]]:
-        """The stream itself."""
-        return self
-
-    def __next__(self) -> tuple[IndexRow, dict[str, np.ndarray]]:
-        """The next sample; the position moves once it is read."""
-        row = self.rows[row_at(self.seed, len(self.rows), self.position)]
-        arrays = read_sample(self.shards, row)
-        self.position += 1
-        return row, arrays
-
-
 def _pread(file: Any, row: IndexRow) -> bytes:
     """The row's bytes, fewer at the end of a truncated file (never more memory than the file has)."""
     try:
         file.seek(0, 2)
         length = max(0, min(row.length, file.tell() - row.offset))
         file.seek(row.offset)
-        pieces = bytearray()
-        while len(pieces) < length and (piece := file.read(length - len(pieces))):
-            pieces += piece
+        pieces = [file.read(length)]  # a plain file gives all at once, save beyond 2 GiB or after a signal
+        while pieces[-1] and (left := length - sum(map(len, pieces))):
+            pieces.append(file.read(left))
     except (OSError, OverflowError) as error:
         raise StorageError(f"cannot read {file.name}: {error}; check the disk") from None
-    return bytes(pieces)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _parse(shards: ShardSet, row: IndexRow, data: bytes) -> dict[str, np.ndarray]:

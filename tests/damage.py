@@ -8,6 +8,7 @@ import os
 import random
 import warnings
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 
 from rats.pipeline.embeddings import read_embedding, write_embedding
 from rats.pipeline.publish import publish
-from rats.pipeline.reader import Stream, verify_shard
+from rats.pipeline.reader import verify_shard
 from rats.pipeline.sealed import hash_bytes
 from rats.pipeline.store import ShardSet
 from rats.schemas.canonical import canonical_json
-from tests.shards import score, wanted, write_set
+from tests.shards import in_order, score, wanted, write_set
 
 
 def publish_set(folder: Path, prompts: int = 3) -> Path:
@@ -42,13 +43,11 @@ def used(folder: Path) -> str:
     digest = hashlib.sha256()
     shards = ShardSet.open(folder)
     snapshot = shards.snapshot()
-    stream = Stream(shards, snapshot, seed=0)
-    for _ in range(snapshot.samples):
-        row, arrays = next(stream)
+    for row, arrays in islice(in_order(shards, snapshot, seed=0), snapshot.samples):
         digest.update(repr((row, sorted(read_embedding(shards, row.prompt_id).items()))).encode())
         digest.update(arrays["x"].tobytes() + arrays["x0"].tobytes())
     column = shards.reward_named("hps")[0]
-    digest.update(repr(shards.read_scores(column, [row.key for row in stream.rows])).encode())
+    digest.update(repr(shards.read_scores(column, [row.key for row in shards.index(snapshot)])).encode())
     return digest.hexdigest()
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 
+from rats.pipeline.order import row_at
 from rats.pipeline.prompts import Prompt, planned
+from rats.pipeline.reader import read_sample
 from rats.pipeline.store import ShardSet
 from rats.pipeline.writer import Sample, write_shard
 from rats.schemas.horizons import aligned
-from rats.schemas.manifest import PlannedSample, ScoreRow, ShardPlan, Snapshot
+from rats.schemas.manifest import IndexRow, PlannedSample, ScoreRow, ShardPlan, Snapshot
 from rats.schemas.params import Params
 from rats.schemas.recipe import Recipe, make_recipe
 
@@ -76,3 +80,13 @@ def score(shards: ShardSet, name: str = "hps") -> str:
     for plan in shards.plans():
         shards.write_scores(reward, plan.shard, [ScoreRow(key=s.key, score=s.noise_index / 2) for s in plan.samples])
     return reward
+
+
+def in_order(
+    shards: ShardSet, snapshot: Snapshot, seed: int, position: int = 0
+) -> Iterator[tuple[IndexRow, dict[str, np.ndarray]]]:
+    """A snapshot's samples in training order, without end."""
+    rows = shards.index(snapshot)
+    for place in count(position):
+        row = rows[row_at(seed, len(rows), place)]
+        yield row, read_sample(shards, row)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import rollout, store
+from bench import loader, rollout, store
 from tests.project import write_project
 
 
@@ -24,3 +24,9 @@ def test_the_store_is_compared_with_webdataset_and_parquet(capsys: pytest.Captur
     store.main(["--samples", "3", "--repeats", "1", "--sizes", "miniature"])
     out = capsys.readouterr().out
     assert all(verb in out for verb in ("write", "ordered", "at_random", "verify", "WebDataset"))
+
+
+def test_the_loader_is_compared_with_plain_webdataset(capsys: pytest.CaptureFixture[str]) -> None:
+    loader.main(["--samples", "16", "--rounds", "1", "--tokens", "16"])
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("rats", "webdataset", "samples/s", "speed ratio"))

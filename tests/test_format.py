@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from rats.pipeline.embeddings import read_embedding
-from rats.pipeline.reader import Stream, read_sample, verify_shard
+from rats.pipeline.reader import read_sample, verify_shard
 from rats.pipeline.sealed import hash_bytes, read_sealed
 from rats.pipeline.store import ShardSet
 from rats.schemas.canonical import canonical_json
 from rats.schemas.errors import DataError
 from rats.schemas.manifest import FORMAT_VERSION, RewardRecord, ScoresDone, ShardDone, ShardPlan, Snapshot
 from tests.project import tree
+from tests.shards import in_order
 
 FOLDER = Path(__file__).parent / "fixtures" / "format-1"
 FINGERPRINT = "c51b4e0717ebd5f74c1fcc301be5675b58397ccc0f65d61646352d18da84db53"
@@ -144,7 +145,7 @@ def test_every_sample_is_read_and_every_byte_verified(shards: ShardSet) -> None:
 
 
 def test_the_order_of_training_is_what_it_was(shards: ShardSet) -> None:
-    stream = Stream(shards, shards.snapshot(), seed=0)
+    stream = in_order(shards, shards.snapshot(), seed=0)
     keys = [row[0] for row in SAMPLES]
     assert [keys.index(next(stream)[0].key) for _ in range(12)] == [4, 0, 2, 3, 1, 5, 0, 2, 1, 4, 5, 3]
 

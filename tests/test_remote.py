@@ -16,11 +16,11 @@ from rats.pipeline.cache import Cache
 from rats.pipeline.embeddings import read_embedding, write_embedding
 from rats.pipeline.places import Place, open_place
 from rats.pipeline.publish import publish
-from rats.pipeline.reader import Stream, read_sample, verify_shard
+from rats.pipeline.reader import read_sample, verify_shard
 from rats.pipeline.store import ShardSet
 from rats.pipeline.writer import write_shard
 from rats.schemas.errors import ConfigError, DataError, StorageError
-from tests.shards import fill, params, recipe_of, score, wanted, write_samples, write_set
+from tests.shards import fill, in_order, params, recipe_of, score, wanted, write_samples, write_set
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 S3 = pytest.param("s3", marks=pytest.mark.slow)
@@ -57,7 +57,7 @@ def test_a_remote_set_is_planned_written_grown_scored_and_streamed_as_a_local_on
     reward = score(shards)
     assert shards.read_scores(shards.reward_named("hps")[0], [wanted()[0].key]) == {wanted()[0].key: 0.0}
     assert list(shards.rewards()) == [reward]
-    here, there = Stream(local, local.snapshot(), seed=3), Stream(ShardSet.open(str(shards.root)), old, seed=3)
+    here, there = in_order(local, local.snapshot(), seed=3), in_order(ShardSet.open(str(shards.root)), old, seed=3)
     for _ in range(25):
         (row, arrays), (other, others) = next(here), next(there)
         assert row == other

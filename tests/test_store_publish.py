@@ -11,13 +11,12 @@ import pytest
 
 from rats.pipeline.embeddings import read_embedding
 from rats.pipeline.publish import publish
-from rats.pipeline.reader import Stream
 from rats.pipeline.store import ShardSet
 from rats.schemas.errors import CannotCreateError, DataError
 from tests.damage import read_all
 from tests.full import Disk
 from tests.project import rats, write_project
-from tests.shards import score, wanted, write_samples, write_set
+from tests.shards import in_order, score, wanted, write_samples, write_set
 from tests.test_store_shards import embed, tree
 
 
@@ -38,7 +37,7 @@ def test_a_published_folder_is_a_shard_set_with_exactly_what_its_snapshot_needs(
         reward, [s.key for s in wanted()]
     )
     assert read_embedding(out, wanted()[0].prompt_id)
-    assert [key.key for key, _ in (next(Stream(out, out.snapshot(), 0, i)) for i in range(10))]
+    assert [key.key for key, _ in (next(in_order(out, out.snapshot(), 0, i)) for i in range(10))]
     parts = {name.split("/")[0]: 0 for name in tree(out.root)}
     for name in tree(out.root):
         parts[name.split("/")[0]] += 1
