@@ -15,8 +15,9 @@ ADAPTERS = {
     "pickscore": ("rats.pipeline.pickscore", "PickScore"),
     "hpsv2": ("rats.pipeline.hpsv2", "HPSv2"),
     "image-reward": ("rats.pipeline.image_reward", "ImageReward"),
+    "url": ("rats.pipeline.url_reward", "UrlReward"),
 }
-"""Module and class by adapter. A module also offers `identify(path)` and the hub's file PATTERNS."""
+"""Module and class by adapter. A module also offers `identify(path)` and the hub's file PATTERNS, none for a server."""
 
 
 def open_reward(reward: RewardParams, device: str = "cpu") -> Reward:
@@ -38,7 +39,9 @@ def _adapter(reward: RewardParams) -> tuple[ModuleType, str]:
     return importlib.import_module(module), class_name
 
 
-def _folder(reward: RewardParams, module: ModuleType) -> Path:
+def _folder(reward: RewardParams, module: ModuleType) -> Path | str:
+    if not module.PATTERNS:
+        return reward.path
     try:
         return resolve(reward.path, reward.revision, module.PATTERNS)
     except ConfigError as error:

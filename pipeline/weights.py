@@ -13,6 +13,9 @@ CHUNK = 1 << 20
 HASHED_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
 """Prefixes: `text_encoder` stands for `text_encoder_2` too."""
 
+NETWORK = "transformer"
+"""The component that samples, and the only one that training changes."""
+
 PIPELINE_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
 """What a diffusers folder needs; leaves out the single-file copies at the top of hub repositories."""
 
@@ -44,16 +47,30 @@ def hash_path(path: Path) -> str:
     return hash_files((f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)), path)
 
 
-def component_hashes(folder: Path) -> dict[str, str]:
+def component_hashes(folder: Path, transformer: str | None = None) -> dict[str, str]:
     """Hashes of a diffusers folder's components that hold weights or vocabularies, by component name.
 
-    Raises ConfigError when one of transformer, vae, text_encoder, tokenizer is missing.
+    `transformer`: the folder whose network replaces the pipeline's. Raises ConfigError when one of transformer, vae,
+    text_encoder, tokenizer is missing.
     """
     names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith(HASHED_COMPONENTS))
     missing = [name for name in HASHED_COMPONENTS if name not in names]
     if missing:
         raise ConfigError(f"no folder '{missing[0]}' in {folder}: model.path must name a whole diffusers pipeline")
-    return {name: hash_path(folder / name) for name in names}
+    network = network_folder(folder, transformer)
+    return {name: hash_path(network if name == NETWORK else folder / name) for name in names}
+
+
+def network_folder(folder: Path, transformer: str | None) -> Path:
+    """Where the network of the pipeline in `folder` lies: there, or where `model.transformer` says."""
+    if transformer is None:
+        return folder / NETWORK
+    if not (Path(transformer) / "config.json").is_file():
+        raise ConfigError(
+            f"no network in {transformer}: model.transformer names the folder of a whole one, such as "
+            "runs/rats/student; adapters are merged into one by `rats export`"
+        )
+    return Path(transformer)
 
 
 def scheduler_hash(folder: Path) -> str:
@@ -104,12 +121,12 @@ def pinned(path: str, revision: str | None, patterns: Sequence[str] | None = Non
     return revision if Path(path).exists() else resolve(path, revision, patterns).name
 
 
-def check_weights(folder: Path, expected: Mapping[str, str]) -> None:
+def check_weights(folder: Path, expected: Mapping[str, str], transformer: str | None = None) -> None:
     """Holds a folder's weights and vocabularies against a recipe's: another node may have others in the same place.
 
-    Raises ConfigError when a component differs.
+    `transformer` as in `component_hashes`. Raises ConfigError when a component differs.
     """
-    found = component_hashes(folder)
+    found = component_hashes(folder, transformer)
     if other := sorted(name for name, value in expected.items() if found.get(name) != value):
         raise ConfigError(
             f"{folder / other[0]} holds other weights than the shard set's recipe names: "

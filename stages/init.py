@@ -17,7 +17,7 @@ from rats.pipeline.prompts import Prompt, read_prompts
 from rats.schemas.errors import CannotCreateError, ConfigError
 from rats.schemas.params import Params, load_params
 
-ADAPTERS = ("pickscore", "hpsv2", "image-reward")
+ADAPTERS = ("pickscore", "hpsv2", "image-reward", "url")
 HUB_REWARDS = (
     ("hpsv2", "xswu/HPSv2"),
     ("pickscore", "yuvalkirstain/PickScore_v1"),

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from rats.pipeline.ask import NOT_THE_SAMPLES_FAULT, ask, one_line
 from rats.pipeline.flux import FluxDecoder, open_decoder
 from rats.pipeline.places import Place
 from rats.pipeline.protocols import Decoder, Reward
 from rats.pipeline.reader import read_sample
 from rats.pipeline.registry import open_reward
 from rats.pipeline.store import ShardSet
-from rats.schemas.errors import DataError, RatsError
+from rats.schemas.errors import DataError
 from rats.schemas.manifest import IndexRow, ScoreRow, ShardDone
 from rats.schemas.params import Params
 from rats.stages.work import Busy, Made, ShardTask, claimed
@@ -30,9 +31,6 @@ log = logging.getLogger(__name__)
 
 SCORING_VERSION = "1"
 """Raised when the way from a stored final to a score changes: every column of scores gets a new address."""
-
-NOT_THE_SAMPLES_FAULT = (RatsError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""Errors that say nothing about a picture: they end the task, and no row is written."""
 
 Item = TypeVar("Item")
 
@@ -93,16 +91,11 @@ def _alone(reward: Reward, images_B3HW: Tensor, prompt: str, i: int) -> Verdict:
     except NOT_THE_SAMPLES_FAULT:
         raise
     except Exception as error:
-        # one line, and no more than a table cell should hold
-        reason = " ".join(str(error).split())[:300]
-        return Verdict(None, f"{type(error).__name__}: {reason}")
+        return Verdict(None, one_line(error))
 
 
 def _ask(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> list[Verdict]:
-    scores_B = reward.score(images_B3HW, prompts)
-    if scores_B.shape != (len(prompts),):
-        raise ValueError(f"the reward gave {tuple(scores_B.shape)} scores for {len(prompts)} pictures")
-    values = scores_B.float().cpu().tolist()
+    values = ask(reward, images_B3HW, prompts).float().cpu().tolist()
     return [Verdict(s) if math.isfinite(s) else Verdict(None, f"the score is not finite ({s})") for s in values]
 
 

@@ -1,0 +1,120 @@
+"""What a reward server and its client send each other: safetensors with one JSON document in the header.
+
+No byte of it is ever unpickled. docs/rewards.md says the same to those who write a server of their own. B samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+ABOUT = "rats"
+"""The header's one metadata key."""
+
+
+class ServedReward(BaseModel):
+    """What a server says of its reward, under GET /identity."""
+
+    model_config = ConfigDict(frozen=True)
+
+    protocol: Literal[1] = 1
+    name: str
+    fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """As the reward's own: a column of scores has one address, whoever scored it."""
+    differentiable: bool
+    pixels: Literal["float32", "uint8"] = "float32"
+    """What it wants to be sent: uint8 is a quarter of the bytes, where the reward rounds anyway."""
+    max_batch: Annotated[int, Field(gt=0)]
+
+
+@dataclass(frozen=True)
+class Question:
+    """Pictures (B, 3, H, W), float32 in [0, 1] or uint8, their prompts, and whether a gradient is wanted."""
+
+    images_B3HW: Tensor
+    prompts: list[str]
+    gradient: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Scores (B,), NaN where there is none, and d score / d image (B, 3, H, W) if it was wanted."""
+
+    fingerprint: str
+    scores_B: Tensor
+    gradient_B3HW: Tensor | None = None
+
+
+def pack_question(question: Question) -> bytes:
+    """The body of POST /score."""
+    images = question.images_B3HW.detach().cpu().contiguous()
+    return _pack({"images": images}, {"prompts": question.prompts, "gradient": question.gradient})
+
+
+def unpack_question(body: bytes) -> Question:
+    """Raises ValueError with what is wrong."""
+    tensors, about = _unpack(body)
+    images = _tensor(tensors, "images")
+    known = images.dtype in (torch.float32, torch.uint8)
+    if not known or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+        raise ValueError(f"images must be (B, 3, H, W), float32 or uint8, not {tuple(images.shape)} {images.dtype}")
+    gradient = about.get("gradient", False)
+    if not isinstance(gradient, bool):
+        raise ValueError("gradient must be true or false")
+    return Question(images, _texts(about.get("prompts"), len(images)), gradient)
+
+
+def pack_answer(answer: Answer) -> bytes:
+    """The reply to POST /score."""
+    tensors = {"scores": answer.scores_B, "gradient": answer.gradient_B3HW}
+    there = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
+    return _pack(there, {"fingerprint": answer.fingerprint})
+
+
+def unpack_answer(body: bytes, question: Question) -> Answer:
+    """Raises ValueError when it is no answer to the question."""
+    tensors, about = _unpack(body)
+    scores, shape = _tensor(tensors, "scores"), question.images_B3HW.shape
+    if scores.shape != shape[:1] or scores.dtype != torch.float32:
+        raise ValueError(f"scores must be {len(question.prompts)} float32, not {tuple(scores.shape)} {scores.dtype}")
+    gradient = _tensor(tensors, "gradient") if question.gradient else None
+    if gradient is not None and (gradient.shape != shape or gradient.dtype != torch.float32):
+        raise ValueError(f"gradient must be {tuple(shape)} float32, not {tuple(gradient.shape)} {gradient.dtype}")
+    return Answer(str(about.get("fingerprint")), scores, gradient)
+
+
+def _pack(tensors: dict[str, Tensor], about: Mapping[str, Any]) -> bytes:
+    return save(tensors, metadata={ABOUT: json.dumps(about)})
+
+
+def _unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        tensors = load(body)
+        # `load` has held the header's length against the body
+        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        about = json.loads(header["__metadata__"][ABOUT])
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"no safetensors with a JSON document {ABOUT!r} ({type(error).__name__}: {error})") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{ABOUT!r} in the header must be a JSON object")
+    return tensors, about
+
+
+def _tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise ValueError(f"there is no tensor {name!r}")
+    return tensors[name]
+
+
+def _texts(value: Any, count: int) -> list[str]:
+    if not isinstance(value, list) or len(value) != count or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"prompts must be {count} strings, one a picture")
+    return value

@@ -1,0 +1,91 @@
+"""The gradient of a reward that has none, estimated at the student's final latent.
+
+The student's last step ends in x. Around it lies a Gaussian policy N(x, s^2 I), s = `spread`, whose expected reward
+
+    J(x) = E R(decode(x + s e)),  e ~ N(0, I)
+
+is smooth in x whatever R is. Its gradient is the score-function estimator (REINFORCE; with a Gaussian over a point,
+evolution strategies): grad J = E[R(decode(x + s e)) e] / s. We take each e with its mirror image,
+
+    g = 1/P sum_p [R(decode(x + s e_p)) - R(decode(x - s e_p))] / (2 s) e_p,
+
+which is as unbiased, for e and -e are equally likely, and needs no baseline: what the reward of both halves has in
+common cancels. For a linear R, and for a quadratic one, E[g] is the gradient of R(decode(x)) itself; in general it is
+that of R smoothed over s. Its relative error falls with sqrt(elements / pairs), so steps are averaged by batch and
+optimizer.
+
+g then goes back through the student's last steps as any reward's gradient does. No likelihood of a long chain and no
+denoising loss is involved, the two things that few-step students are blurred by.
+
+Salimans et al. 2017, "Evolution Strategies as a Scalable Alternative to Reinforcement Learning"; Nesterov and
+Spokoiny 2017, "Random Gradient-Free Minimization of Convex Functions"; Williams 1992 for the score function.
+B samples, T latent tokens, C channels, P pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from rats.schemas.train_params import BlackBoxParams
+from rats.trainer.scoring import Scored
+
+Decode = Callable[[Tensor], Tensor]
+Score = Callable[[Tensor, list[str]], Scored]
+
+
+def estimated(
+    decode: Decode,
+    score: Score,
+    center: Scored,
+    final_BTC: Tensor,
+    prompts: Sequence[str],
+    settings: BlackBoxParams,
+    randoms: Sequence[torch.Generator],
+) -> Scored:
+    """The scores of `center`, with an estimated gradient to `final_BTC`.
+
+    Args:
+        decode: Latents (B, T, C) to images (B, 3, H, W) in [0, 1].
+        score: `trainer.scoring.score` of one reward.
+        center: What `score` gives for the decoded `final_BTC`; its own gradient, if it has one, is not used.
+        final_BTC: The student's final latents.
+        prompts: One a sample.
+        settings: Pairs a sample and the perturbation's standard deviation; 2 x pairs pictures are decoded and scored.
+        randoms: One generator a sample, which alone decides its perturbations: micro-batches change nothing.
+
+    A pair of which one half is bad is dropped; without a good pair a sample has its score and no gradient.
+    """
+    gradient_BTC = gradient(decode, score, final_BTC.detach().float(), prompts, settings, randoms)
+    along_B = (gradient_BTC * final_BTC.float()).flatten(1).sum(1)
+    values_B = center.scores_B.detach() + (along_B - along_B.detach())
+    return Scored(torch.where(center.good_B, values_B, 0.0), center.good_B)
+
+
+@torch.no_grad()
+def gradient(
+    decode: Decode,
+    score: Score,
+    x_BTC: Tensor,
+    prompts: Sequence[str],
+    settings: BlackBoxParams,
+    randoms: Sequence[torch.Generator],
+) -> Tensor:
+    """The estimate g (B, T, C) of the module's text, averaged over each sample's good pairs; 0 where it has none."""
+    total_BTC, good_B11 = torch.zeros_like(x_BTC), x_BTC.new_zeros(len(x_BTC), 1, 1)
+    for _ in range(settings.pairs):
+        noise_BTC = drawn(x_BTC, randoms)
+        up, down = (score(decode(x_BTC + way * settings.spread * noise_BTC), list(prompts)) for way in (1, -1))
+        both_B = (up.good_B & down.good_B).to(x_BTC)
+        slope_B = both_B * (up.scores_B - down.scores_B).to(x_BTC) / (2 * settings.spread)
+        total_BTC += slope_B.view(-1, 1, 1) * noise_BTC
+        good_B11 += both_B.view(-1, 1, 1)
+    return total_BTC / good_B11.clamp(min=1)
+
+
+def drawn(like_BTC: Tensor, randoms: Sequence[torch.Generator]) -> Tensor:
+    """Standard normal noise of that shape, each sample's by its own generator, made where the generator is."""
+    shape = like_BTC.shape[1:]
+    return torch.stack([torch.randn(shape, generator=r, device=r.device) for r in randoms]).to(like_BTC)
