@@ -12,16 +12,17 @@ from typing import Any, cast
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.loading import quiet_imports, quiet_loading, quiet_notices, torch_device, torch_dtype
+from rats.pipeline.flux_text import FluxText, load_encoders
+from rats.pipeline.loading import existing_component, load_component, outline_component, quiet_imports, quiet_notices
+from rats.pipeline.lora import add_lora, is_lora, load_lora
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.solver import guide
-from rats.pipeline.weights import DECODER_PATTERNS, PIPELINE_PATTERNS, resolve
-from rats.schemas.errors import ConfigError, DataError
+from rats.pipeline.weights import DECODER_PATTERNS, PIPELINE_PATTERNS, network_folder, resolve
+from rats.schemas.errors import ConfigError
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
+from rats.schemas.train_params import LoraParams
 
 with quiet_imports():  # the pipeline's module asks for torchvision, which we do without
     from diffusers import FluxPipeline
@@ -29,6 +30,13 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
 
 ATTENTION = {"sdpa": "native"}
 """`compute.attention` in diffusers' words."""
+
+LORA_TARGETS = (
+    *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+    *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+)
+"""What `train.lora` adapts: the list of diffusers' own FLUX LoRA training script."""
 
 
 class FluxDecoder:
@@ -78,6 +86,11 @@ class FluxStudent(FluxDecoder):
         self._columns = settings.width // (2 * self._factor)
         position = FluxPipeline._prepare_latent_image_ids
         self._image_ids = position(1, self._rows, self._columns, network.device, network.dtype)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations of the network and of the decoder in the backward pass: less memory, a third slower."""
+        cast(Any, self.network).enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
 
     def latent_shape(self) -> tuple[int, ...]:
         """(T, C): 2 x 2 patches of the VAE's latent, packed as FluxPipeline packs them."""
@@ -151,24 +164,12 @@ class FluxTeacher(FluxStudent):
         self.evaluations_per_step = 2 if settings.true_cfg_scale > 1 else 1
         embedded = bool(self._config.guidance_embeds) and settings.guidance_scale != 1
         self.is_guided = settings.true_cfg_scale > 1 or embedded
-        self._pipeline = FluxPipeline(scheduler=scheduler, vae=vae, transformer=network, **encoders)
-        self._pipeline.set_progress_bar_config(disable=True)
+        self._text = FluxText(encoders, settings)
         self._negative: Conditioning | None = None
 
-    @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """`prompt_embeds` (B, max_sequence_length, D) of T5 and `pooled_prompt_embeds` (B, P) of CLIP.
-
-        One prompt at a time, so that a prompt's embedding has the same bits in any company.
-        """
-        pairs = [self._encode(prompt) for prompt in prompts]
-        sequences, pooled = zip(*pairs, strict=True)
-        return {"prompt_embeds": torch.cat(sequences), "pooled_prompt_embeds": torch.cat(pooled)}
-
-    def _encode(self, prompt: str) -> tuple[Tensor, Tensor]:
-        length, device = self.settings.max_sequence_length, self._image_ids.device
-        sequence, pooled, _ = self._pipeline.encode_prompt(prompt, max_sequence_length=length, device=device)
-        return cast(Tensor, sequence), cast(Tensor, pooled)
+        """`FluxText.encode`."""
+        return self._text.encode(prompts)
 
     @torch.no_grad()
     def guided_velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
@@ -185,6 +186,12 @@ class FluxTeacher(FluxStudent):
         embedded = self.settings.guidance_scale if self.evaluations_per_step > 1 else 1.0
         return self._evaluate(x_BTC, sigma, conditioning, embedded)
 
+    def forget_encoders(self) -> None:
+        """Encode the negative prompt, if it is asked for in sampling, and let the text encoders go."""
+        if self.evaluations_per_step > 1:
+            self._negatives(1)
+        self._text.forget()
+
     def _negatives(self, batch: int) -> Conditioning:
         """The negative prompt's embeddings, encoded once, for a batch."""
         if self._negative is None:
@@ -193,58 +200,68 @@ class FluxTeacher(FluxStudent):
 
 
 def open_student(
-    model: ModelParams, teacher: TeacherParams, compute: ComputeParams, transformer: Path | None = None
+    model: ModelParams,
+    teacher: TeacherParams,
+    compute: ComputeParams,
+    transformer: Path | None = None,
+    lora: LoraParams | None = None,
+    seed: int = 0,
 ) -> FluxStudent:
     """Loads transformer, VAE and scheduler of the pipeline at `model.path`, and no text encoder.
 
-    `transformer` names a folder to take the network from instead: a trained student's. The network can be trained.
+    `transformer` names a trained student's folder: its whole network in place of the pipeline's, or adapters for that
+    one. The network can be trained; with `lora` only new adapters can, whose first weights follow from `seed`.
     """
     folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
-    return FluxStudent(*_load_parts(folder, model, compute, transformer), settings=teacher)
+    student = FluxStudent(*_load_parts(folder, model, compute, transformer), settings=teacher)
+    if lora is not None:
+        add_lora(student.network, lora, LORA_TARGETS, seed)
+    return student
 
 
 def open_teacher(model: ModelParams, teacher: TeacherParams, compute: ComputeParams) -> FluxTeacher:
     """Loads the whole pipeline at `model.path`, frozen."""
     folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
-    network, vae, scheduler = _load_parts(folder, model, compute, None)
-    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": T5EncoderModel}
-    encoders: dict[str, Any] = {name: _load(cls, folder / name, model, compute) for name, cls in classes.items()}
-    encoders["tokenizer"] = CLIPTokenizer.from_pretrained(_existing(folder / "tokenizer"))
-    encoders["tokenizer_2"] = T5TokenizerFast.from_pretrained(_existing(folder / "tokenizer_2"))
-    return FluxTeacher(network, vae, scheduler, teacher, encoders)
+    return FluxTeacher(*_load_parts(folder, model, compute, None), teacher, load_encoders(folder, model, compute))
 
 
 def open_decoder(model: ModelParams, teacher: TeacherParams, compute: ComputeParams) -> FluxDecoder:
     """Loads the VAE; nothing else of the model has to be there."""
     folder = resolve(model.path, model.revision, DECODER_PATTERNS)
-    return FluxDecoder(_load(AutoencoderKL, folder / "vae", model, compute), teacher)
+    return FluxDecoder(load_component(AutoencoderKL, folder / "vae", model, compute), teacher)
 
 
 def open_outline(model: ModelParams, teacher: TeacherParams) -> FluxStudent:
     """Loads no weights at all: enough for `latent_shape` and `stock_sigmas`."""
     folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
-    network, vae = _outline(FluxTransformer2DModel, folder / "transformer"), _outline(AutoencoderKL, folder / "vae")
+    network = outline_component(FluxTransformer2DModel, network_folder(folder, model.transformer))
+    vae = outline_component(AutoencoderKL, folder / "vae")
     return FluxStudent(network, vae, _scheduler(folder), teacher)
 
 
-def _outline(cls: Any, folder: Path) -> Any:
-    """A module of `cls` whose parameters have shapes and no values."""
-    with torch.device("meta"):
-        return cls.from_config(cls.load_config(_existing(folder)))
-
-
 def _scheduler(folder: Path) -> FlowMatchEulerDiscreteScheduler:
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(_existing(folder / "scheduler"))
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(existing_component(folder / "scheduler"))
     return cast(FlowMatchEulerDiscreteScheduler, scheduler)
 
 
 def _load_parts(
     folder: Path, model: ModelParams, compute: ComputeParams, transformer: Path | None
 ) -> tuple[FluxTransformer2DModel, AutoencoderKL, FlowMatchEulerDiscreteScheduler]:
-    network = _load(FluxTransformer2DModel, transformer or folder / "transformer", model, compute)
+    network = _load_network(network_folder(folder, model.transformer), model, compute, transformer)
     apply_kernels(network, compute)
-    vae = _load(AutoencoderKL, folder / "vae", model, compute)
+    vae = load_component(AutoencoderKL, folder / "vae", model, compute)
     return network, vae, _scheduler(folder)
+
+
+def _load_network(
+    base: Path, model: ModelParams, compute: ComputeParams, student: Path | None
+) -> FluxTransformer2DModel:
+    """The base, a student's whole network in its place, or the base with a student's adapters."""
+    if student is None or not is_lora(student):
+        return cast(FluxTransformer2DModel, load_component(FluxTransformer2DModel, student or base, model, compute))
+    network = load_component(FluxTransformer2DModel, base, model, compute)
+    load_lora(network, student)
+    return cast(FluxTransformer2DModel, network)
 
 
 def apply_kernels(network: FluxTransformer2DModel, compute: ComputeParams) -> None:
@@ -253,27 +270,6 @@ def apply_kernels(network: FluxTransformer2DModel, compute: ComputeParams) -> No
         network.set_attention_backend(ATTENTION[compute.attention])
     if compute.compile:
         network.compile()
-
-
-def _load(cls: Any, folder: Path, model: ModelParams, compute: ComputeParams) -> Any:
-    """A module in eval mode of `cls` from a component's folder; DataError when it does not load."""
-    settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True}
-    try:
-        with quiet_loading():
-            module, info = cls.from_pretrained(_existing(folder), **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{folder} does not load as {cls.__name__} ({reason}): fetch or export it again") from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise DataError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: fetch or export it again")
-    return module.to(torch_device(compute.device)).eval()
-
-
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ConfigError(f"no folder {folder}: model.path must name a whole FLUX pipeline in diffusers' format")
-    return folder
 
 
 def _check_resolution(settings: TeacherParams, multiple: int) -> None:

@@ -1,12 +1,14 @@
-"""Small helpers around loading models: dtypes, devices, and silence on stderr."""
+"""Loading models: components of a diffusers folder, single files, dtypes, devices, and silence on stderr."""
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import transformers.utils.logging as transformers_logging
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.params import ComputeParams, ModelParams
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,6 +38,47 @@ def torch_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"compute.device is '{name}', but torch sees no CUDA device here: use cpu")
     return device
+
+
+def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeParams) -> Any:
+    """A module of `cls` from a diffusers component's folder, on the device, in the model's dtype, in eval mode.
+
+    Raises ConfigError when there is no folder, DataError when it does not load whole.
+    """
+    settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True}
+    try:
+        with quiet_loading():
+            module, info = cls.from_pretrained(existing_component(folder), **settings)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise DataError(
+            f"{folder} does not load as {cls.__name__} ({_first_line(error)}): fetch or export it again"
+        ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise DataError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: fetch or export it again")
+    return module.to(torch_device(compute.device)).eval()
+
+
+def save_component(module: Any, folder: Path) -> None:
+    """`module.save_pretrained(folder)`, for a network or a whole pipeline, without the paths of this machine."""
+    module.save_pretrained(folder)
+    for path in (path for name in ("config.json", "model_index.json") for path in folder.rglob(name)):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def outline_component(cls: Any, folder: Path) -> Any:
+    """A module of `cls` whose parameters have shapes and no values."""
+    with torch.device("meta"):
+        return cls.from_config(cls.load_config(existing_component(folder)))
+
+
+def existing_component(folder: Path) -> Path:
+    """The folder, or a ConfigError."""
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}: model.path must name a whole pipeline in diffusers' format")
+    return folder
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

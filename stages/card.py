@@ -54,15 +54,16 @@ def dataset_card(shards: ShardSet, snapshot: Snapshot, columns: Sequence[str], t
         "content": _markdown(content_rows(shards, snapshot, rows)),
         **_numbers(shards, rows),
     }
-    return str(DatasetCard(_render(context)))
+    return str(DatasetCard(render("dataset_card.md.j2", context)))
 
 
-def _render(context: dict[str, Any]) -> str:
+def render(template: str, context: dict[str, Any]) -> str:
+    """A template of this folder, filled in; a value that it misses is an error."""
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=loader, keep_trailing_newline=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("dataset_card.md.j2").render(context)
+    return environment.get_template(template).render(context)
 
 
 def _data(title: str, samples: int, terms: Terms) -> DatasetCardData:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from rats.schemas.errors import ConfigError
-from rats.stages.cli_options import DEFAULT_PARAMS, STYLE, Json, ParamsFile, Seed, Sets, load, split_named
+from rats.stages.cli_options import DEFAULT_PARAMS, STYLE, DryRun, Json, ParamsFile, Seed, Sets, load, split_named
 from rats.stages.cli_shards import shards
 from rats.stages.cli_stage import stage
 from rats.stages.console import guarded, say, table
@@ -97,6 +98,61 @@ def generate(
 
     draw(values, prompt, nfe, run, seed or 0, out, count)
     say({"out": str(out)}, json_)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, such as runs/rats.")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The folder to make.")],
+    merged: Annotated[bool, typer.Option(help="The whole pipeline; else the adapters alone.")] = True,
+    evaluation: Annotated[Path, typer.Option(metavar="FILE", help="What evaluate wrote, for the card.")] = Path(
+        "reports/evaluate.json"
+    ),
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
+    json_: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write a student for plain diffusers.
+
+    Adapters, the whole pipeline, a model card and call.json: what to call it with.
+    """
+    values = load(params, set_)
+    from rats.stages.export import export_stage, plan_export, summary
+
+    if dry_run:
+        say(summary(plan_export(values, run, out, merged), run, out), json_)
+        return
+    say(export_stage(values, run, out, merged, evaluation), json_)
+
+
+@app.command()
+def serve(
+    name: Annotated[str, typer.Argument(help="One of `rewards`; with --callable, what to call it.")],
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where it listens; nobody is asked who he is.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: a free one.")] = 8765,
+    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures in one request.")] = 32,
+    queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests held; the next is told to wait.")] = 8,
+    callable_: Annotated[
+        str | None, typer.Option("--callable", metavar="MODULE:FUNCTION", help="A function of pictures and prompts.")
+    ] = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
+    json_: Json = False,
+) -> None:
+    """Serve a reward to trainers elsewhere.
+
+    They name its url as the path of a reward of adapter url. Runs until it is told to end.
+    """
+    from rats.stages.serve import RewardServer, open_callable, open_served
+
+    reward = open_callable(callable_, name) if callable_ else open_served(load(params, set_), name)
+    server = RewardServer(reward, host, port, max_batch, queue)
+    say({"url": server.url, **server.about.model_dump()}, json_)
+    sys.stdout.flush()  # whoever started us reads the port there
+    server.serve()
 
 
 @app.command()

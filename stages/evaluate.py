@@ -29,7 +29,7 @@ from rats.stages.pictures import PICTURES, Choice, Column, Picture, Pictures, ch
 from rats.stages.progress import progress
 from rats.stages.quality import RealSet, open_real
 from rats.stages.report_tables import VALUE_COLUMNS, VALUES
-from rats.stages.runs import read_record, student_folder
+from rats.stages.runs import checked_student, read_record
 from rats.stages.statistics import Paired, paired, paired_kid
 from rats.stages.systems import Samples, System, open_samples, systems
 from rats.stages.train_checks import NETWORK, check_recipe, find_column
@@ -78,8 +78,9 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
     started = time.monotonic()
     samples = open_samples(params, shards)
     check_teacher(params, samples.shards)
-    for name in params.evaluate.variants:
-        check_student(read_record(runs / name), runs / name, samples.shards)
+    records = {name: read_record(runs / name) for name in params.evaluate.variants}
+    for name, record in records.items():
+        check_student(record, runs / name, samples.shards)
     bench = open_bench(params, samples)
     count = len(bench.samples.rows)
     measured = []
@@ -90,6 +91,7 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
         cells=tuple(cells(params, bench.samples, measured)),
         snapshot=samples.shards.snapshot().hash,
         seconds=time.monotonic() - started,
+        students={name: record.student for name, record in records.items()},
     )
     atomic_write(out.parent / VALUES, values_csv(bench.samples, measured).encode())
     save_pictures(out.parent / PICTURES, collect(params, bench, measured))
@@ -123,11 +125,7 @@ def check_student(record: RunRecord, run: Path, shards: ShardSet) -> None:
             f"{run} was trained on shards of recipe {record.recipe[:12]}, these are of recipe "
             f"{shards.fingerprint[:12]}: roll out the test prompts with the run's parameters, or train again"
         )
-    if (found := hash_path(student_folder(run))) != record.student:
-        raise DataError(
-            f"{run / 'student'} is not the network that the run has left ({found[:12]} there, {record.student[:12]} "
-            "in run.json): train again"
-        )
+    checked_student(run, record)
 
 
 def open_bench(params: Params, samples: Samples) -> Bench:
@@ -204,7 +202,7 @@ def cells(params: Params, samples: Samples, measured: Sequence[Measured]) -> Ite
 def _role(params: Params, column: Column, reward: str) -> Role:
     """Trained is what this student was trained on; teacher and base take the main setting's."""
     train = with_variant(params, column.variant) if column.variant else params.train
-    return "trained" if reward == train.reward else "held_out"
+    return "trained" if reward in train.reward_weights else "held_out"
 
 
 def _distances(params: Params, samples: Samples, measured: Sequence[Measured]) -> dict[str, NDArray[np.float64]]:

@@ -1,4 +1,4 @@
-"""Draws a prompt with a trained student: the stock pipeline, its network exchanged, no classifier-free guidance."""
+"""Draws a prompt with a trained student: the stock pipeline, its network exchanged or adapted, no true guidance."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from PIL import Image
 
 from rats.pipeline.atomic import atomic_write
 from rats.pipeline.loading import quiet_imports, quiet_loading, torch_device, torch_dtype
-from rats.pipeline.weights import PIPELINE_PATTERNS, resolve
+from rats.pipeline.lora import is_lora, load_lora
+from rats.pipeline.weights import PIPELINE_PATTERNS, network_folder, resolve
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params
-from rats.stages.runs import read_record, student_folder
+from rats.stages.runs import pipeline_call, read_record, student_folder
 
 with quiet_imports():  # they ask for torchvision, which we do without
     from diffusers import AutoModel, DiffusionPipeline
@@ -34,7 +35,8 @@ def generate(
     """Draws `count` pictures into one file, in a grid, and returns them.
 
     They are what `FluxPipeline.from_pretrained(model, transformer=student)(prompt, num_inference_steps=nfe)` draws,
-    with noise from `torch.Generator().manual_seed(seed)`.
+    for adapters what it draws after `load_lora_weights(student)`, with noise from
+    `torch.Generator().manual_seed(seed)`.
 
     Args:
         params: The whole configuration: the model, its resolution and its embedded guidance.
@@ -60,31 +62,36 @@ def generate(
 
 
 def open_pipeline(params: Params, run: Path | None) -> Any:
-    """The whole pipeline of `model.path`, with the run's network where one is named."""
-    network = None if run is None else student_folder(run)
-    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
-    dtype = torch_dtype(params.model.dtype)
-    with quiet_loading(), warnings.catch_warnings():
-        # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
-        warnings.simplefilter("ignore", FutureWarning)
-        own = {} if network is None else {"transformer": AutoModel.from_pretrained(str(network), torch_dtype=dtype)}
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, **own)
+    """The whole pipeline of `model.path`, with the run's network or adapters where one is named, on the device."""
+    pipeline = load_pipeline(params, None if run is None else student_folder(run))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(torch_device(params.compute.device))
 
 
+def load_pipeline(params: Params, student: Path | None) -> Any:
+    """The same on the CPU; `student` is a run's folder of a whole network or of adapters."""
+    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    adapters = student is not None and is_lora(student)
+    network = network_folder(folder, params.model.transformer) if student is None or adapters else student
+    dtype = torch_dtype(params.model.dtype)
+    with quiet_loading(), warnings.catch_warnings():
+        # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
+        warnings.simplefilter("ignore", FutureWarning)
+        own = AutoModel.from_pretrained(str(network), torch_dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, transformer=own)
+    if student is not None and adapters:
+        load_lora(pipeline.transformer, student)
+    return pipeline
+
+
 def draw(pipeline: Any, params: Params, prompt: str, nfe: int, seed: int, count: int) -> list[Image.Image]:
     """The pipeline's own call, with the student's embedded guidance and the recipe's resolution."""
-    teacher = params.teacher
     return pipeline(
         prompt,
         num_inference_steps=nfe,
-        guidance_scale=teacher.guidance_scale,
-        height=teacher.height,
-        width=teacher.width,
-        max_sequence_length=teacher.max_sequence_length,
         num_images_per_prompt=count,
         generator=torch.Generator().manual_seed(seed),
+        **pipeline_call(params),
     ).images
 
 

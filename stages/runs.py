@@ -6,7 +6,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from rats.pipeline.weights import hash_path
 from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.params import Params
 from rats.schemas.run import RunRecord
 
 
@@ -22,9 +24,27 @@ def read_record(run: Path) -> RunRecord:
         raise DataError(f"{path} is no record of a run ({reason}): train it again") from None
 
 
+def pipeline_call(params: Params) -> dict[str, int | float]:
+    """What the pipeline must be called with, besides a prompt and a number of steps, to draw as trained."""
+    teacher = params.teacher
+    sizes = {"height": teacher.height, "width": teacher.width, "max_sequence_length": teacher.max_sequence_length}
+    return {**sizes, "guidance_scale": teacher.guidance_scale}
+
+
 def student_folder(run: Path) -> Path:
     """The network that a run has left, or a ConfigError."""
     folder = run / "student"
     if not folder.is_dir():
         raise ConfigError(f"no student in {run}: run `rats stage train --variant {run.name}`, or name another run")
+    return folder
+
+
+def checked_student(run: Path, record: RunRecord) -> Path:
+    """The network that a run has left; DataError when it is not the one that the run's record names."""
+    folder = student_folder(run)
+    if (found := hash_path(folder)) != record.student:
+        raise DataError(
+            f"{folder} is not the network that the run has left ({found[:12]} there, {record.student[:12]} "
+            "in run.json): train again"
+        )
     return folder
