@@ -46,11 +46,11 @@ PerformanceReport = Annotated[Path | None, typer.Option(metavar="HTML", help="Da
 DEFAULT_PARAMS = Path("params.yaml")
 
 
-def load(path: Path, sets: list[str] | None, **seeds: int | None) -> Params:
-    """The parameters; a seed flag such as `teacher__seed` comes last and wins."""
+def load(path: Path, sets: list[str] | None, **values: float | None) -> Params:
+    """The parameters; a flag for one of them, such as `teacher__seed`, comes last and wins."""
     from rats.schemas.params import load_params
 
-    flags = [f"{name.replace('__', '.')}={value}" for name, value in seeds.items() if value is not None]
+    flags = [f"{name.replace('__', '.')}={value}" for name, value in values.items() if value is not None]
     return load_params(path, [*(sets or []), *flags])
 
 

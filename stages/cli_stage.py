@@ -136,6 +136,12 @@ def train(
     variant: Annotated[str, typer.Option(metavar="NAME", help="A name under `variants`.")] = "rats",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run; runs/VARIANT if not given.")] = None,
     resume: Annotated[str | None, typer.Option(metavar="latest", help="Go on from the newest checkpoint.")] = None,
+    checkpoints_total_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Keep so many checkpoints; train.checkpoints_total_limit.")
+    ] = None,
+    max_bad: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="A reward may fail on; train.max_bad.")
+    ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     seed: Seed = None,
@@ -144,11 +150,13 @@ def train(
 ) -> None:
     """Train a few-step student.
 
-    From stored trajectories: no teacher is run, no reward is asked about a teacher sample.
+    From stored trajectories: no teacher is run, no reward is asked about a teacher sample. On several devices by
+    `torchrun --nproc_per_node N --no-python rats stage train` or `accelerate launch --no_python rats stage train`.
     """
     from rats.schemas.params import with_variant
 
-    values = load(params, set_, train__seed=seed)
+    limits = {"train__checkpoints_total_limit": checkpoints_total_limit, "train__max_bad": max_bad}
+    values = load(params, set_, train__seed=seed, **limits)
     out = out or Path("runs") / variant
     if dry_run:
         settings = with_variant(values, variant).model_dump(mode="json")

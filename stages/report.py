@@ -115,7 +115,7 @@ def _plots(params: Params, result: EvaluateReport, curves: Sequence[figures.Curv
     main = curves[0]
     across = (
         "The paper's reward dynamics, from these runs: student and teacher on the same training prompts and noises, "
-        f"scored by {params.train.reward} without augmentation; thin: each step's batch, thick: running mean."
+        f"scored by {params.train.reward_names} without augmentation; thin: each step's batch, thick: running mean."
     )
     gate = "The gate over training: mean of the batch, with a band of one standard deviation within it."
     inside = (
@@ -126,7 +126,7 @@ def _plots(params: Params, result: EvaluateReport, curves: Sequence[figures.Curv
     return {
         "forest": [plot(figures.forest(result.cells, variants), forest)],
         "training": [
-            plot(figures.dynamics(curves, nfe, params.train.reward), across),
+            plot(figures.dynamics(curves, nfe, params.train.reward_names), across),
             plot(figures.gates(curves, nfe), gate),
             plot(figures.terms(main, main.nfe), inside),
         ],

@@ -66,7 +66,7 @@ class Samples:
         arrays = read_sample(self.shards, row)
         x, x0 = (torch.from_numpy(np.array(arrays[name])) for name in ("x", "x0"))
         conditioning = read_embedding(self.shards, row.prompt_id)
-        return Sample(row.key, row.prompt, x, x0, conditioning, score=float("nan"))
+        return Sample(row.key, row.prompt, x, x0, conditioning, scores=())
 
 
 def open_samples(params: Params, folder: Place) -> Samples:

@@ -1,70 +1,62 @@
 """Stage two: open what a run needs, refuse what does not belong together, train, leave a student behind.
 
-Nothing here can run a teacher: of the family it opens the network that learns and the decoder.
+Of the family it opens the network that learns and the decoder; a teacher only for `teacher.mode: live-ema`, and for
+the generations of `refresh` (`stages.generations`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import torch
-from torch import nn
+from diffusers.training_utils import cast_training_params
 
 from rats.pipeline.atomic import atomic_folder, atomic_write, remove
 from rats.pipeline.flux import FluxStudent, open_student
+from rats.pipeline.loading import save_component
+from rats.pipeline.lora import save_lora
 from rats.pipeline.places import Place
+from rats.pipeline.protocols import Reward
 from rats.pipeline.registry import open_reward
-from rats.pipeline.store import ShardSet
 from rats.pipeline.weights import hash_path
-from rats.schemas.canonical import canonical_json, sha256
-from rats.schemas.errors import ConfigError, DataError
-from rats.schemas.manifest import Snapshot
-from rats.schemas.params import Params, TrainParams, with_variant
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import Params, with_variant
 from rats.schemas.reports import TrainReport
 from rats.schemas.run import RunRecord
+from rats.schemas.train_params import TrainParams
+from rats.stages.generations import list_generations, open_follower, segments
+from rats.stages.observers import check_observers, looking_on
 from rats.stages.progress import progress
-from rats.stages.train_checks import Column, check_recipe, find_column, reward_params
-from rats.trainer.checkpoint import Checkpoints, Identity, Saved, State, read
-from rats.trainer.gate import spread
-from rats.trainer.loop import Run, Settings, train
-from rats.trainer.metrics import MetricsFile
+from rats.stages.runs import pipeline_call
+from rats.stages.train_checks import reward_params
+from rats.stages.train_resume import asked_for, belonging, stop_flag
+from rats.stages.train_source import Source, open_source, read_settings, settings_hash
+from rats.trainer.batches import collate
+from rats.trainer.checkpoint import Checkpoints, Identity, Saved
+from rats.trainer.distributed import Accelerated, Ranks
+from rats.trainer.loop import train
+from rats.trainer.metrics import CsvLog, Row, columns
+from rats.trainer.objective import Settings, gap_spread
 from rats.trainer.optim import Learner
+from rats.trainer.randomness import seed_all
+from rats.trainer.run import METRICS, Live, Run
 from rats.trainer.stored import StoredSamples
 from rats.trainer.witness import WatchedStream, WatchedStudent, Witness
 
 log = logging.getLogger(__name__)
 
-NOT_IN_SETTINGS: dict[str, bool | set[str]] = {
-    "steps": True,
-    "checkpoint_every": True,
-    "checkpoints_total_limit": True,
-    "gate": {"tau", "value", "value_from"},
-}
-"""Fields that may differ when a run goes on: they change no step. The gate's enter as what they were resolved to."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """What is read: one snapshot of a shard set, and the teacher's scores by the reward that trains."""
-
-    shards: ShardSet
-    snapshot: Snapshot
-    column: Column
-    scores: dict[str, float]
-
 
 def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: str | None = None) -> TrainReport:
     """Train `variant`'s student from the shards in the folder `shards`; everything it leaves is in `out`.
 
-    `out` holds metrics.csv, checkpoints/, and at the end student/ (a diffusers transformer folder) and run.json.
+    `out` holds metrics.csv, checkpoints/, and at the end student/ (a diffusers transformer folder, or adapters) and
+    run.json. Under torchrun or accelerate all ranks call it, and the first one writes.
     `resume`: "latest" goes on from the newest whole checkpoint of the same shards and settings and starts over where
     there is none; a checkpoint's folder goes on from that one; None starts over.
 
@@ -72,91 +64,55 @@ def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: 
         ConfigError: a variant, reward or gate value that is not there.
         DataError: shards, weights, rewards or checkpoints that are damaged or do not belong together; a number that
             is not finite.
-        SystemExit: 143 after SIGTERM, once the step is done and saved.
+        SystemExit: 143 after SIGTERM; the step under way is abandoned, the one before it saved.
     """
     chosen = with_variant(params, variant)
+    check_observers(params, chosen)
+    ranks = Accelerated(params.compute.device, autocast_dtype(params, chosen), chosen.fsdp)
+    seed_all(chosen.seed + ranks.rank)
     checkpoints = Checkpoints(out / "checkpoints", chosen.checkpoints_total_limit)
-    saved = _asked_for(resume, checkpoints, chosen.steps)
-    source = open_source(params, chosen, shards, saved)
+    saved = asked_for(resume, checkpoints, chosen.steps)
+    source = open_source(params, chosen, shards, saved.snapshot if saved else None)
     settings = read_settings(chosen, source)
-    identity = Identity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.column))
-    saved = _belonging(saved, identity, resume)
-    student = open_student(params.model, params.teacher, params.compute)
-    run = start_run(student, settings, checkpoints, saved, identity, source.snapshot.number, out)
+    identity = Identity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
+    saved = belonging(saved, identity, resume)
+    student = open_trainable(params, chosen)
     witness = Witness()
-    _train(params, student, settings, source, run, witness)
-    record = _record(params, variant, settings, source, run, witness, save_student(run.learner, out / "student"))
-    atomic_write(out / "run.json", json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True).encode())
+    watched = WatchedStudent(student, witness)
+    rewards = [open_reward(reward_params(params, name), str(ranks.device)) for name in chosen.reward_weights]
+
+    def follower(learner: Learner) -> Live | None:
+        return open_follower(params, chosen, student, learner, source, rewards, watched.decode_teachers)
+
+    run = start_run(student, settings, checkpoints, saved, identity, source.snapshot.number, out, ranks, follower)
+    settings = _with_tau(settings, student, rewards, source, run)
+    with looking_on(params, chosen, student, dict(zip(chosen.reward_weights, rewards, strict=True)), run, saved, out):
+        for part, followed in segments(params, settings, source, run, out):
+            _train(watched, rewards, part, followed, run, witness)
+    folder = save_student(run.learner, out / "student", params, chosen)
+    record = _record(params, variant, settings, source, run, witness, folder, out)
+    if ranks.is_main:
+        atomic_write(out / "run.json", json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True).encode())
+    ranks.wait()
     return TrainReport(**{name: getattr(record, name) for name in TrainReport.model_fields})
 
 
-def open_source(params: Params, chosen: TrainParams, folder: Place, saved: Saved | None = None) -> Source:
-    """The shards, checked against model and reward; of the snapshot that the checkpoint has read, if it is there."""
-    shards = ShardSet.open(folder)
-    check_recipe(params, shards)
-    number = saved.snapshot if saved and saved.snapshot in shards.snapshots() else None
-    snapshot = shards.snapshot(number)
-    column = find_column(params, chosen.reward, shards)
-    keys = {row.key for row in shards.index(snapshot)}
-    return Source(shards, snapshot, column, shards.read_scores(column.address, keys))
+def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
+    """What the network is evaluated in where that is not its own float32; what is trained is always float32."""
+    if params.model.dtype == "float16":
+        raise ConfigError("model.dtype is float16, in which gradients underflow: train with bfloat16 or float32")
+    half = params.model.dtype == "bfloat16" or chosen.mixed_precision == "bf16"
+    return torch.bfloat16 if half else None
 
 
-def read_settings(chosen: TrainParams, source: Source) -> Settings:
-    """The variant's settings with tau and the gate's constant looked up."""
-    tau = chosen.gate.tau or spread(list(source.scores.values()))
-    return Settings(chosen, source.shards.recipe.horizons, tau, gate_value(chosen))
-
-
-def gate_value(chosen: TrainParams) -> float | None:
-    """The constant gate: `gate.value`, or the mean that the gate had in the run `gate.value_from`."""
-    gate = chosen.gate
-    if gate.form != "constant" or gate.value is not None:
-        return gate.value
-    if gate.value_from is None:
-        raise ConfigError("gate.form is constant and has no value: set train.gate.value or train.gate.value_from")
-    path = Path(gate.value_from) / "run.json"
-    try:
-        value = json.loads(path.read_text())["gate_mean"]
-        return float(value)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"gate.value_from: {path} gives no gate_mean ({reason}): train that run first") from None
-
-
-def settings_hash(settings: Settings, column: Column) -> str:
-    """What two runs must share for one to go on where the other stopped."""
-    parts = settings.train.model_dump(mode="json", exclude=NOT_IN_SETTINGS)
-    parts |= {"tau": settings.tau, "gate_value": settings.gate_value, "horizons": settings.horizons}
-    return sha256(canonical_json(parts | {"reward": column.address}))
-
-
-def _asked_for(resume: str | None, checkpoints: Checkpoints, steps: int) -> Saved | None:
-    if resume is None:
-        return None
-    if resume == "latest":
-        return checkpoints.newest(at_most=steps)
-    if not Path(resume).is_dir():
-        raise ConfigError(f"no checkpoint at {resume}: use --resume latest, or a folder such as RUN/checkpoints/000050")
-    saved = read(Path(resume))
-    if saved.state.step > steps:
-        raise ConfigError(
-            f"checkpoint {resume} has {saved.state.step} steps, train.steps is {steps}: raise train.steps"
-        )
-    return saved
-
-
-def _belonging(saved: Saved | None, identity: Identity, resume: str | None) -> Saved | None:
-    """The checkpoint, unless it is of other shards or settings: an error if it was named, else a new start."""
-    if saved is None or saved.identity == identity:
-        return saved
-    names = ("snapshot", "recipe", "settings")
-    other = next(name for name in names if getattr(saved.identity, name) != getattr(identity, name))
-    was, now = (getattr(found, other)[:12] for found in (saved.identity, identity))
-    reason = f"checkpoint {saved.path} is of another {other} ({was}, now {now})"
-    if resume != "latest":
-        raise DataError(f"{reason}: start over without --resume, or restore what it was trained with")
-    log.warning("%s; starting over", reason)
-    return None
+def open_trainable(params: Params, chosen: TrainParams) -> FluxStudent:
+    """The student with what is to be trained in float32: small updates would be rounded away in bfloat16."""
+    compute = params.compute.model_copy(update={"compile": chosen.compile})
+    student = open_student(params.model, params.teacher, compute, lora=chosen.lora, seed=chosen.seed)
+    cast_training_params(student.network, torch.float32)
+    if chosen.gradient_checkpointing:
+        student.checkpoint_activations()
+    return student
 
 
 def start_run(
@@ -167,70 +123,103 @@ def start_run(
     identity: Identity,
     snapshot: int,
     out: Path,
+    ranks: Ranks,
+    follower: Callable[[Learner], Live | None],
 ) -> Run:
     """A run at its first step, or where the checkpoint was; what an earlier run left beyond that is removed."""
-    student.network.requires_grad_(True)
-    learner, state = Learner(student.network, settings.train), saved.state if saved else State()
+    run = Run(Learner(student.network, settings.train, ranks), checkpoints, {}, identity, snapshot, ranks=ranks)
+    run.live = follower(run.learner)
     if saved:
-        learner.restore(saved.tensors())
+        run.restore(saved)
         log.info("going on from %s", saved.path)
-    metrics = MetricsFile(out / "metrics.csv", max(settings.train.nfe), saved.metrics() if saved else None)
-    checkpoints.keep_until(state.step)
-    for stale in ("student", "run.json"):
-        remove(out / stale)
-    return Run(learner, checkpoints, metrics, identity, snapshot, state)
+    ranks.wait()  # nobody reads any more what is removed now
+    if ranks.is_main:
+        header = columns(max(settings.train.nfe), [part.name for part in settings.parts])
+        run.logs[METRICS] = CsvLog(out / METRICS, header, saved.log(METRICS) if saved else None)
+        checkpoints.keep_until(run.state.step)
+        for stale in ("student", "run.json"):
+            remove(out / stale)
+    return run
 
 
 def _train(
-    params: Params, student: FluxStudent, settings: Settings, source: Source, run: Run, witness: Witness
+    student: WatchedStudent, rewards: Sequence[Reward], settings: Settings, source: Source, run: Run, witness: Witness
 ) -> None:
-    reward = open_reward(reward_params(params, settings.train.reward), params.compute.device)
-    stream = StoredSamples(source.shards, source.snapshot, source.scores, settings.train.seed, run.state.position)
-    watched, seen = WatchedStudent(student, witness), WatchedStream(stream, witness)
-    left = max(0, settings.train.steps - run.state.step)
-    with progress("train", left, "steps") as advance, stop_flag() as run.stopping, witness.watching(student.network):
-        run.report = lambda row: advance(1)
-        train(watched, seen, reward, settings, run)
+    """Train on one set of shards, up to `train.steps`."""
+    chosen, ranks = settings.train, run.ranks
+    left = max(0, chosen.steps - run.state.step)
+    with (
+        closing(_stream(source, chosen, ranks, run.state.position)) as stream,
+        progress("train", left, "steps") if ranks.is_main else nullcontext(lambda done: None) as advance,
+        stop_flag() as run.stopping,
+        witness.watching(student.network),
+    ):
+        count = partial(_count, advance)
+        run.observers.append(count)
+        train(student, WatchedStream(stream, witness), rewards, settings, run)
+        run.observers.remove(count)
 
 
-@contextmanager
-def stop_flag() -> Iterator[Callable[[], bool]]:
-    """A function that is true once SIGTERM has come; a second SIGTERM ends the process at once, with 143."""
-    asked = threading.Event()
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
-            raise SystemExit(128 + number)
-        asked.set()
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
-        yield asked.is_set
-        return
-    before = signal.signal(signal.SIGTERM, handler)
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _count(advance: Callable[[int], None], run: Run, row: Row) -> None:
+    advance(1)
 
 
-def save_student(learner: Learner, folder: Path) -> Path:
-    """The trained network (its moving average, if one is kept) as a folder that diffusers loads; returns it."""
-    with learner.averaged() as network, atomic_folder(folder) as temporary:
-        _save_pretrained(network, temporary)
+def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) -> StoredSamples:
+    return StoredSamples(
+        source.shards,
+        source.snapshot,
+        source.scores,
+        chosen.seed,
+        chosen.batch,
+        position,
+        ranks.rank,
+        ranks.world,
+        chosen.loader_workers,
+    )
+
+
+def _with_tau(
+    settings: Settings, student: FluxStudent, rewards: Sequence[Reward], source: Source, run: Run
+) -> Settings:
+    """`gate.tau: gap` measured on the student as it starts; a run that goes on keeps what was measured."""
+    if settings.train.gate.tau != "gap":
+        return settings
+    tau = run.state.tau
+    if tau is None:
+        with closing(_stream(source, settings.train, run.ranks, 0)) as stream:
+            batch = collate(stream.take(), run.ranks.device)
+        tau = gap_spread(student, rewards, batch, settings, run.ranks)
+        run.state = replace(run.state, tau=tau)
+    return replace(settings, tau=tau)
+
+
+def save_student(learner: Learner, folder: Path, params: Params, chosen: TrainParams) -> Path:
+    """The trained network, or its adapters, as a folder that diffusers loads; returns it.
+
+    The weights are those of the moving average, if one is kept. All ranks must call, the main one writes.
+    """
+    files = learner.tensors()
+    if learner.ranks.is_main:
+        network = open_student(params.model, params.teacher, params.compute, lora=chosen.lora).network
+        network.load_state_dict(files["network"] | files.get("ema", {}), strict=chosen.lora is None)
+        with atomic_folder(folder) as temporary:
+            (save_lora if chosen.lora else save_component)(network, temporary)
+    learner.ranks.wait()
     return folder
 
 
-def _save_pretrained(network: nn.Module, folder: Path) -> None:
-    network.save_pretrained(folder)  # type: ignore[operator]
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("_name_or_path", None)  # where the base lay on this machine is no part of the student
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
 def _record(
-    params: Params, variant: str, settings: Settings, source: Source, run: Run, witness: Witness, student: Path
+    params: Params,
+    variant: str,
+    settings: Settings,
+    source: Source,
+    run: Run,
+    witness: Witness,
+    student: Path,
+    out: Path,
 ) -> RunRecord:
-    state, snapshot, column = run.state, source.snapshot, source.column
+    state, snapshot = run.state, source.snapshot
+    scored = source.columns.values()
     return RunRecord(
         snapshot=snapshot.hash,
         steps=state.step,
@@ -244,13 +233,14 @@ def _record(
         snapshot_number=snapshot.number,
         samples=snapshot.samples,
         samples_unscored=snapshot.samples - len(source.scores),
-        reward=settings.train.reward,
-        reward_fingerprint=column.hashes["reward"],
-        reward_column=column.address,
+        reward=settings.train.reward_names,
+        reward_fingerprint=" + ".join(column.hashes["reward"] for column in scored),
+        reward_column=" + ".join(column.address for column in scored),
         base=source.shards.recipe.weights["transformer"],
-        vae=column.hashes["vae"],
+        vae=next(iter(scored)).hashes["vae"],
         student=hash_path(student),
         settings=run.identity.settings,
+        call=pipeline_call(params),
         gate_form=settings.train.gate.form,
         gate_mean=state.gate_mean,
         gate_value=settings.gate_value,
@@ -258,4 +248,12 @@ def _record(
         student_forwards=witness.student_forwards,
         seconds_per_step=state.seconds / max(1, state.step),
         threads=torch.get_num_threads(),
+        ranks=run.ranks.world,
+        micro_batch=state.micro_batch or settings.train.micro_batch,
+        rewards_asked=state.asked,
+        rewards_bad=state.bad,
+        finished=state.finished,
+        student_step=state.step if run.student_step is None else run.student_step,
+        teacher_mode=settings.train.teacher.mode,
+        generations=list_generations(source, settings, out),
     )

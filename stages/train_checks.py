@@ -9,7 +9,7 @@ from typing import Any
 from rats.pipeline.flux import open_outline
 from rats.pipeline.registry import reward_fingerprint
 from rats.pipeline.store import ShardSet
-from rats.pipeline.weights import PIPELINE_PATTERNS, hash_path, resolve, scheduler_hash
+from rats.pipeline.weights import NETWORK, PIPELINE_PATTERNS, hash_path, network_folder, resolve, scheduler_hash
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.horizons import aligned
 from rats.schemas.manifest import RewardRecord
@@ -20,8 +20,6 @@ from rats.stages.score_worker import reward_hashes
 NOT_COMPARED = ("compute", "format_version", "solver_version")
 """Where and how the teacher ran, which a student may do elsewhere. Text encoders are not asked for at all:
 the embeddings are in the shards."""
-
-NETWORK = "transformer"
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def _recipe(params: Params) -> Recipe:
     family = open_outline(params.model, params.teacher)
     teacher = params.teacher
     sigmas, horizons = aligned(family.stock_sigmas, teacher.steps, teacher.nfe, teacher.horizons)
-    weights = {NETWORK: hash_path(folder / NETWORK)}
+    weights = {NETWORK: hash_path(network_folder(folder, params.model.transformer))}
     return make_recipe(params, weights, scheduler_hash(folder), sigmas, horizons, family.latent_shape())
 
 

@@ -28,7 +28,8 @@ COMMANDS = {
     | {"out", "report_path", "max_bad", "seed", "dry_run"}
     | COMMON
     | WHERE,
-    "stage train": {"shards", "variant", "out", "resume", "seed", "dry_run"} | COMMON,
+    "stage train": {"shards", "variant", "out", "resume", "checkpoints_total_limit", "max_bad", "seed", "dry_run"}
+    | COMMON,
     "stage evaluate": {"shards", "runs", "out", "seed", "dry_run"} | COMMON,
     "stage report": {"runs", "evaluation", "out", "dry_run"} | COMMON,
     "shards ls": {"path", "json_"},
@@ -42,6 +43,8 @@ COMMANDS = {
     "plan": {"split", "experiments", "price", "workers", "rate"} | COMMON,
     "init": {"folder", "model", "prompts", "reward", "force", "dvc", "json_"},
     "generate": {"prompt", "nfe", "run", "out", "count", "seed"} | COMMON,
+    "export": {"run", "out", "merged", "evaluation", "dry_run"} | COMMON,
+    "serve": {"name", "host", "port", "max_batch", "queue", "callable_"} | COMMON,
     "doctor": COMMON,
 }
 """Frozen: scripts and dvc.yaml files out there call these."""

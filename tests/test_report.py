@@ -19,7 +19,7 @@ from rats.stages.pictures import Column, Pictures, choose, load_pictures, save_p
 from rats.stages.report import report_stage
 from rats.stages.report_cost import duration
 from rats.stages.statistics import paired
-from rats.trainer.metrics import MetricsFile
+from rats.trainer import metrics
 
 CONCEPTS = ["cat", "dog", "owl", "crab", "star", "boat"]
 SCORES = {"hpsv2": "trained", "pickscore": "held_out", "image-reward": "held_out"}
@@ -90,7 +90,7 @@ def make_cells(values: dict[tuple[str, str], list[float]]) -> list[Cell]:
 def write_run(run: Path, lift: float, **changes: object) -> None:
     run.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
-    file = MetricsFile(run / "metrics.csv", horizons=5)
+    file = metrics.CsvLog(run / "metrics.csv", metrics.columns(5))
     for step in range(40):
         nfe = (3, 5)[step % 2]
         row = {"step": step, "nfe": nfe, "reward_teacher": 1 + 0.1 * rng.normal(), "gate_std": 0.1}
@@ -102,10 +102,11 @@ def write_run(run: Path, lift: float, **changes: object) -> None:
 
 def write_record(run: Path, **changes: object) -> None:
     """run.json of a run over 40 steps."""
-    values = dict.fromkeys(RunRecord.model_fields, "ab" * 32) | {"steps": 40, "seconds": 61.5, "seconds_per_step": 1.5}
+    needed = [name for name, field in RunRecord.model_fields.items() if field.is_required()]
+    values = dict.fromkeys(needed, "ab" * 32) | {"steps": 40, "seconds": 61.5, "seconds_per_step": 1.5}
     values |= dict.fromkeys(("teacher_forwards", "teacher_reward_calls", "samples_unscored"), 0)
     values |= dict.fromkeys(("snapshot_number", "samples", "student_forwards", "threads"), 24)
-    values |= {"nfe": [3, 5], "gate_form": "rats", "gate_mean": 0.41, "gate_value": None, "tau": 0.1}
+    values |= {"nfe": [3, 5], "gate_form": "rats", "gate_mean": 0.41, "gate_value": None, "tau": 0.1, "call": None}
     (run / "run.json").write_text(RunRecord.model_validate(values | changes).model_dump_json())
 
 

@@ -19,7 +19,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 from rats.pipeline.hpsv2 import VIT_H_14, HPSv2, clip_config
 from rats.pipeline.image_reward import MEAN, STD, ImageReward
 from rats.pipeline.pickscore import PickScore
-from rats.pipeline.pixels import CLIP_MEAN, CLIP_STD, augment, resize_normalise
+from rats.pipeline.pixels import CLIP_MEAN, CLIP_STD, Draws, augment, resize_normalise
 from rats.pipeline.protocols import Reward
 from rats.pipeline.registry import open_reward, reward_fingerprint
 from rats.schemas.errors import ConfigError, DataError
@@ -253,15 +253,15 @@ def test_preprocessing_differs_from_pil_by_pil_s_rounding_and_crops_the_centre(h
 
 def test_augmentation_of_strength_zero_is_the_identity_and_otherwise_follows_its_generator() -> None:
     images = pictures(4, 16, 16)
-    assert augment(images, torch.Generator(), 0.0) is images
-    one, again, other = (augment(images, torch.Generator().manual_seed(s), 1.0) for s in (1, 1, 2))
+    assert augment(images, Draws(torch.Generator()), 0.0) is images
+    one, again, other = (augment(images, Draws(torch.Generator().manual_seed(s)), 1.0) for s in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert one.shape == images.shape and float(one.min()) >= 0 and float(one.max()) <= 1
-    weak = augment(images, torch.Generator().manual_seed(1), 0.01)
+    weak = augment(images, Draws(torch.Generator().manual_seed(1)), 0.01)
     assert float((weak - images).abs().mean()) < 0.1 * float((one - images).abs().mean())
 
 
 def test_augmentation_passes_gradients_to_the_pixels() -> None:
     images = (0.3 + 0.4 * pictures(2, 16, 16)).requires_grad_()
-    augment(images, torch.Generator().manual_seed(0), 1.0).sum().backward()
+    augment(images, Draws(torch.Generator().manual_seed(0)), 1.0).sum().backward()
     assert images.grad is not None and float((images.grad.abs() > 0).float().mean()) > 0.5

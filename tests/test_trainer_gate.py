@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rats.schemas.errors import ConfigError, DataError
-from rats.trainer.gate import FORMS, gate, spread
+from rats.schemas.train_params import GateParams, Ramp, TrainParams
+from rats.trainer.gate import FORMS, Part, gate, gate_all, spread, total
 
 patient = settings(deadline=None, max_examples=60)
 scores = st.floats(-50, 50, width=32)
@@ -87,3 +88,39 @@ def test_the_default_tau_is_the_spread_of_the_teachers_scores():
 def test_scores_without_a_spread_give_no_tau(scores):
     with pytest.raises(DataError, match=r"set train\.gate\.tau"):
         spread(scores)
+
+
+PARTS = (Part("hpsv2", 2.0, 0.02), Part("pickscore", 1.0, 1.5))
+
+
+@patient
+@given(st.tuples(scores, scores), st.tuples(scores, scores))
+def test_several_rewards_are_added_in_units_of_their_spreads(teacher, student):
+    r_teacher_RB, r_student_RB = torch.tensor([teacher, student]), torch.tensor([student, teacher])
+    g_B = gate_all(GateParams(), r_teacher_RB, r_student_RB, PARTS, tau=0.5)
+    gap_B = 2 * (r_teacher_RB[0] - r_student_RB[0]) / 0.02 + (r_teacher_RB[1] - r_student_RB[1]) / 1.5
+    torch.testing.assert_close(g_B, torch.sigmoid(gap_B / 0.5), rtol=1e-3, atol=1e-4)
+
+
+def test_a_gate_for_each_reward_is_their_weighted_mean():
+    r_teacher_RB, r_student_RB = torch.tensor([[0.30], [20.0]]), torch.tensor([[0.28], [23.0]])
+    g_B = gate_all(GateParams(each=True), r_teacher_RB, r_student_RB, PARTS, tau=1.0)
+    expected = (2 * torch.sigmoid(torch.tensor(1.0)) + torch.sigmoid(torch.tensor(-2.0))) / 3
+    torch.testing.assert_close(g_B, expected[None], rtol=1e-5, atol=1e-6)
+
+
+def test_a_reward_alone_is_gated_in_its_own_unit_to_the_last_bit():
+    r_teacher_RB, r_student_RB = torch.randn(1, 9), torch.randn(1, 9)
+    alone = gate("rats", r_teacher_RB[0], r_student_RB[0], 0.3)
+    assert torch.equal(gate_all(GateParams(), r_teacher_RB, r_student_RB, (Part(),), 0.3), alone)
+    assert torch.equal(total(r_teacher_RB, (Part(),)), r_teacher_RB[0])
+
+
+def test_alpha_is_constant_or_by_nfe_or_moves_in_a_straight_line():
+    constant, by_nfe, ramp = (
+        TrainParams(reward="r", nfe=(3, 8), alpha=alpha)
+        for alpha in (2.0, {3: 2.0, 8: 1.0}, Ramp(start=4.0, end=1.0, over=30))
+    )
+    assert constant.alpha_at(8, 99) == 2.0
+    assert (by_nfe.alpha_at(3, 0), by_nfe.alpha_at(8, 0)) == (2.0, 1.0)
+    assert [ramp.alpha_at(3, step) for step in (0, 10, 30, 99)] == [4.0, 3.0, 1.0, 1.0]

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from rats.pipeline import solver
 from rats.pipeline.noise import noise
 from rats.pipeline.protocols import Conditioning
-from rats.schemas.params import TrainParams
+from rats.schemas.train_params import TrainParams
 from rats.trainer.batches import Sample
-from rats.trainer.checkpoint import Checkpoints, Identity, State
-from rats.trainer.loop import Run, Settings, train
-from rats.trainer.metrics import MetricsFile
+from rats.trainer.checkpoint import Checkpoints, Identity
+from rats.trainer.loop import train
+from rats.trainer.metrics import CsvLog, columns
+from rats.trainer.objective import Settings
 from rats.trainer.optim import Learner
+from rats.trainer.run import METRICS, Run
 
 TOKENS, CHANNELS, PIXELS, SAMPLES = 3, 4, 4, 12
 NFE = (2, 3)
@@ -92,18 +94,18 @@ def stored(i: int) -> Sample:
     x = torch.cat([states[row] for row in rows]).half()
     x0 = torch.cat([x0s[row] for row in rows[:-1]]).half()
     score = float(ToyReward().score(teacher.decode(x[-1:].float()), [""]))
-    return Sample(f"key-{i:04d}", f"prompt {i}", x, x0, conditioning, score)
+    return Sample(f"key-{i:04d}", f"prompt {i}", x, x0, conditioning, (score,))
 
 
 class ToyStream:
     """Endless, and a function of the position alone."""
 
-    def __init__(self, position: int = 0) -> None:
-        self.position = position
+    def __init__(self, position: int = 0, batch: int = 4) -> None:
+        self.position, self.batch = position, batch
 
-    def __next__(self) -> Sample:
-        self.position += 1
-        return stored((self.position - 1) % SAMPLES)
+    def take(self) -> list[Sample]:
+        self.position += self.batch
+        return [stored(i % SAMPLES) for i in range(self.position - self.batch, self.position)]
 
 
 def settings(**changes: object) -> Settings:
@@ -119,16 +121,17 @@ def run_in(folder: Path, chosen: Settings, resume: bool = False, student: ToyStu
     learner = Learner((student or ToyStudent()).network, chosen.train)
     checkpoints = Checkpoints(folder / "checkpoints", limit=chosen.train.checkpoints_total_limit)
     saved = checkpoints.newest() if resume else None
-    state = saved.state if saved else State()
+    kept = saved.log(METRICS) if saved else None
+    logs = {METRICS: CsvLog(folder / METRICS, columns(max(chosen.train.nfe)), kept)}
+    run = Run(learner, checkpoints, logs, IDENTITY, 1)
     if saved:
-        learner.restore(saved.tensors())
-    metrics = MetricsFile(folder / "metrics.csv", max(chosen.train.nfe), saved.metrics() if saved else None)
-    return Run(learner, checkpoints, metrics, IDENTITY, 1, state)
+        run.restore(saved)
+    return run
 
 
 def train_in(folder: Path, chosen: Settings, resume: bool = False, reward: ToyReward | None = None) -> Run:
     """Train a toy student in `folder` and return the finished run."""
     student = ToyStudent()
     run = run_in(folder, chosen, resume, student)
-    train(student, ToyStream(run.state.position), reward or ToyReward(), chosen, run)
+    train(student, ToyStream(run.state.position, chosen.train.batch), [reward or ToyReward()], chosen, run)
     return run

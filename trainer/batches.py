@@ -26,33 +26,35 @@ class Sample:
     """Predicted clean latents at the horizons, the last (sigma = 0) left out: H - 1 rows."""
     conditioning: Conditioning
     """Of this prompt alone: the tensors have no batch axis."""
-    score: float
-    """R_T, scored from the stored final latent."""
+    scores: tuple[float, ...]
+    """R_T by each reward that trains, scored from the stored final latent."""
 
 
 class SampleStream(Protocol):
-    """An endless, exactly resumable order of samples."""
+    """An endless, exactly resumable order of samples, the same for any number of ranks."""
 
     @property
     def position(self) -> int:
-        """Samples handed out so far: the whole state."""
+        """Samples of the global order handed out so far, over all ranks: the whole state."""
         ...
 
-    def __next__(self) -> Sample:
-        """The next sample."""
+    def take(self) -> list[Sample]:
+        """This rank's contiguous share of the next batch; the position moves on by the whole batch."""
         ...
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples side by side, on one device."""
+    """Samples side by side, on one device; R rewards."""
 
     keys: list[str]
     prompts: list[str]
     x_HBTC: Tensor
     x0_HBTC: Tensor
     conditioning: Conditioning
-    r_teacher_B: Tensor
+    r_teacher_RB: Tensor
+    good_B: Tensor | None = None
+    """Where a teacher that runs in the loop has scores; a stored one always has."""
 
     @property
     def noise(self) -> Tensor:
@@ -69,11 +71,5 @@ def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
         x_HBTC=torch.stack([s.x_HTC for s in samples], 1).to(device),
         x0_HBTC=torch.stack([s.x0_HTC for s in samples], 1).to(device),
         conditioning={name: torch.stack([s.conditioning[name] for s in samples]).to(device) for name in names},
-        r_teacher_B=torch.tensor([s.score for s in samples], dtype=torch.float32, device=device),
+        r_teacher_RB=torch.tensor([s.scores for s in samples], dtype=torch.float32, device=device).T,
     )
-
-
-def take(stream: SampleStream, batch: int, micro_batch: int, device: torch.device) -> list[Batch]:
-    """The next `batch` samples, in micro-batches of at most `micro_batch`."""
-    samples = [next(stream) for _ in range(batch)]
-    return [collate(samples[i : i + micro_batch], device) for i in range(0, batch, micro_batch)]

@@ -1,7 +1,7 @@
 """Checkpoints: folders that are whole or not there, and a run that goes on from one to the last bit.
 
-Nothing random is saved, because nothing random has a state: noise comes from the store, the order from a counter,
-augmentation from (seed, step, micro-batch).
+What `rats` draws at random has no state: noise comes from the store, the order from a counter, augmentation from (seed,
+step, place in the batch). The global generators, which a reward or a network may use, are saved for each rank.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from blake3 import blake3
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -21,30 +22,51 @@ from torch import Tensor
 from rats.pipeline.atomic import atomic_folder
 from rats.schemas.errors import DataError
 
-FORMAT = 1
-STATE, METRICS = "state.json", "metrics.csv"
+FORMAT = 2
+STATE = "state.json"
+RNG = "rng-{rank:05d}"
+"""Stem of the file with the states of a rank's generators."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands; `seconds` is what its steps have cost so far, over all resumes."""
+    """Where a run stands; `seconds` is what its steps have cost so far, over all resumes.
+
+    `position` is the stream's, in the shards of `generation` (0: the teacher's own). Of `asked` samples a reward failed
+    on `bad`. `micro_batch` is what was found to fit after running out of memory, `tau` what was measured at the start.
+    `finished` says why a run has ended before its last step.
+    """
 
     step: int = 0
     position: int = 0
     gate_sum: float = 0.0
     gate_count: int = 0
     seconds: float = 0.0
+    asked: int = 0
+    bad: int = 0
+    generation: int = 0
+    micro_batch: int | None = None
+    tau: float | None = None
+    finished: str | None = None
 
     @property
     def gate_mean(self) -> float | None:
         """Mean of the gate over all samples so far: what the `constant` control is set to."""
         return self.gate_sum / self.gate_count if self.gate_count else None
 
-    def after(self, position: int, gates: list[float], seconds: float) -> State:
-        """The state one step later."""
-        total, count = self.gate_sum + sum(gates), self.gate_count + len(gates)
-        return State(self.step + 1, position, total, count, self.seconds + seconds)
+    def after(self, position: int, gates: list[float], bad: int, seconds: float) -> State:
+        """The state one step later; `gates` of the samples that could be scored, `bad` of the others."""
+        return replace(
+            self,
+            step=self.step + 1,
+            position=position,
+            gate_sum=self.gate_sum + sum(gates),
+            gate_count=self.gate_count + len(gates),
+            seconds=self.seconds + seconds,
+            asked=self.asked + len(gates) + bad,
+            bad=self.bad + bad,
+        )
 
 
 @dataclass(frozen=True)
@@ -65,9 +87,10 @@ class Saved:
     snapshot: int
     identity: Identity
 
-    def metrics(self) -> bytes:
-        """The run's metrics.csv as it was at this checkpoint."""
-        return (self.path / METRICS).read_bytes()
+    def log(self, name: str) -> bytes | None:
+        """A log of the run, such as metrics.csv, as it was at this checkpoint; None if there was none."""
+        path = self.path / name
+        return path.read_bytes() if path.is_file() else None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The files' tensors by file name, as `Learner.restore` takes them."""
@@ -78,24 +101,25 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of one run, `<folder>/000050/`, the newest `limit` of them."""
+    """The checkpoints of one run, `<folder>/000050/`, the newest `limit` of them, and `keep`, if it names a step."""
 
     def __init__(self, folder: Path, limit: int = 2) -> None:
         """Creates nothing yet."""
         self.folder = folder
         self.limit = limit
+        self.keep: int | None = None
 
     def save(
         self,
         state: State,
         tensors: Mapping[str, dict[str, Tensor]],
-        metrics: bytes,
+        logs: Mapping[str, bytes],
         identity: Identity,
         snapshot: int,
     ) -> Path:
         """Write a whole folder under its final name, then drop the oldest; the last one stays if this fails."""
-        files = {f"{name}.safetensors": save(_plain(content)) for name, content in tensors.items()}
-        files[METRICS] = metrics
+        files = {f"{name}.safetensors": save(content) for name, content in tensors.items()}
+        files |= logs
         record = {"format": FORMAT, "files": {name: blake3(data).hexdigest() for name, data in files.items()}}
         record |= {"state": asdict(state), "identity": asdict(identity), "snapshot": snapshot}
         path = self.path(state.step)
@@ -104,7 +128,8 @@ class Checkpoints:
                 (temporary / name).write_bytes(data)
             (temporary / STATE).write_text(json.dumps(record, sort_keys=True, indent=1))
         for old in self._paths()[self.limit :]:
-            shutil.rmtree(old)
+            if int(old.name) != self.keep:
+                shutil.rmtree(old)
         return path
 
     def path(self, step: int) -> Path:
@@ -137,8 +162,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+_STATE, _IDENTITY = TypeAdapter(State), TypeAdapter(Identity)
 
 
 def read(path: Path) -> Saved:
@@ -146,17 +170,21 @@ def read(path: Path) -> Saved:
     try:
         record = json.loads((path / STATE).read_text())
         _verify(path, record)
-        return Saved(path, State(**record["state"]), int(record["snapshot"]), Identity(**record["identity"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        state, identity = _STATE.validate_python(record["state"]), _IDENTITY.validate_python(record["identity"])
+        return Saved(path, state, int(record["snapshot"]), identity)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise DataError(f"checkpoint {path} is damaged ({reason}): delete it, use --resume latest") from error
 
 
 def _verify(path: Path, record: dict) -> None:
     if record["format"] != FORMAT:
-        raise DataError(f"checkpoint {path} has format {record['format']}, this program reads {FORMAT}: update rats")
+        raise DataError(
+            f"checkpoint {path} has format {record['format']}, this program reads {FORMAT}: start over without "
+            "--resume, or go on with the release that wrote it"
+        )
     for name, digest in record["files"].items():
-        if Path(name).name != name or not name.endswith((".safetensors", METRICS)):
+        if Path(name).name != name or not name.endswith((".safetensors", ".csv")):
             raise ValueError(f"a file named {name!r}")
         if blake3((path / name).read_bytes()).hexdigest() != digest:
             raise ValueError(f"{name} has another hash than {STATE} says")

@@ -6,11 +6,32 @@ Every form has one signature, so that adding one touches no other line. B sample
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.train_params import GateParams
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the rewards that train: its weight, and the unit it is measured in.
+
+    A reward that trains alone keeps its own unit (1.0). Several are each divided by the spread of the teacher's scores,
+    since HPS lives in hundredths and PickScore in units.
+    """
+
+    name: str = ""
+    weight: float = 1.0
+    spread: float = 1.0
+
+
+def total(r_RB: Tensor, parts: Sequence[Part]) -> Tensor:
+    """The weighted sum (B,) of R rewards, each in its unit."""
+    factors_R1 = torch.tensor([[part.weight / part.spread] for part in parts]).to(r_RB)
+    return (factors_R1 * r_RB).sum(0)
 
 
 def _rats(gap_B: Tensor, tau: float, value: float | None) -> Tensor:
@@ -52,6 +73,27 @@ def gate(form: str, r_teacher_B: Tensor, r_student_B: Tensor, tau: float, value:
         raise ConfigError(f"gate.form {form!r} is unknown: use one of {', '.join(FORMS)}")
     gap_B = (r_teacher_B - r_student_B).detach().float()
     return FORMS[form](gap_B, tau, value)
+
+
+def gate_all(
+    settings: GateParams,
+    r_teacher_RB: Tensor,
+    r_student_RB: Tensor,
+    parts: Sequence[Part],
+    tau: float,
+    value: float | None = None,
+) -> Tensor:
+    """Weights (B,) from R rewards: one gate for their sum, or, with `each`, the weighted mean of a gate for each.
+
+    `tau` is in units of the sum; of each gate, in units of that reward's spread.
+    """
+    if not settings.each:
+        return gate(settings.form, total(r_teacher_RB, parts), total(r_student_RB, parts), tau, value)
+    gates = [
+        part.weight * gate(settings.form, r_teacher_B / part.spread, r_student_B / part.spread, tau, value)
+        for part, r_teacher_B, r_student_B in zip(parts, r_teacher_RB, r_student_RB, strict=True)
+    ]
+    return torch.stack(gates).sum(0) / sum(part.weight for part in parts)
 
 
 def spread(scores: Sequence[float]) -> float:

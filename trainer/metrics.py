@@ -1,4 +1,4 @@
-"""`metrics.csv`: one row a step, the truth about a run, in a form that DVC plots."""
+"""`metrics.csv`: one row a step, the truth about a run, in a form that DVC plots; and the logs beside it."""
 
 from __future__ import annotations
 
@@ -8,47 +8,63 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rats.pipeline.atomic import atomic_write, storage_errors
+from rats.schemas.errors import DataError
 
-Row = Mapping[str, float | int | None]
+Row = Mapping[str, float | int | str | None]
 
 
-def columns(horizons: int) -> list[str]:
+def columns(horizons: int, rewards: Sequence[str] = ("",)) -> list[str]:
     """Header for runs of up to `horizons` steps; a cell that a step does not have stays empty.
 
     `loss_total` = `loss_reward` + alpha * gate * shape; `loss_shape` and its parts are bare, before alpha and gate;
     `grad_reward` and `grad_shape` are the norms of the two terms as they enter the total, `grad_total` before clipping.
+    `bad`: samples that a reward failed on; all means leave them out, and a step of bad ones only has no update.
+    With several `rewards`, `reward_student` and `reward_teacher` are their weighted sums in units of their spreads, and
+    each has a column of its own besides.
+    `teacher_age`: steps since the followed trajectories were made; `teacher_beaten`: share of samples with R_S >= R_T.
     """
     per_horizon = [f"loss_shape_k{k}" for k in range(1, horizons + 1)]
     return [
         *("step", "nfe", "reward_student", "reward_teacher", "gap", "gate_mean", "gate_std"),
         *("loss_total", "loss_reward", "loss_shape", *per_horizon),
         *("grad_reward", "grad_shape", "grad_total", "lr", "seconds", "position"),
+        *("alpha", "bad", "teacher_age", "teacher_beaten"),
+        *(f"{who}_{name}" for name in rewards for who in ("student", "teacher") if len(rewards) > 1),
     ]
 
 
-class MetricsFile:
+class CsvLog:
     """Appends rows. Each checkpoint holds a copy, and a run that goes on from it starts with that copy.
 
     So the file is cut back to the checkpoint's step by construction, whatever became of it since: a step too many, a
     half-written line, or gone (`dvc repro` deletes outs before it runs a stage).
     """
 
-    def __init__(self, path: Path, horizons: int, kept: bytes | None = None) -> None:
-        """`kept`: the checkpoint's copy; None starts a new file, of runs of up to `horizons` steps."""
-        self.path = path
-        self.columns = columns(horizons)
+    def __init__(self, path: Path, columns: Sequence[str], kept: bytes | None = None) -> None:
+        """`kept`: the checkpoint's copy; None starts a new file."""
+        self.path, self.columns = path, list(columns)
+        if kept is not None and not kept.startswith(_text([self.columns]).encode()):
+            raise DataError(f"the checkpoint's {path.name} has other columns: start over without --resume")
         # replaced, never cut in place: the old file may be a hardlink into DVC's cache
         atomic_write(path, _text([self.columns]).encode() if kept is None else kept)
 
     def append(self, row: Row) -> None:
-        """Write one row; floats as `repr`, so that two runs can be compared to the last bit."""
+        """Write one row; numbers as `repr`, so that two runs can be compared to the last bit."""
         values = [row.get(name) for name in self.columns]
         with storage_errors(self.path), self.path.open("a", newline="") as file:
-            file.write(_text([["" if value is None else repr(value) for value in values]]))
+            file.write(_text([[_cell(value) for value in values]]))
 
     def content(self) -> bytes:
         """All rows so far, as bytes."""
         return self.path.read_bytes()
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows so far, by column."""
+        return list(csv.DictReader(io.StringIO(self.content().decode())))
+
+
+def _cell(value: float | int | str | None) -> str:
+    return value if isinstance(value, str) else "" if value is None else repr(value)
 
 
 def _text(rows: Sequence[Sequence[str]]) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rats.schemas.errors import DataError
-from rats.schemas.params import TrainParams
+from rats.schemas.train_params import TrainParams
+from rats.trainer.distributed import Ranks, like, put_back, whole, whole_by_name
 from rats.trainer.sampling import Bridge
 
 NonFinite = Callable[[str], Exception]
@@ -21,22 +22,24 @@ def rate(lr: float, warmup: int, step: int) -> float:
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
-    """L2 norm over all elements of all tensors."""
-    return float(torch.nn.utils.get_total_norm(tensors)) if tensors else 0.0
+    """L2 norm over all elements of all tensors, sharded or not."""
+    return float(whole(torch.nn.utils.get_total_norm(tensors))) if tensors else 0.0
 
 
 class Learner:
     """A network under training: AdamW without weight decay, linear warm-up, clipping, optional EMA."""
 
-    def __init__(self, network: nn.Module, settings: TrainParams) -> None:
-        """Trains all of `network`'s parameters that ask for a gradient."""
+    def __init__(self, network: nn.Module, settings: TrainParams, ranks: Ranks | None = None) -> None:
+        """Trains all of `network`'s parameters that ask for a gradient; `ranks` may shard them in place."""
         self.network = network
         self.settings = settings
+        self.ranks = ranks or Ranks()
+        self.ranks.shard(network)
         self.named = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.parameters: list[Tensor] = list(self.named.values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
         self.ema = {name: p.detach().clone() for name, p in self.named.items()} if settings.ema else {}
-        self._reward_gradient: list[Tensor] = []
+        self._reward_gradient: list[Tensor | None] = []
 
     def accumulate(self, loss_reward: Tensor, loss_shape: Tensor, split: bool, bridge: Bridge | None = None) -> None:
         """Add one micro-batch's gradients of both terms (scalars, already weighted).
@@ -44,23 +47,31 @@ class Learner:
         One backward pass for the sum, or, with `split`, one for each term, whose norms `update` then tells apart;
         a reward that reaches only the last steps (`bridge`) always needs its own pass.
         """
-        terms = [loss for loss in (loss_reward, loss_shape) if loss.requires_grad]
+        factor = self.ranks.world if self.ranks.is_sharded else 1  # FSDP takes the mean over ranks, we want the sum
+        terms = [loss * factor if factor > 1 else loss for loss in (loss_reward, loss_shape) if loss.requires_grad]
         if bridge is None and not split:
-            return torch.autograd.backward(terms, inputs=self.parameters)
-        if loss_reward.requires_grad:
-            self._add_reward(loss_reward, bridge or Bridge(), retain=loss_shape.requires_grad)
-        if loss_shape.requires_grad:
-            loss_shape.backward(inputs=self.parameters)
+            return torch.autograd.backward(terms) if terms else None
+        with self._reward_slot(), (bridge or Bridge()).closed():
+            if loss_reward.requires_grad:
+                terms.pop(0).backward(retain_graph=loss_shape.requires_grad)
+        for shaped in terms:
+            shaped.backward()
 
-    def _add_reward(self, loss: Tensor, bridge: Bridge, retain: bool) -> None:
-        with bridge.closed():
-            grads = torch.autograd.grad(
-                loss, self.parameters, retain_graph=retain, allow_unused=True, materialize_grads=True
-            )
-        if self._reward_gradient:
-            torch._foreach_add_(self._reward_gradient, grads)
-        else:
-            self._reward_gradient = list(grads)
+    @contextmanager
+    def _reward_slot(self) -> Iterator[None]:
+        """Gradients made inside the block are added up apart from those made outside."""
+        outside = [p.grad for p in self.parameters]
+        for p, grad in zip(self.parameters, self._reward_gradient or [None] * len(outside), strict=True):
+            p.grad = grad
+        yield
+        self._reward_gradient = [p.grad for p in self.parameters]
+        for p, grad in zip(self.parameters, outside, strict=True):
+            p.grad = grad
+
+    def forget(self) -> None:
+        """Drop the gradients of a step that is not taken."""
+        self._reward_gradient = []
+        self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, step: int, split: bool, refuse: NonFinite) -> dict[str, float]:
         """Clip, step, forget the gradients; norms before clipping (`reward` and `shape` only with `split`).
@@ -75,17 +86,22 @@ class Learner:
         for group in self.optimizer.param_groups:
             group["lr"] = rate(self.settings.lr, self.settings.warmup, step)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         self._follow()
         return norms
 
     def _join(self, split: bool) -> dict[str, float]:
-        norms = {}
+        """Both terms' gradients as one, summed over the ranks; their norms."""
+        norms = {"reward": 0.0} if split else {}
+        if self._reward_gradient:
+            with self._reward_slot():
+                self.ranks.sum_gradients(self.parameters)
+        self.ranks.sum_gradients(self.parameters)
+        apart = [grad for grad in self._reward_gradient if grad is not None]
         if split:
-            norms = {"reward": norm(self._reward_gradient), "shape": norm(self._gradient())}
+            norms = {"reward": norm(apart), "shape": norm(self._gradient())}
         for p, grad in zip(self.parameters, self._reward_gradient, strict=False):
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
-        self._reward_gradient = []
+            if grad is not None:
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
         return {**norms, "total": norm(self._gradient())}
 
     def _gradient(self) -> list[Tensor]:
@@ -111,22 +127,29 @@ class Learner:
         for name, value in weights.items():
             self.named[name].copy_(value)
 
+    def _kept(self) -> dict[str, Tensor]:
+        """What training changes, and buffers: all of a network, or its adapters."""
+        frozen = {name for name, p in self.network.named_parameters() if not p.requires_grad}
+        return {name: value for name, value in self.network.state_dict().items() if name not in frozen}
+
+    def size(self) -> int:
+        """Bytes of a checkpoint: weights, two moments and, if there is one, the moving average."""
+        return sum(p.numel() * p.element_size() for p in self.parameters) * (4 if self.ema else 3)
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a bit-exact resume needs, by file name: `network`, `optimizer` and, if there is one, `ema`."""
+        """All that a bit-exact resume needs, by file name: `network`, `optimizer` and, if there is one, `ema`.
+
+        On the CPU and whole; where they are sharded, all ranks must ask at once.
+        """
         slots = self.optimizer.state_dict()["state"]
-        moments = {f"{n}.{k}": t for i, n in enumerate(self.named) for k, t in slots.get(i, {}).items()}
-        files = {"network": self.network.state_dict(), "optimizer": moments}
-        return {**files, "ema": self.ema} if self.ema else files
+        moments = {f"{n}.{k}": whole(t) for i, n in enumerate(self.named) for k, t in slots.get(i, {}).items()}
+        files = {"network": whole_by_name(self._kept()), "optimizer": moments}
+        return {**files, "ema": whole_by_name(self.ema)} if self.ema else files
 
     def restore(self, files: dict[str, dict[str, Tensor]]) -> None:
         """Take back what `tensors` gave. Raises DataError when the names are those of another network."""
-        wanted = {"network": set(self.network.state_dict()), "ema": set(self.ema)}
-        for name, keys in wanted.items():
-            if set(files.get(name, {})) != keys:
-                raise DataError(f"the checkpoint's {name} belongs to another network: train again without --resume")
-        self.network.load_state_dict(files["network"])
-        for name, value in files.get("ema", {}).items():
-            self.ema[name].copy_(value)
+        put_back(files.get("network", {}), self._kept(), "network")
+        put_back(files.get("ema", {}), self.ema, "ema")
         self._restore_moments(files["optimizer"])
 
     def _restore_moments(self, moments: dict[str, Tensor]) -> None:
@@ -136,6 +159,6 @@ class Learner:
             name, _, slot = key.rpartition(".")
             if name not in index:
                 raise DataError(f"the checkpoint's optimizer has a state for {name!r}, which is not trained")
-            slots[index[name]][slot] = tensor
+            slots[index[name]][slot] = like(tensor, self.named[name]) if tensor.ndim else tensor
         state = {i: slot for i, slot in slots.items() if slot}
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

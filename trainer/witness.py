@@ -64,11 +64,12 @@ class WatchedStream:
         """The stream's own."""
         return self._stream.position
 
-    def __next__(self) -> Sample:
-        """The stream's next sample."""
-        sample = next(self._stream)
-        self._witness.stored(sample.x_HTC[-1])
-        return sample
+    def take(self) -> list[Sample]:
+        """The stream's next samples."""
+        samples = self._stream.take()
+        for sample in samples:
+            self._witness.stored(sample.x_HTC[-1])
+        return samples
 
 
 class WatchedStudent:
@@ -87,6 +88,12 @@ class WatchedStudent:
         """The student's own, seen by the witness."""
         self._witness.scored(x_BTC)
         return self._student.decode(x_BTC)
+
+    def decode_teachers(self, x_BTC: Tensor) -> Tensor:
+        """Decode finals of a teacher that runs in the loop, which are no student's."""
+        for x_TC in x_BTC:
+            self._witness.stored(x_TC)
+        return self.decode(x_BTC)
 
     def stock_sigmas(self, steps: int) -> list[float]:
         """The student's own."""

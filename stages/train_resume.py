@@ -1,0 +1,65 @@
+"""Which checkpoint a run goes on from, and how it is asked to stop."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rats.schemas.errors import ConfigError, DataError
+from rats.trainer.checkpoint import Checkpoints, Identity, Saved, read
+
+log = logging.getLogger(__name__)
+
+
+def asked_for(resume: str | None, checkpoints: Checkpoints, steps: int) -> Saved | None:
+    if resume is None:
+        return None
+    if resume == "latest":
+        return checkpoints.newest(at_most=steps)
+    if not Path(resume).is_dir():
+        raise ConfigError(f"no checkpoint at {resume}: use --resume latest, or a folder such as RUN/checkpoints/000050")
+    saved = read(Path(resume))
+    if saved.state.step > steps:
+        raise ConfigError(
+            f"checkpoint {resume} has {saved.state.step} steps, train.steps is {steps}: raise train.steps"
+        )
+    return saved
+
+
+def belonging(saved: Saved | None, identity: Identity, resume: str | None) -> Saved | None:
+    """The checkpoint, unless it is of other shards or settings: an error if it was named, else a new start."""
+    if saved is None or saved.identity == identity:
+        return saved
+    names = ("snapshot", "recipe", "settings")
+    other = next(name for name in names if getattr(saved.identity, name) != getattr(identity, name))
+    was, now = (getattr(found, other)[:12] for found in (saved.identity, identity))
+    reason = f"checkpoint {saved.path} is of another {other} ({was}, now {now})"
+    if resume != "latest":
+        raise DataError(f"{reason}: start over without --resume, or restore what it was trained with")
+    log.warning("%s; starting over", reason)
+    return None
+
+
+@contextmanager
+def stop_flag() -> Iterator[Callable[[], bool]]:
+    """A function that is true once SIGTERM has come; a second SIGTERM ends the process at once, with 143."""
+    asked = threading.Event()
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise SystemExit(128 + number)
+        asked.set()
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set a handler
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,154 @@
+"""The processes that train one student together, as accelerate (or torchrun) has started them.
+
+Every rank computes its share of the global batch. Gradients are summed once a step, after accumulation, and not by
+hooks in the backward pass: a step may have a backward pass for each loss, and many forwards of one network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from rats.schemas.errors import DataError
+
+
+class Ranks:
+    """One process, alone: what a test or a notebook trains with. `Accelerated` has the same methods."""
+
+    rank = 0
+    world = 1
+    is_sharded = False
+    device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes."""
+        return self.rank == 0
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision that the student's network is evaluated in."""
+        return nullcontext()
+
+    def shard(self, network: nn.Module) -> None:
+        """Shard the network's parameters in place, if they are to be."""
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Add up `.grad` over the ranks; a rank that has none counts as zero."""
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        """The ranks' shares side by side along the first axis, in the global order."""
+        return x_B
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set on any rank: a decision that all must take together."""
+        return flag
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Everybody's value, by rank."""
+        return [value]
+
+    def wait(self) -> None:
+        """Until all are here."""
+
+
+class Accelerated(Ranks):
+    """What `accelerate launch` or `torchrun` has set up; a plain call is one process."""
+
+    def __init__(self, device: str, autocast_dtype: torch.dtype | None = None, fsdp: bool = False) -> None:
+        """Joins the process group, if there is one; `autocast_dtype` None leaves the network its own precision."""
+        self.accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device
+        self.autocast_dtype = autocast_dtype
+        self.is_sharded = self.world > 1 and (fsdp or self.accelerator.distributed_type == DistributedType.FSDP)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Torch's own: accelerate fixes its precision once a process."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def shard(self, network: nn.Module) -> None:
+        """FSDP2, each of the family's blocks (`_no_split_modules`) by itself.
+
+        Torch's own call: accelerate refuses FSDP on CPUs, where it can be tested by anyone.
+        """
+        if not self.is_sharded:
+            return
+        blocks = getattr(network, "_no_split_modules", None) or ()
+        for module in [module for module in network.modules() if type(module).__name__ in blocks]:
+            fully_shard(module)
+        fully_shard(network)
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """One all-reduce a parameter; FSDP2 has reduced its shards in the backward pass already."""
+        if self.world == 1 or self.is_sharded:
+            return
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+
+    def gather(self, x_B: Tensor) -> Tensor:
+        """Accelerate's gather, which keeps the order of the ranks."""
+        return self.accelerator.gather(x_B.contiguous())
+
+    def any(self, flag: bool) -> bool:
+        """A maximum over the ranks."""
+        if self.world == 1:
+            return flag
+        found = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return bool(found.item())
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Small plain values only: they are pickled between ranks of one run."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """A barrier."""
+        self.accelerator.wait_for_everyone()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together (all ranks must ask at once), any other as it is; on the CPU, contiguous."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.cpu().contiguous()
+
+
+def like(tensor: Tensor, place: Tensor) -> Tensor:
+    """A whole tensor in the shards, device and dtype of `place`."""
+    tensor = tensor.to(place.device, place.dtype)
+    if isinstance(place, DTensor):
+        return distribute_tensor(tensor, place.device_mesh, place.placements)
+    return tensor
+
+
+def whole_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All of them `whole`."""
+    return {name: whole(tensor) for name, tensor in tensors.items()}
+
+
+@torch.no_grad()
+def put_back(found: Mapping[str, Tensor], places: Mapping[str, Tensor], what: str) -> None:
+    """Copy what `whole_by_name` gave into its places, in part or whole, wherever they are.
+
+    Raises DataError when names or shapes are those of another network.
+    """
+    if found.keys() != places.keys() or any(found[name].shape != place.shape for name, place in places.items()):
+        raise DataError(f"the checkpoint's {what} belongs to another network: train again without --resume")
+    for name, place in places.items():
+        place.copy_(like(found[name], place))

@@ -1,0 +1,151 @@
+"""Reward hacking as the validation prompts show it: the rewards that train rise, the other rewards and the judge fall.
+
+A look holds, for each metric, values (N, S) of S validation samples drawn in N ways (numbers of steps): higher is
+better, NaN where a reward gave no score. All comparisons are paired, sample by sample, and in units of the metric's
+spread over the samples at the first look, which is the untrained student's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rats.schemas.errors import DataError
+
+Array = NDArray[np.float64]
+Look = Mapping[str, Array]
+Row = Mapping[str, str]
+"""A row of panel.csv, as it is read back."""
+
+NOISE = 2.0
+"""Standard errors by which the panel must have fallen. How often chance does that: docs/guard.md."""
+ALONE = 3.0
+"""Standard errors by which one of its metrics must have fallen alone: rewards of one kind are fooled together, and the
+mean over them and the judge hides it."""
+
+OWN = ("step", "trained", "trained_noise", "panel", "panel_noise", "against")
+CHANGES = ("mean", "delta", "se", "since", "since_se")
+SINCE = ("trained_since", "trained_since_noise", "panel_since", "panel_since_noise", "alarm")
+
+
+class Change(NamedTuple):
+    """A mean over samples, and its standard error."""
+
+    mean: float
+    noise: float
+
+    def is_down(self, noise: float) -> bool:
+        """Below zero by more than so many standard errors."""
+        return self.mean < -noise * self.noise
+
+
+class Roles(NamedTuple):
+    """Which metrics train, with their weights, and which are the panel."""
+
+    trained: Mapping[str, float]
+    panel: tuple[str, ...]
+
+    @property
+    def metrics(self) -> list[str]:
+        """All of them."""
+        return [*self.trained, *self.panel]
+
+
+def columns(roles: Roles, nfe: Sequence[int]) -> list[str]:
+    """Header of panel.csv.
+
+    `trained` and `panel` are changes since the first look, in spreads; `*_since` those since the look `against`, the
+    one with the best panel until then; `*_noise` and `*_se` are standard errors. Of each metric, in its own units: its
+    mean over all samples, its change since the first look and since that one, and its mean at each number of steps.
+    """
+    parts = [[*(f"{m}_{name}" for name in CHANGES), *(f"{m}_{n}" for n in nfe)] for m in roles.metrics]
+    return [*OWN, *SINCE, *(name for part in parts for name in part)]
+
+
+def change(values_S: Array, concepts: Sequence[str]) -> Change:
+    """Mean of (S,) paired differences, NaN left out; its error takes samples of one concept for one draw."""
+    keep = np.isfinite(values_S)
+    values, labels = values_S[keep], np.asarray(concepts)[keep]
+    if len(set(labels)) < 2:  # one concept: its prompts are all there is to tell noise by
+        labels = np.arange(len(values))
+    if len(values) < 2:
+        return Change(float("nan"), float("nan"))
+    _, rows = np.unique(labels, return_inverse=True)
+    sums = np.bincount(rows, weights=values - values.mean())
+    clusters = len(sums)
+    return Change(float(values.mean()), float(np.sqrt(clusters / (clusters - 1) * (sums**2).sum()) / len(values)))
+
+
+def relative(now: Look, then: Look, first: Look, weights: Mapping[str, float]) -> Array:
+    """What changed between two looks, (S,), in spreads: the weighted mean over metrics, and the mean over the ways."""
+    parts = [w * ((now[m] - then[m]) / spread(m, first[m])).mean(0) for m, w in weights.items()]
+    return np.asarray(sum(parts) / sum(weights.values()), np.float64)
+
+
+def spread(metric: str, values_NS: Array) -> Array:
+    """Standard deviation over samples, (N, 1). Raises DataError where there is none, as of a constant."""
+    found = [row[np.isfinite(row)] for row in values_NS]
+    spreads = np.array([[row.std() if len(row) > 1 else 0.0] for row in found])
+    if not (spreads > 0).all():
+        raise DataError(
+            f"{metric} tells the validation pictures of the untrained student not apart (spread 0), so it cannot "
+            "guard: raise train.guard.prompts, look at that reward, or set train.guard.every to null"
+        )
+    return spreads
+
+
+def panel_row(
+    step: int, looks: Mapping[int, Look], against: int, roles: Roles, nfe: Sequence[int], concepts: Sequence[str]
+) -> dict[str, float | int]:
+    """The row of the look at `step`; `looks` holds it, the first one and the one it is held `against`."""
+    now, then, first = looks[step], looks[against], looks[min(looks)]
+    panel = dict.fromkeys(roles.panel, 1.0)
+    row: dict[str, float | int] = {"step": step, "against": against}
+    for name, before in (("", first), ("_since", then)):
+        for which, weights in (("trained", roles.trained), ("panel", panel)):
+            found = change(relative(now, before, first, weights), concepts)
+            row |= {f"{which}{name}": found.mean, f"{which}{name}_noise": found.noise}
+    for metric in roles.metrics:
+        row |= _of_metric(metric, now[metric], (first[metric], then[metric]), nfe, concepts)
+    row["alarm"] = int(bool(fallen(row, roles)) and row["trained_since"] > 0)
+    return row
+
+
+def fallen(row: Mapping[str, float | int], roles: Roles) -> list[str]:
+    """What is down since the best look beyond its noise: "the panel", and the metrics of it that are so alone.
+
+    It is an alarm unless the trained reward has fallen as well: such a run diverges, as its own numbers show.
+    """
+    panel = Change(row["panel_since"], row["panel_since_noise"])
+    alone = {m: Change(row[f"{m}_since"], row[f"{m}_since_se"]) for m in roles.panel}
+    return (["the panel"] if panel.is_down(NOISE) else []) + [m for m, one in alone.items() if one.is_down(ALONE)]
+
+
+def _of_metric(
+    metric: str, now_NS: Array, before: Sequence[Array], nfe: Sequence[int], concepts: Sequence[str]
+) -> dict[str, float]:
+    delta, since = (change((now_NS - then_NS).mean(0), concepts) for then_NS in before)
+    means = {f"{metric}_{n}": change(values_S, concepts).mean for n, values_S in zip(nfe, now_NS, strict=True)}
+    found = (change(now_NS.mean(0), concepts).mean, *delta, *since)
+    return dict(zip((f"{metric}_{name}" for name in CHANGES), found, strict=True)) | means
+
+
+def best_step(rows: Sequence[Row], steps: Sequence[int] | None = None) -> int | None:
+    """The step of the look with the best panel, the earliest of equals; of those at `steps` only, if given."""
+    known = [row for row in rows if steps is None or int(row["step"]) in steps]
+    panels = {int(row["step"]): float(row["panel"]) for row in known}
+    finite = {step: panel for step, panel in panels.items() if np.isfinite(panel)}
+    return max(finite, key=lambda step: finite[step]) if finite else None
+
+
+def alarms_in_a_row(rows: Sequence[Row]) -> int:
+    """How many of the last looks raised the alarm, without one between that did not."""
+    count = 0
+    for row in reversed(rows):
+        if int(row["alarm"]) == 0:
+            break
+        count += 1
+    return count
