@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rats.pipeline.prompts import planned, read_prompts
+from rats.pipeline.weights import NETWORK
 from rats.schemas.canonical import sha256
 from rats.schemas.errors import ConfigError, RatsError, StorageError
 from rats.schemas.params import Params, load_params
@@ -165,7 +166,7 @@ def _anchored(params: Params, path: Path, root: Path) -> Params:
             return None
         return next((str(folder / name) for folder in folders if (folder / name).exists()), name)
 
-    model = params.model.model_copy(update={"path": found(params.model.path)})
+    model = params.model.model_copy(update={name: found(getattr(params.model, name)) for name in ("path", NETWORK)})
     prompts = params.prompts.model_copy(update={name: found(file) for name, file in params.prompts})
     return params.model_copy(update={"model": model, "prompts": prompts})
 

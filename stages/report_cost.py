@@ -37,8 +37,8 @@ def _summary(params: Params, records: Mapping[str, RunRecord]) -> str:
 
 
 def _read(params: Params, name: str, record: RunRecord) -> int:
-    """Samples that a run has read."""
-    return record.steps * with_variant(params, name).batch
+    """Trajectories that a run has read; beside a live teacher it reads their noise alone."""
+    return 0 if record.teacher_mode == "live-ema" else record.steps * with_variant(params, name).batch
 
 
 def _rollouts(params: Params, rollouts: Mapping[str, Entry]) -> Entry:

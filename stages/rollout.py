@@ -39,6 +39,7 @@ def rollout_stage(
     out: Path | None = None,
     where: Where | None = None,
     max_bad: float = MAX_BAD,
+    samples: Sequence[PlannedSample] | None = None,
 ) -> RolloutReport:
     """Make what is missing of a split's samples and scores, name them by a snapshot, publish it into `out`.
 
@@ -50,6 +51,7 @@ def rollout_stage(
         out: A folder to publish into.
         where: Where tasks run; `params.store.workers` local processes if not given.
         max_bad: The share of the samples, 0 to 1, that a reward may fail on.
+        samples: These exactly, in place of the split's.
 
     Raises:
         ConfigError: no prompts, model or reward where the parameters say.
@@ -58,7 +60,7 @@ def rollout_stage(
     """
     start = time.monotonic()
     params = absolute(params)
-    wanted = wanted_samples(params, split)
+    wanted = wanted_samples(params, split) if samples is None else samples
     recipe, vae = read_recipe(params)
     hashes = column_hashes(params, vae)
     shards = ShardSet.open_or_create(places.absolute(open_place(params.store.path)), recipe)
@@ -89,7 +91,7 @@ def rollout_stage(
 def read_recipe(params: Params) -> tuple[Recipe, str]:
     """The recipe of the weights that are on disk now, and the hash of the decoder. Loads no weights."""
     folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
-    weights = component_hashes(folder)
+    weights = component_hashes(folder, params.model.transformer)
     family = open_outline(params.model, params.teacher)
     teacher = params.teacher
     sigmas, horizons = aligned(family.stock_sigmas, teacher.steps, teacher.nfe, teacher.horizons)
@@ -135,7 +137,9 @@ def _make(params: Params, shards: ShardSet, tasks: Sequence[Task], where: Where)
 def absolute(params: Params) -> Params:
     """Local model paths as absolute ones, a hub's model at its commit: a worker may stand elsewhere, or start later."""
     revision = pinned(params.model.path, params.model.revision, PIPELINE_PATTERNS)
-    model = params.model.model_copy(update={"path": _whole(params.model.path), "revision": revision})
+    network = params.model.transformer and _whole(params.model.transformer)
+    changes = {"path": _whole(params.model.path), "revision": revision, "transformer": network}
+    model = params.model.model_copy(update=changes)
     rewards = tuple(reward.model_copy(update={"path": _whole(reward.path)}) for reward in params.rewards)
     return params.model_copy(update={"model": model, "rewards": rewards})
 

@@ -62,8 +62,9 @@ class Context(Scorer):
     def teacher(self) -> FluxTeacher:
         """The teacher, its weights those of the recipe, its network's forwards counted by a hook."""
         model = self.params.model
-        check_weights(resolve(model.path, model.revision, PIPELINE_PATTERNS), self.shards.recipe.weights)
-        teacher = open_teacher(self.params.model, self.params.teacher, self.params.compute)
+        folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
+        check_weights(folder, self.shards.recipe.weights, model.transformer)
+        teacher = open_teacher(model, self.params.teacher, self.params.compute)
         teacher.network.register_forward_hook(self._count)
         return teacher
 
