@@ -69,10 +69,31 @@ def kid(features_a: ArrayLike, features_b: ArrayLike) -> float:
     a, b = np.asarray(features_a, np.float64), np.asarray(features_b, np.float64)
     if min(len(a), len(b)) < 2:
         raise ConfigError(f"KID needs two samples on each side, not {len(a)} and {len(b)}: evaluate more prompts")
-    return _mean_off_diagonal(kernel(a, a)) + _mean_off_diagonal(kernel(b, b)) - 2 * float(kernel(a, b).mean())
+    return mean_off_diagonal(kernel(a, a)) + mean_off_diagonal(kernel(b, b)) - 2 * float(kernel(a, b).mean())
 
 
-def _mean_off_diagonal(matrix: NDArray[np.float64]) -> float:
+def kid_by_sample(features_a: ArrayLike, features_b: ArrayLike, own_b: float) -> NDArray[np.float64]:
+    """What each sample of the first set adds to `kid`, (n,): their mean is `kid`, their spread gives its error.
+
+    To first order, the jackknife's pseudo-values. `own_b`: `mean_off_diagonal` of the second set's own kernel.
+    """
+    a = np.asarray(features_a, np.float64)
+    within, across = kernel(a, a), kernel(a, features_b).mean(1)
+    own = (within.sum(1) - np.diag(within)) / (len(a) - 1)
+    total = own.mean() + own_b - 2 * across.mean()
+    return total + 2 * (own - own.mean()) - 2 * (across - across.mean())
+
+
+def diversity_by_sample(features: ArrayLike) -> NDArray[np.float64]:
+    """As `kid_by_sample`, of the mean pairwise cosine distance within all samples (n,), in [0, 2]."""
+    values = np.asarray(features, np.float64)
+    unit = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
+    own = (1 - unit @ unit.T).sum(1) / (len(unit) - 1)
+    return own.mean() + 2 * (own - own.mean())
+
+
+def mean_off_diagonal(matrix: NDArray[np.float64]) -> float:
+    """Mean of all entries but those of the diagonal."""
     n = len(matrix)
     return float((matrix.sum() - np.trace(matrix)) / (n * (n - 1)))
 
@@ -85,7 +106,7 @@ def diversity_by_group(features: ArrayLike, groups: Sequence[Hashable]) -> dict[
     for index, group in enumerate(groups):
         members.setdefault(group, []).append(index)
     distances = {group: 1 - unit[rows] @ unit[rows].T for group, rows in members.items() if len(rows) > 1}
-    return {group: _mean_off_diagonal(matrix) for group, matrix in distances.items()}
+    return {group: mean_off_diagonal(matrix) for group, matrix in distances.items()}
 
 
 def diversity(features: ArrayLike, groups: Sequence[Hashable]) -> float:
