@@ -156,6 +156,7 @@ def test_scores_that_are_all_nan_are_an_error_and_not_silence(models: Path, tmp_
         rollout_stage(params, "train")
 
 
+@pytest.mark.slow
 def test_two_workers_one_of_which_is_killed_and_another_order_of_prompts_make_the_same_bytes(
     rolled: tuple[Params, Path], models: Path, tmp_path: Path
 ):
