@@ -33,7 +33,8 @@ def model_card(params: Params, record: RunRecord, parts: Sequence[str], evaluati
     base = hub or Path(params.model.path).name
     context = {
         "card_data": _data(hub, "lora" in parts).to_yaml(),
-        "title": f"{base} in {' or '.join(map(str, record.nfe))} steps",
+        "title": f"{base} in {any_of(record.nfe)} steps",
+        "steps": any_of(record.nfe),
         "base": base,
         "nfe": record.nfe,
         "parts": parts,
@@ -44,6 +45,12 @@ def model_card(params: Params, record: RunRecord, parts: Sequence[str], evaluati
         "cells": [_cell_row(cell) for cell in own_cells(record, evaluation)],
     }
     return str(ModelCard(render("model_card.md.j2", context)))
+
+
+def any_of(numbers: Sequence[int]) -> str:
+    """In words: "3, 5 or 8"."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def own_cells(record: RunRecord, evaluation: Path) -> list[Cell]:
