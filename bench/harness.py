@@ -62,7 +62,7 @@ def opened(path: Path, shards: Path, overrides: Sequence[str]) -> Iterator[Bench
     params = load_params(path, [UNSPLIT, *overrides])
     chosen, ranks = params.train, OneRank(params.compute.device)
     source = open_source(params, chosen, shards)
-    settings, student = read_settings(chosen, source), open_trainable(params, chosen)
+    settings, student = read_settings(chosen, source), open_trainable(params, chosen, ranks)
     rewards = [open_reward(reward_params(params, name), params.compute.device) for name in chosen.reward_weights]
     stream = StoredSamples(source.shards, source.snapshot, source.scores, chosen.seed, chosen.batch)
     with tempfile.TemporaryDirectory() as folder, closing(stream):

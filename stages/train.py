@@ -76,7 +76,7 @@ def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: 
     settings = read_settings(chosen, source)
     identity = Identity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
     saved = belonging(saved, identity, resume)
-    student = open_trainable(params, chosen)
+    student = open_trainable(params, chosen, ranks)
     witness = Witness()
     watched = WatchedStudent(student, witness)
     rewards = [open_reward(reward_params(params, name), str(ranks.device)) for name in chosen.reward_weights]
@@ -105,9 +105,9 @@ def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
     return torch.bfloat16 if half else None
 
 
-def open_trainable(params: Params, chosen: TrainParams) -> FluxStudent:
+def open_trainable(params: Params, chosen: TrainParams, ranks: Ranks) -> FluxStudent:
     """The student with what is to be trained in float32: small updates would be rounded away in bfloat16."""
-    compute = params.compute.model_copy(update={"compile": chosen.compile})
+    compute = params.compute.model_copy(update={"compile": chosen.compile, "device": str(ranks.device)})
     student = open_student(params.model, params.teacher, compute, lora=chosen.lora, seed=chosen.seed)
     cast_training_params(student.network, torch.float32)
     if chosen.gradient_checkpointing:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from rats.pipeline.loading import torch_device
 from rats.schemas.errors import DataError
 
 
@@ -63,10 +64,14 @@ class Accelerated(Ranks):
     """What `accelerate launch` or `torchrun` has set up; a plain call is one process."""
 
     def __init__(self, device: str, autocast_dtype: torch.dtype | None = None, fsdp: bool = False) -> None:
-        """Joins the process group, if there is one; `autocast_dtype` None leaves the network its own precision."""
-        self.accelerator = Accelerator(cpu=torch.device(device).type == "cpu")
+        """Joins the process group, if there is one; `autocast_dtype` None leaves the network its own precision.
+
+        Raises ConfigError for a device that is not there.
+        """
+        own = torch_device(device)
+        self.accelerator = Accelerator(cpu=own.type == "cpu")
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.device = self.accelerator.device
+        self.device = self.accelerator.device if self.world > 1 else own
         self.autocast_dtype = autocast_dtype
         self.is_sharded = self.world > 1 and (fsdp or self.accelerator.distributed_type == DistributedType.FSDP)
 
