@@ -231,6 +231,19 @@ def open_decoder(model: ModelParams, teacher: TeacherParams, compute: ComputePar
     return FluxDecoder(load_component(AutoencoderKL, folder / "vae", model, compute), teacher)
 
 
+def rebuilt_network(
+    model: ModelParams, teacher: TeacherParams, weights: dict[str, Tensor], lora: LoraParams | None
+) -> nn.Module:
+    """A network with these trained weights (CPU tensors by name), to be saved; `lora`: they are its adapters.
+
+    What trains cannot be saved as it is: it may be sharded, and in float32 where `model.dtype` is not. On the CPU, for
+    the device is full.
+    """
+    network = open_student(model, teacher, ComputeParams(device="cpu"), lora=lora).network
+    network.load_state_dict(weights, strict=lora is None)
+    return network
+
+
 def open_outline(model: ModelParams, teacher: TeacherParams) -> FluxStudent:
     """Loads no weights at all: enough for `latent_shape` and `stock_sigmas`."""
     folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)

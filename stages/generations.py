@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rats.pipeline.atomic import atomic_folder, atomic_write, link_or_copy, remove
-from rats.pipeline.flux import FluxStudent, open_student
+from rats.pipeline.flux import FluxStudent, rebuilt_network
 from rats.pipeline.flux_live import open_live_teacher
 from rats.pipeline.loading import save_component
 from rats.pipeline.lora import merge_lora
@@ -144,9 +144,7 @@ class Generations:
         assert run.live is not None
         weights, lora = run.live.tensors(), self.chosen.lora
         if self.ranks.is_main:
-            params = self.params
-            network = open_student(params.model, params.teacher, params.compute, lora=lora).network
-            network.load_state_dict(weights, strict=lora is None)
+            network = rebuilt_network(self.params.model, self.params.teacher, weights, lora)
             if lora:
                 merge_lora(network)
             with atomic_folder(self._network(step)) as temporary:

@@ -18,7 +18,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 
 from rats.pipeline.atomic import atomic_folder, atomic_write, remove
-from rats.pipeline.flux import FluxStudent, open_student
+from rats.pipeline.flux import FluxStudent, open_student, rebuilt_network
 from rats.pipeline.loading import save_component
 from rats.pipeline.lora import save_lora
 from rats.pipeline.places import Place
@@ -198,10 +198,9 @@ def save_student(learner: Learner, folder: Path, params: Params, chosen: TrainPa
 
     The weights are those of the moving average, if one is kept. All ranks must call, the main one writes.
     """
-    files = learner.tensors()
+    weights = learner.weights()
     if learner.ranks.is_main:
-        network = open_student(params.model, params.teacher, params.compute, lora=chosen.lora).network
-        network.load_state_dict(files["network"] | files.get("ema", {}), strict=chosen.lora is None)
+        network = rebuilt_network(params.model, params.teacher, weights, chosen.lora)
         with atomic_folder(folder) as temporary:
             (save_lora if chosen.lora else save_component)(network, temporary)
     learner.ranks.wait()

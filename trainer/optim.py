@@ -146,6 +146,10 @@ class Learner:
         files = {"network": whole_by_name(self._kept()), "optimizer": moments}
         return {**files, "ema": whole_by_name(self.ema)} if self.ema else files
 
+    def weights(self) -> dict[str, Tensor]:
+        """What the run leaves, whole, on the CPU: the moving average where one is kept. All ranks must ask at once."""
+        return whole_by_name(self._kept() | self.ema)
+
     def restore(self, files: dict[str, dict[str, Tensor]]) -> None:
         """Take back what `tensors` gave. Raises DataError when the names are those of another network."""
         put_back(files.get("network", {}), self._kept(), "network")
