@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from rats.pipeline.flux import FluxStudent
+from rats.pipeline.models import FamilyStudent
 from rats.pipeline.protocols import Reward
 from rats.pipeline.registry import open_reward
 from rats.schemas.params import Params, load_params
@@ -31,7 +31,8 @@ from rats.trainer.optim import Learner
 from rats.trainer.run import METRICS, Run
 from rats.trainer.stored import StoredSamples
 
-UNSPLIT = "train.log_gradients_every=1000000"
+UNSPLIT_EVERY = 1_000_000
+UNSPLIT = f"train.log_gradients_every={UNSPLIT_EVERY}"
 """Steps that log the gradients of both terms apart take another backward pass."""
 
 
@@ -42,7 +43,7 @@ class Bench:
     params: Params
     settings: Settings
     source: Source
-    student: FluxStudent
+    student: FamilyStudent
     rewards: Sequence[Reward]
     run: Run
     step: Callable[[], None]
@@ -66,15 +67,19 @@ def opened(path: Path, shards: Path, overrides: Sequence[str]) -> Iterator[Bench
     rewards = [open_reward(reward_params(params, name), params.compute.device) for name in chosen.reward_weights]
     stream = StoredSamples(source.shards, source.snapshot, source.scores, chosen.seed, chosen.batch)
     with tempfile.TemporaryDirectory() as folder, closing(stream):
-        log = CsvLog(Path(folder) / METRICS, columns(max(chosen.nfe), [part.name for part in settings.parts]))
-        identity, checkpoints = Identity("", "", ""), Checkpoints(Path(folder) / "checkpoints")
-        learner = Learner(student.network, chosen, ranks)
-        run = Run(learner, checkpoints, {METRICS: log}, identity, 1, State(step=1), ranks)
-        run.live = open_follower(params, chosen, student, learner, source, rewards, student.decode)
+        run = fresh_run(student, settings, ranks, Path(folder))
+        run.live = open_follower(params, chosen, student, run.learner, source, rewards, student.decode)
         yield Bench(
             *(params, settings, source, student, rewards, run),
             step=lambda: one_step(student, stream, rewards, settings, run),
         )
+
+
+def fresh_run(student: FamilyStudent, settings: Settings, ranks: Ranks, folder: Path) -> Run:
+    """A run that has taken a step already, so that the next one does not split its gradients."""
+    log = CsvLog(folder / METRICS, columns(max(settings.train.nfe), [part.name for part in settings.parts]))
+    learner, checkpoints = Learner(student.network, settings.train, ranks), Checkpoints(folder / "checkpoints")
+    return Run(learner, checkpoints, {METRICS: log}, Identity("", "", ""), 1, State(step=1), ranks)
 
 
 @dataclass(frozen=True)

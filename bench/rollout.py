@@ -59,7 +59,7 @@ def compare(params: Params, store: Path, repeats: int) -> dict[str, float]:
     """Wall seconds a task of both, and the medians of the paired ratios, wall and CPU."""
     shards = ShardSet.open_or_create(store, read_recipe(params)[0])
     batch = params.compute.micro_batch
-    wanted = planned(read_prompts(Path(params.prompts.train)), params.teacher.noises_per_prompt)
+    wanted = planned(read_prompts(params.prompts.train), params.teacher.noises_per_prompt)
     plans = shards.plan(wanted[: (repeats + 1) * batch], batch)
     theirs, mine = bare(params), ours(params, shards)
     pairs = []

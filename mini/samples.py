@@ -12,13 +12,14 @@ from mini.concepts import CONCEPTS, STYLES
 from mini.prompts import named, styled
 from mini.teacher import MAX_LENGTH
 from rats.pipeline import solver
-from rats.pipeline.flux import FluxTeacher, open_teacher
+from rats.pipeline.models import FamilyTeacher
 from rats.pipeline.noise import noise
+from rats.pipeline.opening import open_teacher
 from rats.schemas.identity import prompt_id
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
 
 
-def open_miniature(folder: Path, scale: float) -> FluxTeacher:
+def open_miniature(folder: Path, scale: float) -> FamilyTeacher:
     """The pipeline folder with true guidance `scale`, in fp32: what its embedded guidance is learned from."""
     size = {"max_sequence_length": MAX_LENGTH, "height": 32, "width": 32}
     settings = TeacherParams(guidance_scale=1.0, true_cfg_scale=scale, **size)
@@ -26,7 +27,7 @@ def open_miniature(folder: Path, scale: float) -> FluxTeacher:
 
 
 @torch.no_grad()
-def sample(teacher: FluxTeacher, prompts: list[str], steps: int, seed: int, guided: bool = True) -> np.ndarray:
+def sample(teacher: FamilyTeacher, prompts: list[str], steps: int, seed: int, guided: bool = True) -> np.ndarray:
     """uint8 (B, 32, 32, 3) of `steps` Euler steps, guided or not, from each prompt's own noise."""
     conditioning = teacher.encode(prompts)
     start = torch.stack([noise(seed, prompt_id(p), i, teacher.latent_shape()) for i, p in enumerate(prompts)])
@@ -35,7 +36,7 @@ def sample(teacher: FluxTeacher, prompts: list[str], steps: int, seed: int, guid
     return np.uint8(np.round(255 * teacher.decode(states[-1]).permute(0, 2, 3, 1).numpy()))
 
 
-def losers(teacher: FluxTeacher, rounds: int = 12) -> np.ndarray:
+def losers(teacher: FamilyTeacher, rounds: int = 12) -> np.ndarray:
     """Samples of every concept, (concepts, rounds, 32, 32, 3), at 4 to 20 steps, guided or not, of any style."""
     pictures = []
     for turn in range(rounds):

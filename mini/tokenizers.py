@@ -15,11 +15,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import BertTokenizerFast, CLIPTokenizer, T5TokenizerFast
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import BertTokenizerFast, CLIPTokenizer, Qwen2Tokenizer, T5TokenizerFast
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+QWEN2_END = "<|endoftext|>"
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;!?'\"()-&"
 
 
@@ -28,9 +32,12 @@ def clip_merges(texts: Iterable[str], vocab_size: int) -> list[tuple[str, str]]:
 
     Written out because the merge order of `tokenizers.trainers.BpeTrainer` differs from run to run at ties.
     """
-    words = _clip_words(texts)
+    return _byte_pair_merges(_clip_words(texts), vocab_size - 2 * 256 - 2)
+
+
+def _byte_pair_merges(words: Counter[tuple[str, ...]], limit: int) -> list[tuple[str, str]]:
     merges: list[tuple[str, str]] = []
-    while len(merges) < vocab_size - 2 * 256 - 2:
+    while len(merges) < limit:
         pairs: Counter[tuple[str, str]] = Counter()
         for symbols, count in words.items():
             for pair in pairwise(symbols):
@@ -86,9 +93,7 @@ def clip_tokenizer(texts: Iterable[str], max_length: int = 77, vocab_size: int =
 
 def write_clip_files(folder: Path, merges: list[tuple[str, str]], max_length: int) -> None:
     """`vocab.json`, `merges.txt` and `tokenizer_config.json`, which transformers 4 and 5 both read."""
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "vocab.json").write_text(json.dumps(clip_vocabulary(merges), ensure_ascii=False), encoding="utf-8")
+    _write_byte_pairs(folder, clip_vocabulary(merges), merges)
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": max_length,
@@ -98,6 +103,12 @@ def write_clip_files(folder: Path, merges: list[tuple[str, str]], max_length: in
         "unk_token": CLIP_END,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def _write_byte_pairs(folder: Path, vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> None:
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
 
 
 def save_clip(tokenizer: CLIPTokenizer, folder: Path) -> None:
@@ -110,6 +121,28 @@ def save_clip(tokenizer: CLIPTokenizer, folder: Path) -> None:
     pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     (file.parent / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
     (file.parent / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+
+
+def qwen2_tokenizer(texts: Iterable[str], special: Iterable[str] = ()) -> Qwen2Tokenizer:
+    """Qwen2's tokenizer: byte-level BPE that keeps case and the space before a word, with merges from `texts`.
+
+    `special`: tokens besides "<|endoftext|>" that are never split, such as "<|im_start|>".
+    """
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    merges = _byte_pair_merges(Counter(tuple(w) for text in texts for w, _ in split.pre_tokenize_str(text)), 4096)
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), QWEN2_END]
+    with tempfile.TemporaryDirectory() as folder:
+        _write_byte_pairs(Path(folder), {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges)
+        config = {"tokenizer_class": "Qwen2Tokenizer", "pad_token": QWEN2_END, "eos_token": QWEN2_END}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        tokenizer = Qwen2Tokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
+    return tokenizer
 
 
 def t5_tokenizer(texts: Iterable[str], max_length: int = 512, extra_ids: int = 0) -> T5TokenizerFast:

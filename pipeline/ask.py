@@ -13,10 +13,14 @@ NOT_THE_SAMPLES_FAULT = (RatsError, MemoryError, torch.OutOfMemoryError, torch.A
 
 
 def ask(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
-    """Scores (B,) as the reward gives them, NaN and infinities included.
+    """Scores (B,) as the reward gives them, NaN and infinities included; of videos (B, K, 3, H, W) the frames' mean.
 
     Raises ValueError for scores of another shape: broadcast, they would be somebody else's.
     """
+    if images_B3HW.ndim == 5:
+        frames_BK3HW, count = images_B3HW, images_B3HW.shape[1]
+        each = [prompt for prompt in prompts for _ in range(count)]
+        return ask(reward, frames_BK3HW.flatten(0, 1), each).unflatten(0, (-1, count)).mean(1)
     scores_B = reward.score(images_B3HW, prompts)
     if scores_B.shape != (len(prompts),):
         raise ValueError(f"the reward gave {tuple(scores_B.shape)} scores for {len(prompts)} pictures")

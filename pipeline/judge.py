@@ -30,7 +30,12 @@ class Judge:
 
     @torch.no_grad()
     def features(self, images_B3HW: Tensor) -> Tensor:
-        """Features (B, 1280), float32 on the CPU, of images in [0, 1]: the last convolution's mean over positions."""
+        """Features (B, 1280), float32 on the CPU, of images in [0, 1]: the last convolution's mean over positions.
+
+        Of videos (B, K, 3, H, W) the mean over frames.
+        """
+        if images_B3HW.ndim == 5:
+            return self.features(images_B3HW.flatten(0, 1)).unflatten(0, images_B3HW.shape[:2]).mean(1)
         parts = [self._features(part.to(self.device)) for part in images_B3HW.float().split(CHUNK)]
         return torch.cat(parts).cpu()
 

@@ -11,11 +11,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 import transformers.utils.logging as transformers_logging
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rats.pipeline.weights import read_json
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import ComputeParams, ModelParams
 
@@ -45,7 +47,7 @@ def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeP
 
     Raises ConfigError when there is no folder, DataError when it does not load whole.
     """
-    settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True}
+    settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True, **_renaming(cls)}
     try:
         with quiet_loading():
             module, info = cls.from_pretrained(existing_component(folder), **settings)
@@ -57,6 +59,25 @@ def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeP
         missing = sorted(info["missing_keys"])
         raise DataError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: fetch or export it again")
     return module.to(torch_device(compute.device)).eval()
+
+
+def _renaming(cls: Any) -> dict[str, Any]:
+    """What lets transformers 4 read a CLIPTextModel that transformers 5 has written, without its prefix."""
+    if cls.__name__ != "CLIPTextModel" or not _transformers_4():
+        return {}
+    return {"key_mapping": {r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1."}}
+
+
+def load_tokenizer(cls: Any, folder: Path) -> Any:
+    """A tokenizer of `cls` from a diffusers component's folder. Raises ConfigError when there is none."""
+    settings = existing_component(folder) / "tokenizer_config.json"
+    # transformers 5 writes an empty list, in place of which transformers 4 wants a mapping
+    empty = _transformers_4() and settings.is_file() and read_json(settings).get("extra_special_tokens") == []
+    return cls.from_pretrained(folder, **({"extra_special_tokens": {}} if empty else {}))
+
+
+def _transformers_4() -> bool:
+    return transformers.__version__.startswith("4.")
 
 
 def save_component(module: Any, folder: Path) -> None:

@@ -12,21 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import FluxLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rats.pipeline.weights import NETWORK
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.train_params import LoraParams
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"
-PREFIX = f"{FluxLoraLoaderMixin.transformer_name}."
-FIELDS = ("r", "lora_alpha", "target_modules")
+PREFIX = f"{NETWORK}."
+"""Of every name in the file: the component that is adapted, as every family's pipeline calls it."""
+FIELDS = ("r", "lora_alpha", "rank_pattern", "target_modules")
 """What the file says of the adapters. Not the whole LoraConfig: other releases of peft refuse fields that they lack."""
 
 
@@ -62,12 +63,9 @@ def save_lora(network: nn.Module, folder: Path) -> None:
     config = network.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
     about = {f"{PREFIX}{name}": config[name] for name in FIELDS}
     about[f"{PREFIX}target_modules"] = sorted(config["target_modules"])  # a set: its order is the process's
-    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(about, sort_keys=True)}
-
-    def write(tensors: dict[str, Tensor], path: str) -> None:
-        save_file(tensors, path, metadata)  # diffusers adds a second key, and with two the bytes vary
-
-    FluxLoraLoaderMixin.save_lora_weights(folder, transformer_lora_layers=_layers(network), save_function=write)
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(about, sort_keys=True)}  # one key: with two the bytes vary
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"{PREFIX}{name}": tensor for name, tensor in _layers(network).items()}, folder / WEIGHTS, metadata)
 
 
 def load_lora(network: nn.Module, folder: Path) -> None:
@@ -119,14 +117,9 @@ def _check_targets(network: nn.Module, targets: Iterable[str]) -> None:
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata, by the names that the network gives them."""
     try:
-        state, _, about = FluxLoraLoaderMixin.lora_state_dict(
-            folder,
-            weight_name=WEIGHTS,
-            use_safetensors=True,  # never a pickle in its place
-            local_files_only=True,
-            return_alphas=True,
-            return_lora_metadata=True,
-        )
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except (OSError, ValueError, SafetensorError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{folder / WEIGHTS} is damaged ({reason}): train or export it again") from None

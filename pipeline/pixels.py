@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,35 +15,74 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def resize_normalise(
-    images_B3HW: Tensor, size: int, mean: Sequence[float], std: Sequence[float], clamp: bool = True
-) -> Tensor:
-    """(B, 3, size, size), float32: shortest edge to `size` (bicubic, antialiased), centre crop, normalise.
+Fit = Literal["crop", "crop-rounded", "pad"]
+"""How a picture that is not square becomes one: its centre, cut as transformers cuts it or as torchvision does (half
+slacks rounded to even, not down), or all of it, its longest edge at the size and the rest black."""
 
-    `clamp` cuts bicubic overshoot to [0, 1] after each direction, as PIL does; packages that resize after ToTensor
-    keep the overshoot.
+
+Overshoot = Literal["kept", "cut", "rounded"]
+"""What a resized picture goes through after each direction: nothing, a cut to [0, 1], PIL's rounding to 8 bits too."""
+
+PUBLISHED = 224
+"""Pixels a side of the published checkpoints, the smallest that a package resizes pictures for by PIL."""
+
+
+def as_pil(size: int) -> Overshoot:
+    """PIL's rounding for checkpoints of the published size; smaller ones were trained and are scored without it."""
+    return "rounded" if size >= PUBLISHED else "cut"
+
+
+def resize_normalise(
+    images_B3HW: Tensor,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    fit: Fit = "crop",
+    overshoot: Overshoot = "cut",
+) -> Tensor:
+    """(B, 3, size, size), float32, differentiable: bicubic with antialiasing, made square, normalised.
+
+    The gradient of a rounding is that of what is rounded.
     """
-    pixels = _centre_crop(_resize_shortest(images_B3HW.float(), size, clamp), size)
+    images = images_B3HW.float()
+    height, width = images.shape[-2:]
+    if fit == "pad":
+        scale = size / max(height, width)
+        pixels = _pad(_resize(images, round(height * scale), round(width * scale), overshoot), size)
+    else:
+        shortest = min(height, width)
+        resized = _resize(images, int(size * height / shortest), int(size * width / shortest), overshoot)
+        pixels = _centre_crop(resized, size, round if fit == "crop-rounded" else math.floor)
     shape = (1, 3, 1, 1)
     return (pixels - pixels.new_tensor(mean).view(shape)) / pixels.new_tensor(std).view(shape)
 
 
-def _resize_shortest(images: Tensor, size: int, clamp: bool) -> Tensor:
-    """Both directions one after the other, the width first: PIL's order, which matters where it clamps between."""
+def _resize(images: Tensor, rows: int, columns: int, overshoot: Overshoot) -> Tensor:
+    """Both directions one after the other, the width first: PIL's order, which matters where it cuts between."""
     height, width = images.shape[-2:]
-    shortest = min(height, width)
-    if shortest == size:
+    if (height, width) == (rows, columns):
         return images
-    rows, columns = int(size * height / shortest), int(size * width / shortest)
     for target in ((height, columns), (rows, columns)):
         images = F.interpolate(images, target, mode="bicubic", antialias=True, align_corners=False)
-        images = images.clamp(0, 1) if clamp else images
+        images = images if overshoot == "kept" else images.clamp(0, 1)
+        images = _to_8_bits(images) if overshoot == "rounded" else images
     return images
 
 
-def _centre_crop(images: Tensor, size: int) -> Tensor:
-    top, left = ((length - size) // 2 for length in images.shape[-2:])
+def _to_8_bits(images: Tensor) -> Tensor:
+    """Levels 0 to 255 of 255, with the gradient of the images: a rounding has none."""
+    return images + ((images * 255).round() / 255 - images).detach()
+
+
+def _centre_crop(images: Tensor, size: int, to_integer: Callable[[float], int]) -> Tensor:
+    top, left = (to_integer((length - size) / 2) for length in images.shape[-2:])
     return images[..., top : top + size, left : left + size]
+
+
+def _pad(images: Tensor, size: int) -> Tensor:
+    top, left = ((size - length) // 2 for length in images.shape[-2:])
+    rows, columns = images.shape[-2:]
+    return F.pad(images, (left, size - columns - left, top, size - rows - top))
 
 
 @dataclass(frozen=True)
@@ -77,9 +117,13 @@ def augment(images_B3HW: Tensor, draws: Draws, strength: float) -> Tensor:
 
     A reward that is climbed through this is harder to hack by patterns that hold at one position, scale or level.
     `strength` in [0, 1] scales every range; at 0 the images come back as they are. All randomness is in `draws`.
+    The frames of a video (B, K, 3, H, W) are moved and recoloured as one: a draw a sample.
     """
     if strength == 0:
         return images_B3HW
+    if images_B3HW.ndim == 5:
+        frames_BK3HW = images_B3HW
+        return augment(frames_BK3HW.flatten(1, 2), draws, strength).view_as(frames_BK3HW)
     moved = _move(images_B3HW, draws, strength)
     resampled = _resample(moved, draws, strength)
     recoloured = _recolour(resampled, draws, strength)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -23,12 +23,28 @@ class Reward(Protocol):
         ...
 
 
+class RewardAdapter(Reward, Protocol):
+    """How a reward is opened: what an entry point of `rats.rewards` names."""
+
+    checkpoints: ClassVar[tuple[str, ...]]
+    """Names that its file of weights may have, the preferred one first; none where `path` is not a file's (a server).
+    Of a hub repository the first that is there is fetched, with the .json and .txt files beside it."""
+
+    def __init__(self, path: Any, name: str, device: str) -> None:
+        """Loads the checkpoint at `path`, a file or folder that is there."""
+
+    @classmethod
+    def identify(cls, path: Any) -> str:
+        """The fingerprint of what lies there, without loading it."""
+        ...
+
+
 @runtime_checkable
 class Decoder(Protocol):
     """What scoring and looking at stored finals need of a family."""
 
     def decode(self, x_BTC: Tensor) -> Tensor:
-        """Images (B, 3, H, W), clamped to [0, 1], of clean latents; differentiable."""
+        """Images (B, 3, H, W), clamped to [0, 1], of clean latents; of videos (B, K, 3, H, W); differentiable."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from typing import Any
 
@@ -54,3 +55,10 @@ class RetryLaterError(RatsError):
 def brief(value: Any) -> str:
     """A value for an error's one line, cut to a few words however large or deep it is."""
     return " ".join(_REPR.repr(value).split())[:300]
+
+
+def nearest(name: str, known: Any) -> str:
+    """A hint for an error text: ", did you mean 'x'?", else the known names."""
+    names = sorted(str(one)[:80] for one in known)[:100]
+    match = difflib.get_close_matches(name[:80], names, n=1)
+    return f", did you mean {match[0]!r}?" if match else f" (known: {', '.join(names)[:300] or 'none'})"

@@ -81,6 +81,13 @@ def rows_of(horizons: Sequence[float], sigmas: Sequence[float]) -> list[int]:
     return rows
 
 
+def evenly(total: int, count: int) -> list[int]:
+    """`count` of `total` rows, evenly spread, first and last included; all where there are fewer, one: the middle."""
+    if count >= total:
+        return list(range(total))
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)] if count > 1 else [total // 2]
+
+
 def _check(grid: Sequence[float]) -> None:
     falls = all(a > b for a, b in zip(grid, grid[1:], strict=False))
     if len(grid) < 2 or grid[0] != 1.0 or grid[-1] != 0.0 or not falls:

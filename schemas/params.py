@@ -5,16 +5,16 @@ Which fields enter a shard set's fingerprint is said in `schemas.recipe`.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import Field, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
 
 from rats.schemas.blocks import Block, NonNegative, Positive
-from rats.schemas.errors import ConfigError, brief
+from rats.schemas.errors import ConfigError, brief, nearest
+from rats.schemas.plugins import FAMILIES, REWARDS, check_name
 from rats.schemas.train_params import TrainParams
 from rats.schemas.yaml_values import override, parse, set_at
 
@@ -28,22 +28,61 @@ class ModelParams(Block):
     path: str
     revision: str | None = None
     transformer: str | None = None
-    family: Literal["flux"] = "flux"
+    family: str = "flux"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @field_validator("family")
+    @classmethod
+    def _is_installed(cls, name: str) -> str:
+        return check_name(FAMILIES, name)
+
+
+class PromptSource(Block):
+    """Prompts out of a table that `datasets` reads: a .parquet, .jsonl, .json, .csv or .txt file, a folder, a hub id.
+
+    `files`: a pattern of those that count in a folder or a hub repository. `column` holds the prompts (of a list of
+    texts it is `text`), `concept` what a prompt is about; each is its own if not given. Of the distinct prompts, in an
+    order drawn by `seed`, the first `skip` are left out and `count` taken (null: all).
+    """
+
+    path: str
+    revision: str | None = None
+    files: str | None = None
+    split: str = "train"
+    column: str = "prompt"
+    concept: str | None = None
+    count: Positive | None = None
+    skip: Annotated[int, Field(ge=0)] = 0
+    seed: int = 0
+
+    def __str__(self) -> str:
+        """Where it is."""
+        return self.path
+
+
+def _kind_of_prompts(value: Any) -> str:
+    return "str" if isinstance(value, str) else "PromptSource"
+
+
+Prompts = Annotated[
+    Annotated[str, Tag("str")] | Annotated[PromptSource, Tag("PromptSource")], Discriminator(_kind_of_prompts)
+]
 
 
 class PromptParams(Block):
-    """A prompt file a split: .txt (a prompt a line) or .csv (prompt, concept, kind)."""
+    """A prompt file a split, .txt (a prompt a line) or .csv (prompt, concept, kind), or a larger table."""
 
-    train: str
-    validation: str | None = None
-    test: str | None = None
+    train: Prompts
+    validation: Prompts | None = None
+    test: Prompts | None = None
 
 
 class TeacherParams(Block):
     """How the teacher samples. `nfe`: the student grids whose sigmas are snapped into its own.
 
-    `horizons`: which of its states are kept, those at the students' sigmas or all.
+    `horizons`: which of its states are kept, those at the students' sigmas or all. `guidance_scale` is embedded in the
+    network's input, `true_cfg_scale` is classifier-free guidance, whatever a pipeline calls it. `frames`: of a video;
+    rewards see `scored_frames` of them, evenly spaced, and the mean counts.
     """
 
     steps: Positive = 50
@@ -55,8 +94,15 @@ class TeacherParams(Block):
     max_sequence_length: Positive = 512
     height: Positive = 512
     width: Positive = 512
+    frames: Positive = 1
+    scored_frames: Positive = 4
     noises_per_prompt: Positive = 1
     seed: int = 0
+
+    @property
+    def seen_frames(self) -> int:
+        """Frames that rewards, judges and readers of a report see of a sample: 1 of a picture."""
+        return min(self.frames, self.scored_frames)
 
 
 class ComputeParams(Block):
@@ -78,12 +124,21 @@ class StoreParams(Block):
 
 
 class RewardParams(Block):
-    """A reward model: `adapter` reads the checkpoint at `path` (a folder, a file or a hub id)."""
+    """A reward model: `adapter` reads the checkpoint at `path` (a folder, a file or a hub id).
+
+    `backend`: official runs the reward's own package, for comparisons; it must be installed.
+    """
 
     name: str
-    adapter: Literal["pickscore", "hpsv2", "image-reward", "url"]
+    adapter: str
     path: str
     revision: str | None = None
+    backend: Literal["transformers", "official"] = "transformers"
+
+    @field_validator("adapter")
+    @classmethod
+    def _is_installed(cls, name: str) -> str:
+        return check_name(REWARDS, name)
 
 
 class EvaluateParams(Block):
@@ -143,13 +198,6 @@ def with_variant(params: Params, name: str) -> TrainParams:
     for dotted, value in params.variants[name].items():
         set_at(values, dotted.split("."), value, f"variants.{name}.{dotted}")
     return _validate(TrainParams, values, f"variants.{name}")
-
-
-def nearest(name: str, known: Any) -> str:
-    """A hint for an error text: ", did you mean 'x'?", else the known names."""
-    names = sorted(str(one)[:80] for one in known)[:100]
-    match = difflib.get_close_matches(name[:80], names, n=1)
-    return f", did you mean {match[0]!r}?" if match else f" (known: {', '.join(names)[:300] or 'none'})"
 
 
 def _read_text(path: Path) -> str:

@@ -6,9 +6,9 @@ Every field of `params.yaml` is on one of two lists below; a test flips each and
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from rats.schemas.canonical import canonical_json, sha256
 from rats.schemas.manifest import FORMAT_VERSION, Record
@@ -29,6 +29,7 @@ IN_RECIPE = (
     "teacher.max_sequence_length",
     "teacher.height",
     "teacher.width",
+    "teacher.frames",
     "teacher.seed",
     "compute.device",
     "compute.threads",
@@ -47,6 +48,7 @@ NOT_IN_RECIPE = (
     "prompts.validation",
     "prompts.test",
     "teacher.noises_per_prompt",
+    "teacher.scored_frames",
     "store.path",
     "store.shard_samples",
     "store.workers",
@@ -56,7 +58,8 @@ NOT_IN_RECIPE = (
     "evaluate",
 )
 """Fields that change no byte of a sample. A block's name stands for all its fields. The weights behind `model.path`,
-`model.revision` and `model.transformer` enter by their hashes; rewards are columns with addresses of their own."""
+`model.revision` and `model.transformer` enter by their hashes; rewards are columns with addresses of their own, in
+which `teacher.scored_frames` is."""
 
 DECODER = "vae"
 """The one component that no trajectory depends on: its hash is part of the scores' address instead."""
@@ -75,7 +78,7 @@ class ComputeRecipe(Record):
 class Recipe(Record):
     """`weights` by component name, `sigmas` the snapped teacher grid, `horizons` the rows that are kept.
 
-    `latent_shape` is one state's, (T, C) for FLUX: the decoder's depth decides it, and its weights are left out.
+    `latent_shape` is one state's, (T, C): the decoder's depth decides it, and its weights are left out.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -92,10 +95,17 @@ class Recipe(Record):
     max_sequence_length: int
     height: int
     width: int
+    frames: int = 1
     dtype: str
     latent_dtype: Literal["float16"] = "float16"
     seed: int
     compute: ComputeRecipe
+
+    @model_serializer(mode="wrap")
+    def _without_one_frame(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Pictures have one frame, and had no such field: their sets keep their addresses."""
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if name != "frames" or value != 1}
 
 
 def fingerprint(recipe: Recipe) -> str:
@@ -121,7 +131,7 @@ def make_recipe(
         horizons: The sigmas whose states are kept (`schemas.horizons.aligned` gives both).
         latent_shape: Of one state, by the family at this resolution.
     """
-    teacher = params.teacher.model_dump(exclude={"steps", "nfe", "horizons", "noises_per_prompt"})
+    teacher = params.teacher.model_dump(exclude={"steps", "nfe", "horizons", "noises_per_prompt", "scored_frames"})
     compute = params.compute.model_dump() | {"device": params.compute.device.split(":")[0]}
     return Recipe(
         **teacher,

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rats.pipeline.ask import ask
 from rats.pipeline.atomic import atomic_write
 from rats.pipeline.judge import Judge, diversity_by_group
 from rats.pipeline.loading import torch_device
@@ -157,7 +158,7 @@ def measure(system: System, bench: Bench, advance: Callable[[int], None]) -> Mea
     for batch in bench.samples.batches(bench.micro_batch, bench.device):
         images = system.decode(system.draw(batch))
         for name, reward in bench.rewards.items():
-            new = reward.score(images, batch.prompts).tolist() if own else [bench.stored[name][k] for k in batch.keys]
+            new = ask(reward, images, batch.prompts).tolist() if own else [bench.stored[name][k] for k in batch.keys]
             result.scores[name] += _finite(new, name, system.column.id, batch.keys)
         if bench.judge is not None:
             features.append(bench.judge.features(images).double().numpy())
@@ -176,8 +177,8 @@ def _finite(scores: list[float], reward: str, column: str, keys: Sequence[str]) 
 
 
 def _show(result: Measured, images: torch.Tensor, start: int, wanted: set[int]) -> None:
-    """Keeps the pictures that were chosen, and the size that all have."""
-    result.size = (int(images.shape[2]), int(images.shape[3]))
+    """Keeps the pictures that were chosen, and the size that all have, of a video's frames."""
+    result.size = (int(images.shape[-2]), int(images.shape[-1]))
     for offset in range(len(images)):
         if start + offset in wanted:
             result.pictures[start + offset] = to_picture(images[offset].float().cpu().numpy())

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from rats.pipeline.prompts import planned, read_prompts
 from rats.pipeline.weights import NETWORK
 from rats.schemas.canonical import sha256
 from rats.schemas.errors import ConfigError, RatsError, StorageError
-from rats.schemas.params import Params, load_params
+from rats.schemas.params import Params, Prompts, PromptSource, load_params
 from rats.schemas.recipe import Recipe, fingerprint, make_recipe
 from rats.schemas.yaml_values import parse
 from rats.stages.rollout import read_recipe
@@ -167,8 +167,12 @@ def _anchored(params: Params, path: Path, root: Path) -> Params:
         return next((str(folder / name) for folder in folders if (folder / name).exists()), name)
 
     model = params.model.model_copy(update={name: found(getattr(params.model, name)) for name in ("path", NETWORK)})
-    prompts = params.prompts.model_copy(update={name: found(file) for name, file in params.prompts})
+    prompts = params.prompts.model_copy(update={name: _moved(source, found) for name, source in params.prompts})
     return params.model_copy(update={"model": model, "prompts": prompts})
+
+
+def _moved(source: Prompts | None, found: Callable[[str | None], str | None]) -> Prompts | None:
+    return source.model_copy(update={"path": found(source.path)}) if isinstance(source, PromptSource) else found(source)
 
 
 def could_make(params: Params, recipe: Recipe) -> bool:
@@ -230,9 +234,11 @@ def _made_by(params: Params) -> str | None:
 
 def _keys(params: Params) -> set[str] | None:
     """Keys of all samples that the file asks for; None when its prompts cannot be read."""
-    files = [file for _, file in params.prompts if file is not None]
+    sources = [source for _, source in params.prompts if source is not None]
+    if not all(Path(str(source)).exists() for source in sources):  # nor for its prompts
+        return None
     try:
-        parts = [planned(read_prompts(Path(file)), params.teacher.noises_per_prompt) for file in files]
+        parts = [planned(read_prompts(source), params.teacher.noises_per_prompt) for source in sources]
     except RatsError:
         return None
     return {sample.key for part in parts for sample in part}

@@ -1,4 +1,7 @@
-"""Draws a prompt with a trained student: the stock pipeline, its network exchanged or adapted, no true guidance."""
+"""Draws a prompt with a trained student: the stock pipeline, its network exchanged or adapted, no true guidance.
+
+A video is its frames; all else is said of pictures.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from PIL import Image
 from rats.pipeline.atomic import atomic_write
 from rats.pipeline.loading import quiet_imports, quiet_loading, torch_device, torch_dtype
 from rats.pipeline.lora import is_lora, load_lora
+from rats.pipeline.opening import family_class, open_scheduler
 from rats.pipeline.weights import PIPELINE_PATTERNS, network_folder, resolve
 from rats.schemas.errors import ConfigError
+from rats.schemas.horizons import evenly
 from rats.schemas.params import Params
 from rats.stages.runs import pipeline_call, read_record, student_folder
 
@@ -27,16 +32,19 @@ with quiet_imports():  # they ask for torchvision, which we do without
 log = logging.getLogger(__name__)
 
 FORMATS = (".png", ".webp", ".jpg", ".jpeg")
+ANIMATED = (".webp", ".gif")
+FRAME_MS = 62
+"""How long a frame of an animated file is shown: 16 a second, as Wan's are."""
 
 
 def generate(
     params: Params, prompt: str, nfe: int, run: Path | None, seed: int, out: Path, count: int = 1
 ) -> list[Image.Image]:
-    """Draws `count` pictures into one file, in a grid, and returns them.
+    """Draws `count` pictures into one file, in a grid, and returns them; of videos all frames, one after the other.
 
-    They are what `FluxPipeline.from_pretrained(model, transformer=student)(prompt, num_inference_steps=nfe)` draws,
-    for adapters what it draws after `load_lora_weights(student)`, with noise from
-    `torch.Generator().manual_seed(seed)`.
+    They are what `DiffusionPipeline.from_pretrained(model, transformer=student)(prompt, num_inference_steps=nfe)`
+    draws, for adapters what it draws after `load_lora_weights(student)`, with noise from
+    `torch.Generator().manual_seed(seed)`; where the family samples by another scheduler than the model's, with that.
 
     Args:
         params: The whole configuration: the model, its resolution and its embedded guidance.
@@ -44,7 +52,7 @@ def generate(
         nfe: Steps, each of one network evaluation.
         run: The run whose student draws; None for the untrained base.
         seed: Of the noise.
-        out: The picture file, by its suffix.
+        out: The picture file, by its suffix. Videos move in .webp and .gif; in others each is a strip of a few frames.
         count: How many pictures, from consecutive draws of the generator.
 
     Raises:
@@ -52,12 +60,18 @@ def generate(
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty: say what to draw")
-    if out.suffix.lower() not in FORMATS:
-        raise ConfigError(f"cannot write a picture named '{out.name}': end it in one of {', '.join(FORMATS)}")
+    is_video, suffix = family_class(params.model).is_video, out.suffix.lower()
+    if suffix not in (known := (*FORMATS, ".gif") if is_video else FORMATS):
+        kind = "video" if is_video else "picture"
+        raise ConfigError(f"cannot write a {kind} named '{out.name}': end it in one of {', '.join(known)}")
     if run is not None:
         _check_steps(run, nfe)
-    pictures = draw(open_pipeline(params, run), params, prompt, nfe, seed, count)
-    atomic_write(out, encode(grid(pictures), out.suffix.lower()))
+    drawn = draw(open_pipeline(params, run), params, prompt, nfe, seed, count)
+    if is_video:
+        atomic_write(out, encode_videos(drawn, suffix, params.teacher.scored_frames))
+        return [frame for video in drawn for frame in video]
+    pictures = [picture for (picture,) in drawn]
+    atomic_write(out, encode(grid(pictures), suffix))
     return pictures
 
 
@@ -78,21 +92,27 @@ def load_pipeline(params: Params, student: Path | None) -> Any:
         # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
         warnings.simplefilter("ignore", FutureWarning)
         own = AutoModel.from_pretrained(str(network), torch_dtype=dtype)
-        pipeline = DiffusionPipeline.from_pretrained(str(folder), torch_dtype=dtype, transformer=own)
+        scheduler = open_scheduler(family_class(params.model), folder)  # where the family samples by another one
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(folder), torch_dtype=dtype, transformer=own, scheduler=scheduler
+        )
     if student is not None and adapters:
         load_lora(pipeline.transformer, student)
     return pipeline
 
 
-def draw(pipeline: Any, params: Params, prompt: str, nfe: int, seed: int, count: int) -> list[Image.Image]:
-    """The pipeline's own call, with the student's embedded guidance and the recipe's resolution."""
-    return pipeline(
-        prompt,
+def draw(pipeline: Any, params: Params, prompt: str, nfe: int, seed: int, count: int) -> list[list[Image.Image]]:
+    """The pipeline's own call, with the student's embedded guidance and the recipe's resolution: frames of each."""
+    is_video = family_class(params.model).is_video
+    drawn = pipeline(
+        prompt=prompt,  # by name: the first argument of a pipeline that can edit pictures is the picture
         num_inference_steps=nfe,
-        num_images_per_prompt=count,
         generator=torch.Generator().manual_seed(seed),
+        output_type="pil",
+        **{"num_videos_per_prompt" if is_video else "num_images_per_prompt": count},
         **pipeline_call(params),
-    ).images
+    )
+    return drawn.frames if is_video else [[picture] for picture in drawn.images]
 
 
 def grid(pictures: Sequence[Image.Image]) -> Image.Image:
@@ -103,6 +123,21 @@ def grid(pictures: Sequence[Image.Image]) -> Image.Image:
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     return sheet
+
+
+def encode_videos(videos: Sequence[Sequence[Image.Image]], suffix: str, shown: int) -> bytes:
+    """The file's bytes: all videos moving in a grid, or a strip of `shown` frames a video, one below the other."""
+    if suffix not in ANIMATED:
+        (width, height), rows = videos[0][0].size, evenly(len(videos[0]), shown)
+        sheet = Image.new("RGB", (len(rows) * width, len(videos) * height))
+        for i, video in enumerate(videos):
+            for j, row in enumerate(rows):
+                sheet.paste(video[row], (j * width, i * height))
+        return encode(sheet, suffix)
+    first, *others = [grid(at_once) for at_once in zip(*videos, strict=True)]
+    buffer = io.BytesIO()
+    first.save(buffer, suffix[1:].upper(), save_all=True, append_images=others, duration=FRAME_MS, loop=0)
+    return buffer.getvalue()
 
 
 def encode(picture: Image.Image, suffix: str) -> bytes:

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rats.pipeline.atomic import atomic_folder, atomic_write, link_or_copy, remove
-from rats.pipeline.flux import FluxStudent, rebuilt_network
-from rats.pipeline.flux_live import open_live_teacher
 from rats.pipeline.loading import save_component
 from rats.pipeline.lora import merge_lora
+from rats.pipeline.models import FamilyStudent
+from rats.pipeline.opening import open_live_teacher, rebuilt_network
 from rats.pipeline.places import open_place, sizes
 from rats.pipeline.protocols import Reward
 from rats.pipeline.store import ShardSet
@@ -48,7 +48,7 @@ RECORD = "generation.json"
 def open_follower(
     params: Params,
     chosen: TrainParams,
-    student: FluxStudent,
+    student: FamilyStudent,
     learner: Learner,
     source: Source,
     rewards: Sequence[Reward],
@@ -144,7 +144,7 @@ class Generations:
         assert run.live is not None
         weights, lora = run.live.tensors(), self.chosen.lora
         if self.ranks.is_main:
-            network = rebuilt_network(self.params.model, self.params.teacher, weights, lora)
+            network = rebuilt_network(self.params.model, weights, lora)
             if lora:
                 merge_lora(network)
             with atomic_folder(self._network(step)) as temporary:

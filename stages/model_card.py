@@ -7,10 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard, ModelCardData
 from pydantic import ValidationError
 
+from rats.pipeline.family import EULER
 from rats.pipeline.lora import WEIGHTS
+from rats.pipeline.opening import family_class, open_scheduler
+from rats.pipeline.weights import PIPELINE_PATTERNS, read_json, resolve
 from rats.schemas.errors import DataError
 from rats.schemas.params import Params
 from rats.schemas.reports import Cell, EvaluateReport
@@ -30,13 +34,15 @@ def model_card(params: Params, record: RunRecord, parts: Sequence[str], evaluati
         evaluation: evaluate.json; passed over where it is not there or of another student.
     """
     hub = None if Path(params.model.path).exists() else params.model.path
-    base = hub or Path(params.model.path).name
+    base, is_video = hub or Path(params.model.path).name, family_class(params.model).is_video
     context = {
-        "card_data": _data(hub, "lora" in parts).to_yaml(),
+        "card_data": _data(hub, "lora" in parts, is_video).to_yaml(),
         "title": f"{base} in {any_of(record.nfe)} steps",
         "steps": any_of(record.nfe),
         "base": base,
+        "drawn": ("video", "frames") if is_video else ("image", "images"),
         "nfe": record.nfe,
+        "scheduler": _other_scheduler(params),
         "parts": parts,
         "weights": WEIGHTS,
         "dtype": params.model.dtype,
@@ -68,10 +74,22 @@ def own_cells(record: RunRecord, evaluation: Path) -> list[Cell]:
     return [cell for cell in report.cells if cell.system == "student" and cell.variant == record.variant]
 
 
-def _data(hub: str | None, adapter: bool) -> ModelCardData:
+def _other_scheduler(params: Params) -> str | None:
+    """Code of the scheduler that the family samples by, where it is not the base's own."""
+    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    if read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", EULER) == EULER:
+        return None
+    config = open_scheduler(family_class(params.model), folder).config
+    plain = FlowMatchEulerDiscreteScheduler().config
+    changed = (f"{name}={value!r}" for name, value in config.items() if name in plain and plain[name] != value)
+    return f"{EULER}({', '.join(changed)})"
+
+
+def _data(hub: str | None, adapter: bool, is_video: bool) -> ModelCardData:
     relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if hub else {}
     tags = ["rats", "distillation", "few-step", *(["lora"] if adapter else [])]
-    return ModelCardData(base_model=hub, library_name="diffusers", pipeline_tag="text-to-image", tags=tags, **relation)
+    task = "text-to-video" if is_video else "text-to-image"
+    return ModelCardData(base_model=hub, library_name="diffusers", pipeline_tag=task, tags=tags, **relation)
 
 
 def _run_rows(record: RunRecord) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
-from rats.pipeline.flux import FluxStudent
+from rats.pipeline.models import FamilyStudent
 from rats.pipeline.protocols import Reward
 from rats.schemas.params import Params
 from rats.schemas.train_params import TrainParams
@@ -30,7 +30,7 @@ def check_observers(params: Params, chosen: TrainParams) -> None:
 def looking_on(
     params: Params,
     chosen: TrainParams,
-    student: FluxStudent,
+    student: FamilyStudent,
     rewards: Mapping[str, Reward],
     run: Run,
     saved: Saved | None,

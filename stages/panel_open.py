@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from rats.pipeline.flux import FluxStudent
+from rats.pipeline.models import FamilyStudent
 from rats.pipeline.protocols import Reward
 from rats.pipeline.registry import open_reward
 from rats.schemas.errors import ConfigError
@@ -22,7 +22,7 @@ from rats.trainer.guard import Roles
 def open_panel(
     params: Params,
     chosen: TrainParams,
-    student: FluxStudent,
+    student: FamilyStudent,
     out: Path,
     saved: Saved | None,
     rewards: Mapping[str, Reward],
@@ -75,7 +75,7 @@ def roles_of(params: Params, chosen: TrainParams) -> Roles:
 def _open_eye(
     params: Params,
     chosen: TrainParams,
-    student: FluxStudent,
+    student: FamilyStudent,
     out: Path,
     again: bool,
     rewards: Mapping[str, Reward],

@@ -90,7 +90,12 @@ def _spread_over(order: Iterable[int], labels: Sequence[str]) -> list[int]:
 
 
 def to_picture(image_3HW: NDArray[np.float32]) -> Picture:
-    """An image in [0, 1] as (H, W, 3) uint8, rounded as diffusers rounds, shrunk to LONGEST_SIDE."""
+    """An image in [0, 1] as (H, W, 3) uint8, rounded as diffusers rounds, shrunk to LONGEST_SIDE.
+
+    Of a video (K, 3, H, W) a strip (H, K W, 3) of its frames, each shrunk so.
+    """
+    if image_3HW.ndim == 4:
+        return np.concatenate([to_picture(frame) for frame in image_3HW], axis=1)
     pixels = (np.asarray(image_3HW, np.float32).transpose(1, 2, 0) * 255).round().astype(np.uint8)
     if max(pixels.shape[:2]) <= LONGEST_SIDE:
         return pixels

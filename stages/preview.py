@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rats.pipeline.atomic import atomic_write
-from rats.pipeline.flux import FluxDecoder, open_decoder
+from rats.pipeline.models import FamilyDecoder
+from rats.pipeline.opening import open_decoder
 from rats.pipeline.places import Place
 from rats.pipeline.reader import read_sample
 from rats.pipeline.store import ShardSet
 from rats.schemas.errors import ConfigError
+from rats.schemas.horizons import evenly
 from rats.schemas.manifest import IndexRow
 from rats.schemas.params import Params
 from rats.schemas.recipe import Recipe
@@ -62,8 +64,11 @@ def preview(folder: Place, out: Path, params: Params, count: int, seed: int) -> 
     prompts = [row.prompt_id for row in rows]
     chosen = [rows[i] for i in choose(prompts, prompts, count, seed).side]
     columns = read_columns(shards, rows)
-    gallery = _gallery(_open(params, shards, rows[0]), shards, chosen, columns)
+    decoder = _open(params, shards, rows[0])
+    frames = decoder.settings.seen_frames
+    gallery = _gallery(decoder, shards, chosen, columns)
     where = f"{noises(rows)} a prompt, {shards.recipe.width} x {shards.recipe.height} px"
+    where += f", {frames} of {shards.recipe.frames} frames shown" if frames > 1 else ""
     context = {
         "title": f"Shard set {shards.fingerprint[:12]}",
         "lead": f"{counted(len(rows), 'sample')} of {counted(len(set(prompts)), 'prompt')}, {where}.",
@@ -73,7 +78,8 @@ def preview(folder: Place, out: Path, params: Params, count: int, seed: int) -> 
         **_scores(gallery, columns, rows),
         "content": [*content_rows(shards, snapshot, rows), ("decoded with", params.model.path)],
         "recipe": recipe_rows(shards.recipe, None),
-        "width": shards.recipe.width,
+        "frames": frames,
+        "width": shards.recipe.width * frames,
         "height": shards.recipe.height,
         "few": EXTREMES,
     }
@@ -109,9 +115,9 @@ def _figure(score: float | None) -> str:
     return "failed" if score is None else f"{score:.4g}"
 
 
-def _open(params: Params, shards: ShardSet, row: IndexRow) -> FluxDecoder:
+def _open(params: Params, shards: ShardSet, row: IndexRow) -> FamilyDecoder:
     """The decoder at the set's resolution."""
-    size = {"height": shards.recipe.height, "width": shards.recipe.width}
+    size = {name: getattr(shards.recipe, name) for name in ("height", "width", "frames")}
     decoder = open_decoder(params.model, params.teacher.model_copy(update=size), params.compute)
     stored, expected = read_sample(shards, row)["x"].shape[1:], decoder.latent_shape()
     if stored != expected:
@@ -122,7 +128,9 @@ def _open(params: Params, shards: ShardSet, row: IndexRow) -> FluxDecoder:
     return decoder
 
 
-def _gallery(decoder: FluxDecoder, shards: ShardSet, chosen: Sequence[IndexRow], columns: Sequence[Column]) -> Gallery:
+def _gallery(
+    decoder: FamilyDecoder, shards: ShardSet, chosen: Sequence[IndexRow], columns: Sequence[Column]
+) -> Gallery:
     gallery = Gallery(columns, {}, {})
     by_key = {row.key: row for row in shards.index(shards.snapshot())}
     extremes = [key for column in columns for keys in ends(column.scores, EXTREMES) for key in keys]
@@ -137,31 +145,30 @@ def _gallery(decoder: FluxDecoder, shards: ShardSet, chosen: Sequence[IndexRow],
             advance(len(part))
         for key in strips:
             arrays = read_sample(shards, by_key[key])
-            clean = [_shrunk(p) for p in _decode(decoder, arrays["x0"][kept[:-1]])]
-            states = [_shrunk(p) for p in _decode(decoder, arrays["x"][kept])]
+            frames = decoder.settings.seen_frames
+            clean = [_shrunk(p, frames) for p in _decode(decoder, arrays["x0"][kept[:-1]])]
+            states = [_shrunk(p, frames) for p in _decode(decoder, arrays["x"][kept])]
             gallery.strips[key] = ([*clean, states[-1]], states)
             advance(2 * len(kept) - 1)
     return gallery
 
 
 @torch.no_grad()
-def _decode(decoder: FluxDecoder, latents_BTC: Latents) -> Iterator[Picture]:
+def _decode(decoder: FamilyDecoder, latents_BTC: Latents) -> Iterator[Picture]:
     for start in range(0, len(latents_BTC), BATCH):
         x_BTC = torch.from_numpy(latents_BTC[start : start + BATCH]).float()
         yield from (to_picture(image) for image in decoder.decode(x_BTC).cpu().numpy())
 
 
-def _shrunk(picture: Picture) -> Picture:
+def _shrunk(picture: Picture, frames: int) -> Picture:
     image = Image.fromarray(picture)
-    image.thumbnail((STRIP_SIDE, STRIP_SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((STRIP_SIDE * frames, STRIP_SIDE), Image.Resampling.LANCZOS)
     return np.asarray(image)
 
 
 def kept_rows(horizons: int) -> list[int]:
     """Rows of the horizons that a strip shows: all of them, or evenly spread ones, both ends included."""
-    if horizons <= MOST_HORIZONS:
-        return list(range(horizons))
-    return [round(i * (horizons - 1) / (MOST_HORIZONS - 1)) for i in range(MOST_HORIZONS)]
+    return evenly(horizons, MOST_HORIZONS)
 
 
 def ends(scores: dict[str, float], count: int) -> tuple[list[str], list[str]]:

@@ -23,7 +23,7 @@ from rats.schemas.run import RunRecord
 from rats.stages import figures, report_tables
 from rats.stages.pictures import PICTURES, Column, Picture, Pictures, load_pictures
 from rats.stages.report_cost import cost_block
-from rats.stages.report_template import PAGE, STYLE
+from rats.stages.report_template import PAGE, style
 from rats.stages.runs import read_record
 
 Entry = dict[str, Any]
@@ -51,20 +51,20 @@ def report_stage(params: Params, evaluation: Path, runs: Path, out: Path) -> Pat
     context = {
         **_tables(params, result, values),
         **_plots(params, result, curves),
-        "sheets": _sheets(pictures),
+        "sheets": _sheets(pictures, params.teacher.seen_frames),
         "variety": _variety(pictures, params.evaluate.variants[0]),
         "cost": cost_block(params, records, rollouts),
         "provenance": _provenance(params, records, result.snapshot),
         "parameters": yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
     }
-    atomic_write(out, render(context).encode())
+    atomic_write(out, render(context, params.teacher.seen_frames).encode())
     return out
 
 
-def render(context: Entry) -> str:
-    """The page. Escapes all text: prompts may hold anything."""
+def render(context: Entry, frames: int = 1) -> str:
+    """The page, its pictures strips of so many frames. Escapes all text: prompts may hold anything."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(PAGE).render(style=Markup(STYLE), **context) + "\n"
+    return environment.from_string(PAGE).render(style=Markup(style(frames)), **context) + "\n"
 
 
 def read_evaluation(path: Path) -> EvaluateReport:
@@ -152,13 +152,14 @@ def _head(column: Column) -> Entry:
     return {"name": words.get(column.system, column.variant), "cost": cost}
 
 
-def _sheets(pictures: Pictures) -> Entry:
+def _sheets(pictures: Pictures, frames: int) -> Entry:
     nfe = sorted({column.nfe for column in pictures.columns if column.system != "teacher"})
     height, width = pictures.size
     note = (
         f"Every row is one prompt and one noise. Drawn by lot (seed {pictures.seed}) before anything was sampled, "
         f"one a concept as far as they go, not picked by hand. {width} x {height} px, scaled for the page."
     )
+    note += f" Of each video {frames} frames, from the first to the last." if frames > 1 else ""
     return {"note": note, "pages": [_sheet(pictures, steps) for steps in nfe]}
 
 

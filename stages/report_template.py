@@ -46,6 +46,13 @@ pre { background: var(--tint); border-radius: 8px; padding: 12px 14px; overflow-
 @media print { .card { break-inside: avoid; } }
 """
 
+
+def style(frames: int = 1) -> str:
+    """The page's style; sheets of videos have room for strips of so many frames."""
+    wide = f".sheet img {{ width: {96 * frames}px; }} .sheet .many img {{ width: {66 * frames}px; }}"
+    return STYLE + (f"{wide} .sheet .many {{ flex-direction: column; }}\n" if frames > 1 else "")
+
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>

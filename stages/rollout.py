@@ -11,13 +11,21 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rats.pipeline import places
-from rats.pipeline.flux import open_outline
+from rats.pipeline.opening import open_outline
 from rats.pipeline.places import open_place
 from rats.pipeline.prompts import planned, read_prompts
 from rats.pipeline.publish import publish
+from rats.pipeline.registry import pin_reward
 from rats.pipeline.scores import MAX_BAD
 from rats.pipeline.store import ShardSet
-from rats.pipeline.weights import PIPELINE_PATTERNS, component_hashes, pinned, resolve, scheduler_hash
+from rats.pipeline.weights import (
+    PIPELINE_PATTERNS,
+    absolute_if_local,
+    component_hashes,
+    pinned,
+    resolve,
+    scheduler_hash,
+)
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import aligned
 from rats.schemas.manifest import PlannedSample, ShardPlan
@@ -104,7 +112,7 @@ def wanted_samples(params: Params, split: Split) -> list[PlannedSample]:
     path = getattr(params.prompts, split)
     if path is None:
         raise ConfigError(f"prompts.{split} is not set: name a .txt or .csv file in params.yaml")
-    return planned(read_prompts(Path(path)), params.teacher.noises_per_prompt)
+    return planned(read_prompts(path), params.teacher.noises_per_prompt)
 
 
 def _missing(
@@ -135,14 +143,9 @@ def _make(params: Params, shards: ShardSet, tasks: Sequence[Task], where: Where)
 
 
 def absolute(params: Params) -> Params:
-    """Local model paths as absolute ones, a hub's model at its commit: a worker may stand elsewhere, or start later."""
+    """Local paths as absolute ones, a hub's repositories at commits: a worker may stand elsewhere, or start later."""
     revision = pinned(params.model.path, params.model.revision, PIPELINE_PATTERNS)
-    network = params.model.transformer and _whole(params.model.transformer)
-    changes = {"path": _whole(params.model.path), "revision": revision, "transformer": network}
+    network = params.model.transformer and absolute_if_local(params.model.transformer)
+    changes = {"path": absolute_if_local(params.model.path), "revision": revision, "transformer": network}
     model = params.model.model_copy(update=changes)
-    rewards = tuple(reward.model_copy(update={"path": _whole(reward.path)}) for reward in params.rewards)
-    return params.model_copy(update={"model": model, "rewards": rewards})
-
-
-def _whole(path: str) -> str:
-    return str(Path(path).absolute()) if Path(path).exists() else path
+    return params.model_copy(update={"model": model, "rewards": tuple(map(pin_reward, params.rewards))})

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from rats.pipeline.embeddings import has_embedding, read_embedding, write_embedding
-from rats.pipeline.flux import FluxDecoder, FluxTeacher, open_decoder, open_teacher
+from rats.pipeline.models import FamilyDecoder, FamilyTeacher
 from rats.pipeline.noise import noise
+from rats.pipeline.opening import open_decoder, open_teacher
 from rats.pipeline.places import Place
 from rats.pipeline.protocols import Conditioning, Teacher
 from rats.pipeline.solver import euler
@@ -59,7 +60,7 @@ class Context(Scorer):
         self.teacher_forwards = 0
 
     @cached_property
-    def teacher(self) -> FluxTeacher:
+    def teacher(self) -> FamilyTeacher:
         """The teacher, its weights those of the recipe, its network's forwards counted by a hook."""
         model = self.params.model
         folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
@@ -69,7 +70,7 @@ class Context(Scorer):
         return teacher
 
     @cached_property
-    def decoder(self) -> FluxDecoder:
+    def decoder(self) -> FamilyDecoder:
         """The teacher's own decoder where it is loaded anyway, else the VAE alone."""
         if "teacher" in self.__dict__:
             return self.teacher

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from rats.pipeline.opening import family_class
 from rats.pipeline.weights import hash_path
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import Params
@@ -26,9 +27,7 @@ def read_record(run: Path) -> RunRecord:
 
 def pipeline_call(params: Params) -> dict[str, int | float]:
     """What the pipeline must be called with, besides a prompt and a number of steps, to draw as trained."""
-    teacher = params.teacher
-    sizes = {"height": teacher.height, "width": teacher.width, "max_sequence_length": teacher.max_sequence_length}
-    return {**sizes, "guidance_scale": teacher.guidance_scale}
+    return family_class(params.model).call(params.teacher)
 
 
 def student_folder(run: Path) -> Path:

@@ -15,9 +15,9 @@ from rats.pipeline.publish import publish
 from rats.pipeline.scores import MAX_BAD
 from rats.pipeline.store import ShardSet
 from rats.pipeline.weights import DECODER_PATTERNS, hash_path, resolve
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, nearest
 from rats.schemas.manifest import RewardRecord, ShardDone, Snapshot
-from rats.schemas.params import Params, Split, nearest
+from rats.schemas.params import Params, Split
 from rats.schemas.recipe import DECODER, Recipe, fingerprint
 from rats.schemas.reports import ScoreReport
 from rats.stages.executor import Where
@@ -172,7 +172,7 @@ def as_made(params: Params, recipe: Recipe) -> Params:
     if params.compute.device.partition(":")[0] != recipe.compute.device:
         here, there = params.compute.device, recipe.compute.device
         log.warning("scoring on %s what was made on %s: the scores' last bits may be others", here, there)
-    size = {"height": recipe.height, "width": recipe.width}
+    size = {"height": recipe.height, "width": recipe.width, "frames": recipe.frames}
     bits = {"threads": recipe.compute.threads, "micro_batch": recipe.compute.micro_batch}
     return params.model_copy(
         update={

@@ -21,7 +21,8 @@ RETRY = "mend the reward, then `rats stage score --retry-failed`"
 
 def column_hashes(params: Params, vae: str) -> dict[str, dict[str, str]]:
     """What decides each reward's column, by the reward's name. Reads and hashes the rewards, loads none."""
-    return {reward.name: reward_hashes(reward_fingerprint(reward), vae) for reward in params.rewards}
+    frames = params.teacher.seen_frames
+    return {reward.name: reward_hashes(reward_fingerprint(reward), vae, frames) for reward in params.rewards}
 
 
 def check_failed(

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rats.pipeline.ask import NOT_THE_SAMPLES_FAULT, ask, one_line
-from rats.pipeline.flux import FluxDecoder, open_decoder
+from rats.pipeline.models import FamilyDecoder
+from rats.pipeline.opening import family_class, open_decoder
 from rats.pipeline.places import Place
 from rats.pipeline.protocols import Decoder, Reward
 from rats.pipeline.reader import read_sample
@@ -43,9 +44,14 @@ class Verdict:
     error: str | None = None
 
 
-def reward_hashes(reward_fingerprint: str, vae: str) -> dict[str, str]:
-    """What decides a column of scores: the reward with its preprocessing, the decoder, and how they are joined."""
-    return {"reward": reward_fingerprint, "vae": vae, "scoring": SCORING_VERSION}
+def reward_hashes(reward_fingerprint: str, vae: str, frames: int) -> dict[str, str]:
+    """What decides a column of scores: the reward with its preprocessing, the decoder, and how they are joined.
+
+    `frames`: how many the reward sees of a sample (`TeacherParams.seen_frames`). One, as of a picture, is not said:
+    columns of pictures keep their addresses.
+    """
+    hashes = {"reward": reward_fingerprint, "vae": vae, "scoring": SCORING_VERSION}
+    return hashes | ({"scored_frames": str(frames)} if frames > 1 else {})
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], int]]:
@@ -87,7 +93,8 @@ def judge(reward: Reward, images_B3HW: Tensor, prompts: list[str], count: int) -
 def _alone(reward: Reward, images_B3HW: Tensor, prompt: str, i: int) -> Verdict:
     size = len(images_B3HW)
     try:
-        return _ask(reward, images_B3HW[i : i + 1].repeat(size, 1, 1, 1), [prompt] * size)[i]
+        full = images_B3HW[i : i + 1].repeat(size, *(1 for _ in images_B3HW.shape[1:]))
+        return _ask(reward, full, [prompt] * size)[i]
     except NOT_THE_SAMPLES_FAULT:
         raise
     except Exception as error:
@@ -122,7 +129,7 @@ class Scorer:
         self._rewards: dict[str, Reward] = {}
 
     @cached_property
-    def decoder(self) -> FluxDecoder:
+    def decoder(self) -> FamilyDecoder:
         """The VAE, and nothing else of the model."""
         return open_decoder(self.params.model, self.params.teacher, self.params.compute)
 
@@ -172,7 +179,7 @@ def do_score(scorer: Scorer, task: ScoreTask) -> Made | Busy:
         if done is None:
             raise DataError(f"{scorer.shards.shard_path(task.shard)} is gone; run `rats stage rollout`")
         columns = missing_columns(scorer.shards, task.shard, task.columns, task.retry)
-        with threads(scorer.params.compute.threads), forwards(FluxDecoder.network_class) as count:
+        with threads(scorer.params.compute.threads), forwards(family_class(scorer.params.model).network_class) as count:
             scored = scorer.score(done, columns)
         return Made(len(done.rows), count(), scored)
 

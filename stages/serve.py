@@ -24,8 +24,8 @@ from rats.pipeline.protocols import Reward
 from rats.pipeline.registry import open_reward
 from rats.pipeline.url_reward import as_sent
 from rats.pipeline.wire import Answer, Question, ServedReward, pack_answer, unpack_question
-from rats.schemas.errors import CannotCreateError, ConfigError
-from rats.schemas.params import Params, nearest
+from rats.schemas.errors import CannotCreateError, ConfigError, nearest
+from rats.schemas.params import Params
 from rats.trainer.scoring import score
 
 log = logging.getLogger(__name__)

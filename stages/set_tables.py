@@ -10,6 +10,7 @@ import numpy as np
 
 from rats.pipeline.store import ShardSet
 from rats.schemas.manifest import IndexRow, ScoreRow, Snapshot
+from rats.schemas.plugins import FAMILIES, load_plugin
 from rats.schemas.recipe import Recipe
 
 
@@ -17,14 +18,14 @@ def recipe_rows(recipe: Recipe, teacher: str | None) -> list[tuple[str, str]]:
     """How the samples were made; `teacher` is its name, if it is known: no recipe holds it."""
     steps = len(recipe.sigmas) - 1
     evaluations = steps * (2 if recipe.true_cfg_scale > 1 else 1)
-    compute = recipe.compute
+    compute, frames = recipe.compute, f", {recipe.frames} frames" if recipe.frames > 1 else ""
     return [
         *([("teacher", teacher)] if teacher else []),
         ("family", recipe.family),
         ("steps", f"{steps}, {counted(evaluations, 'network evaluation')} a sample"),
-        ("guidance", f"embedded {recipe.guidance_scale:g}, classifier-free {recipe.true_cfg_scale:g}"),
+        ("guidance", _guidance(recipe)),
         ("negative prompt", recipe.negative_prompt or "none"),
-        ("resolution", f"{recipe.width} x {recipe.height} px"),
+        ("resolution", f"{recipe.width} x {recipe.height} px{frames}"),
         ("text tokens", f"at most {recipe.max_sequence_length}"),
         ("numbers", f"{recipe.dtype} computed, {recipe.latent_dtype} stored"),
         ("seed", str(recipe.seed)),
@@ -32,6 +33,13 @@ def recipe_rows(recipe: Recipe, teacher: str | None) -> list[tuple[str, str]]:
         *((f"weights: {name}", digest) for name, digest in sorted(recipe.weights.items())),
         ("scheduler", recipe.scheduler),
     ]
+
+
+def _guidance(recipe: Recipe) -> str:
+    """Of both kinds; networks without an input for a scale have the second alone."""
+    free = f"classifier-free {recipe.true_cfg_scale:g}"
+    embeds = load_plugin(FAMILIES, recipe.family).embeds_guidance
+    return f"embedded {recipe.guidance_scale:g}, {free}" if embeds else free
 
 
 def content_rows(shards: ShardSet, snapshot: Snapshot, rows: Sequence[IndexRow]) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rats.pipeline import solver
 from rats.pipeline.embeddings import read_embedding
-from rats.pipeline.flux import open_student, open_teacher
+from rats.pipeline.opening import open_student, open_teacher
 from rats.pipeline.places import Place
 from rats.pipeline.prompts import Prompt, read_prompts
 from rats.pipeline.protocols import Conditioning, Student, Teacher
@@ -85,7 +85,7 @@ def open_samples(params: Params, folder: Place) -> Samples:
 def _prompts_of(params: Params, wanted: set[str], folder: Place) -> tuple[str, dict[str, Prompt]]:
     files = {split: getattr(params.prompts, split) for split in SPLITS}
     for split, file in files.items():
-        known = {prompt.id: prompt for prompt in read_prompts(Path(file))} if file else {}
+        known = {prompt.id: prompt for prompt in read_prompts(file)} if file else {}
         if wanted <= set(known):
             return split, known
     names = ", ".join(str(file) for file in files.values() if file)

@@ -18,9 +18,10 @@ import torch
 from diffusers.training_utils import cast_training_params
 
 from rats.pipeline.atomic import atomic_folder, atomic_write, remove
-from rats.pipeline.flux import FluxStudent, open_student, rebuilt_network
 from rats.pipeline.loading import save_component
 from rats.pipeline.lora import save_lora
+from rats.pipeline.models import FamilyStudent
+from rats.pipeline.opening import open_student, rebuilt_network
 from rats.pipeline.places import Place
 from rats.pipeline.protocols import Reward
 from rats.pipeline.registry import open_reward
@@ -105,7 +106,7 @@ def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
     return torch.bfloat16 if half else None
 
 
-def open_trainable(params: Params, chosen: TrainParams, ranks: Ranks) -> FluxStudent:
+def open_trainable(params: Params, chosen: TrainParams, ranks: Ranks) -> FamilyStudent:
     """The student with what is to be trained in float32: small updates would be rounded away in bfloat16."""
     compute = params.compute.model_copy(update={"compile": chosen.compile, "device": str(ranks.device)})
     student = open_student(params.model, params.teacher, compute, lora=chosen.lora, seed=chosen.seed)
@@ -116,7 +117,7 @@ def open_trainable(params: Params, chosen: TrainParams, ranks: Ranks) -> FluxStu
 
 
 def start_run(
-    student: FluxStudent,
+    student: FamilyStudent,
     settings: Settings,
     checkpoints: Checkpoints,
     saved: Saved | None,
@@ -179,7 +180,7 @@ def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) ->
 
 
 def _with_tau(
-    settings: Settings, student: FluxStudent, rewards: Sequence[Reward], source: Source, run: Run
+    settings: Settings, student: FamilyStudent, rewards: Sequence[Reward], source: Source, run: Run
 ) -> Settings:
     """`gate.tau: gap` measured on the student as it starts; a run that goes on keeps what was measured."""
     if settings.train.gate.tau != "gap":
@@ -200,7 +201,7 @@ def save_student(learner: Learner, folder: Path, params: Params, chosen: TrainPa
     """
     weights = learner.weights()
     if learner.ranks.is_main:
-        network = rebuilt_network(params.model, params.teacher, weights, chosen.lora)
+        network = rebuilt_network(params.model, weights, chosen.lora)
         with atomic_folder(folder) as temporary:
             (save_lora if chosen.lora else save_component)(network, temporary)
     learner.ranks.wait()

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rats.pipeline.flux import open_outline
+from rats.pipeline.opening import open_outline
 from rats.pipeline.registry import reward_fingerprint
 from rats.pipeline.store import ShardSet
 from rats.pipeline.weights import NETWORK, PIPELINE_PATTERNS, hash_path, network_folder, resolve, scheduler_hash
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, nearest
 from rats.schemas.horizons import aligned
 from rats.schemas.manifest import RewardRecord
-from rats.schemas.params import Params, RewardParams, nearest
+from rats.schemas.params import Params, RewardParams
 from rats.schemas.recipe import Recipe, make_recipe
 from rats.stages.score_worker import reward_hashes
 
@@ -68,7 +68,8 @@ def find_column(params: Params, name: str, shards: ShardSet) -> Column:
         DataError: the shards have scores by that name, but of another reward or VAE, or have none.
     """
     reward = reward_params(params, name)
-    hashes = reward_hashes(reward_fingerprint(reward), hash_path(_folder(params) / "vae"))
+    vae = hash_path(_folder(params) / "vae")
+    hashes = reward_hashes(reward_fingerprint(reward), vae, params.teacher.seen_frames)
     wanted, found = RewardRecord(name=name, hashes=hashes), shards.rewards()
     if wanted.fingerprint in found:
         return Column(wanted.fingerprint, hashes)
@@ -77,8 +78,9 @@ def find_column(params: Params, name: str, shards: ShardSet) -> Column:
     if not others:
         known = nearest(name, {record.name for record in found.values()})
         raise DataError(f"{shards.root} has no scores by {name!r}{known}: {rescore}")
-    part = next((part for part, value in hashes.items() if others[-1].hashes.get(part) != value), "reward")
-    there, here = others[-1].hashes.get(part, "none")[:12], hashes[part][:12]
+    stored = others[-1].hashes
+    part = next((part for part in stored | hashes if stored.get(part) != hashes.get(part)), "reward")
+    there, here = (values.get(part, "none")[:12] for values in (stored, hashes))
     raise DataError(f"{shards.root} was scored with another {part}: {there} there, {here} here: {rescore}")
 
 

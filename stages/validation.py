@@ -17,8 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rats.pipeline.atomic import atomic_write
-from rats.pipeline.flux_text import open_text
 from rats.pipeline.noise import noise
+from rats.pipeline.opening import open_text
 from rats.pipeline.prompts import Prompt, planned, read_prompts
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.errors import ConfigError
@@ -78,7 +78,7 @@ def open_validation(params: Params, count: int, shape: tuple[int, ...], folder: 
         raise ConfigError(
             "train.guard and train.samples_every look at validation prompts: set prompts.validation, or both to null"
         )
-    prompts = read_prompts(Path(params.prompts.validation))
+    prompts = read_prompts(params.prompts.validation)
     if len(prompts) < 2:
         raise ConfigError(f"{params.prompts.validation} has one prompt: nothing can be told apart, add some")
     seed = params.evaluate.seed

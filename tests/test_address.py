@@ -13,7 +13,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from rats.pipeline.flux import open_teacher
+from rats.pipeline.opening import open_teacher
 from rats.pipeline.store import ShardSet
 from rats.pipeline.weights import check_weights, pinned, resolve
 from rats.schemas.errors import ConfigError
@@ -41,8 +41,8 @@ FLIPS: dict[str, Any] = {
 }
 """A field of the recipe, and a value that must move every sample."""
 
-ELSEWHERE = {"model.family", "compute.device"}
-"""There is one family and, in the tests, one device."""
+ELSEWHERE = {"model.family", "compute.device", "teacher.frames"}
+"""Another family is another model, frames are a video's (tests/test_wan.py), and the tests have one device."""
 
 COMPUTE = {"compute.threads", "compute.micro_batch", "compute.attention", "compute.compile"}
 """They move last bits on some machines: shown to be in force instead, below."""
@@ -97,7 +97,7 @@ def test_fields_that_are_not_in_the_recipe_move_no_sample(
     changes = {
         "model": {"path": str(elsewhere), "revision": "v2", "transformer": str(elsewhere / "transformer")},
         "prompts": prompts,
-        "teacher": {"noises_per_prompt": 2},
+        "teacher": {"noises_per_prompt": 2, "scored_frames": 3},
         "store": {"path": str(tmp_path / "store"), "shard_samples": 5},
         "train": {"alpha": 7.0, "seed": 3, "steps": 9},
         "variants": {"rats": {}, "off": {"gate.form": "off"}},

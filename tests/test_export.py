@@ -20,8 +20,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from rats.pipeline.flux import open_student
 from rats.pipeline.lora import WEIGHTS
+from rats.pipeline.opening import open_student
 from rats.pipeline.weights import hash_path
 from rats.schemas.params import Params, load_params
 from rats.schemas.reports import Cell, EvaluateReport

@@ -11,7 +11,8 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
-from rats.pipeline.flux import FluxTeacher, open_student, open_teacher
+from rats.pipeline.models import FamilyTeacher
+from rats.pipeline.opening import open_student, open_teacher
 from rats.pipeline.solver import euler
 from rats.pipeline.weights import component_hashes, hash_path, resolve, scheduler_hash
 from rats.schemas.errors import ConfigError, DataError
@@ -39,11 +40,11 @@ def settings(true_cfg_scale: float = 3.0, size: int = tiny.SIZE) -> TeacherParam
     )
 
 
-def teacher_of(folder: Path, true_cfg_scale: float = 3.0) -> FluxTeacher:
+def teacher_of(folder: Path, true_cfg_scale: float = 3.0) -> FamilyTeacher:
     return open_teacher(ModelParams(path=str(folder)), settings(true_cfg_scale), CPU)
 
 
-def noise(teacher: FluxTeacher) -> torch.Tensor:
+def noise(teacher: FamilyTeacher) -> torch.Tensor:
     return torch.randn(len(PROMPTS), *teacher.latent_shape(), generator=torch.Generator().manual_seed(1))
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from rats.pipeline.flux import open_outline, open_student, open_teacher
+from rats.pipeline.opening import open_outline, open_student, open_teacher
 from rats.pipeline.store import ShardSet
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import Params

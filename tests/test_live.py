@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rats.pipeline.flux import open_student, open_teacher
-from rats.pipeline.flux_live import open_live_teacher
+from rats.pipeline.opening import open_live_teacher, open_student, open_teacher
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.errors import DataError
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
@@ -135,7 +134,7 @@ def test_a_flux_in_the_loop_is_guided_as_the_teacher_is_and_holds_no_text_encode
     wanted = teacher.guided_velocity(x_BTC, 0.7, conditioning)
     assert torch.equal(live.guided_velocity(x_BTC, 0.7, conditioning), wanted)
     assert live.vae is student.vae and live.network is not student.network
-    assert live._text._pipeline.text_encoder is None and live._text._pipeline.text_encoder_2 is None
+    assert live._text is None
     assert all(p.requires_grad for p in student.network.parameters()) and not any(
         p.requires_grad for p in live.network.parameters()
     )

@@ -13,8 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rats.pipeline.flux import LORA_TARGETS, FluxStudent, open_student
+from rats.pipeline.flux import Flux
 from rats.pipeline.lora import WEIGHTS, add_lora, is_lora, merge_lora, save_lora
+from rats.pipeline.models import FamilyStudent
+from rats.pipeline.opening import open_student
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
 from rats.schemas.train_params import LoraParams, TrainParams
@@ -33,12 +35,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_flux(tmp_path_factory.mktemp("flux"))
 
 
-def open_(base: Path, dtype: str = "float32", **options: object) -> FluxStudent:
+def open_(base: Path, dtype: str = "float32", **options: object) -> FamilyStudent:
     teacher = TeacherParams(height=tiny.SIZE, width=tiny.SIZE, max_sequence_length=tiny.LENGTH)
     return open_student(ModelParams(path=str(base), dtype=dtype), teacher, ComputeParams(), **options)
 
 
-def velocity(student: FluxStudent) -> Tensor:
+def velocity(student: FamilyStudent) -> Tensor:
     random = torch.Generator().manual_seed(3)
     x, prompt, pooled = (torch.randn(2, *shape, generator=random) for shape in ((4, 16), (tiny.LENGTH, 16), (16,)))
     return student.velocity(x, 0.7, {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled})
@@ -122,7 +124,7 @@ def test_the_file_holds_every_adapter_and_its_rank_and_alpha(moved: Learner, tmp
     assert len(load_file(folder / WEIGHTS)) == len(learner.named) == 2 * FLUX_LINEARS
     with safe_open(folder / WEIGHTS, "pt") as file:
         about = json.loads(file.metadata()["lora_adapter_metadata"])
-    expected = {"r": 4, "lora_alpha": 6.0, "target_modules": sorted(LORA_TARGETS)}
+    expected = {"r": 4, "lora_alpha": 6.0, "rank_pattern": {}, "target_modules": sorted(Flux.lora_targets)}
     assert about == {f"transformer.{name}": value for name, value in expected.items()}
     for _ in range(12):  # with two metadata keys every second one differs
         save_lora(learner.network, tmp_path / "again")
@@ -193,11 +195,11 @@ def test_a_file_that_lacks_adapters_has_more_of_them_or_says_nothing_of_itself_i
 
 def test_targets_of_ones_own_are_adapted_alone_and_unknown_ones_are_refused() -> None:
     network = tiny.transformer()
-    add_lora(network, LoraParams(targets=("proj_mlp",)), LORA_TARGETS, 0)
+    add_lora(network, LoraParams(targets=("proj_mlp",)), Flux.lora_targets, 0)
     assert {name for name, p in network.named_parameters() if p.requires_grad} == {
         f"single_transformer_blocks.0.proj_mlp.lora_{side}.default.weight" for side in "AB"
     }
     with pytest.raises(ConfigError, match="no module of FluxTransformer2DModel is named 'attn.to_z'"):
-        add_lora(tiny.transformer(), LoraParams(targets=("attn.to_q", "attn.to_z")), LORA_TARGETS, 0)
+        add_lora(tiny.transformer(), LoraParams(targets=("attn.to_q", "attn.to_z")), Flux.lora_targets, 0)
     with pytest.raises(ConfigError, match="peft cannot adapt attn"):
-        add_lora(tiny.transformer(), LoraParams(targets=("attn",)), LORA_TARGETS, 0)
+        add_lora(tiny.transformer(), LoraParams(targets=("attn",)), Flux.lora_targets, 0)

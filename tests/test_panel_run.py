@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rats.pipeline.flux import open_student
+from rats.pipeline.opening import open_student
 from rats.pipeline.protocols import Reward
 from rats.pipeline.registry import open_reward
 from rats.schemas.errors import ConfigError

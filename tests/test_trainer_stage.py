@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 from diffusers import FluxTransformer2DModel
 
-from rats.pipeline.flux import open_student
+from rats.pipeline.opening import open_student
 from rats.pipeline.pickscore import PickScore
 from rats.pipeline.reader import read_sample
 from rats.pipeline.store import ShardSet

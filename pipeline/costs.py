@@ -1,4 +1,4 @@
-"""What a FLUX network costs, before any weight is loaded: FLOPs counted on an outline, a rate timed on its blocks.
+"""What a network costs, before any weight is loaded: FLOPs counted on an outline, a rate timed on its blocks.
 
 FLOPs are those of matrix products, convolutions and attention, a multiplication and an addition as two.
 """
@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from rats.pipeline.flux import FluxStudent, apply_kernels, open_outline
 from rats.pipeline.loading import quiet_notices, torch_device, torch_dtype
+from rats.pipeline.models import FamilyStudent
+from rats.pipeline.opening import apply_kernels, open_outline
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
 
@@ -25,7 +25,7 @@ SIGMA = 0.5
 
 
 @torch.no_grad()
-def evaluation_flops(student: FluxStudent) -> int:
+def evaluation_flops(student: FamilyStudent) -> int:
     """FLOPs of one network evaluation of one sample, at the resolution and sequence length of its settings."""
     x_BTC, conditioning = _inputs(student, 1)
     with FlopCounterMode(display=False) as counter:
@@ -34,7 +34,7 @@ def evaluation_flops(student: FluxStudent) -> int:
 
 
 @torch.no_grad()
-def decode_flops(student: FluxStudent) -> int:
+def decode_flops(student: FamilyStudent) -> int:
     """FLOPs of decoding one picture."""
     device = next(student.vae.parameters()).device
     with FlopCounterMode(display=False) as counter:
@@ -42,14 +42,9 @@ def decode_flops(student: FluxStudent) -> int:
     return counter.get_total_flops()
 
 
-def conditioning_shapes(student: FluxStudent) -> dict[str, tuple[int, ...]]:
+def conditioning_shapes(student: FamilyStudent) -> dict[str, tuple[int, ...]]:
     """Shapes of one prompt's embeddings, without the batch axis."""
-    config: Any = student.network.config
-    length = student.settings.max_sequence_length
-    return {
-        "prompt_embeds": (length, int(config.joint_attention_dim)),
-        "pooled_prompt_embeds": (int(config.pooled_projection_dim),),
-    }
+    return student.family.conditioning_shapes(student.network.config)
 
 
 def measured_rate(
@@ -75,27 +70,29 @@ def measured_rate(
     return flops / timer.blocked_autorange(min_run_time=seconds).median
 
 
-def _blocks(model: ModelParams, teacher: TeacherParams) -> FluxStudent:
+def _blocks(model: ModelParams, teacher: TeacherParams) -> FamilyStudent:
     """The outline of the model cut down to one block of each kind."""
     outline = open_outline(model, teacher)
     whole: Any = outline.network.config
-    config = dict(whole) | {name: min(1, whole[name]) for name in ("num_layers", "num_single_layers")}
+    config = dict(whole) | {name: min(1, whole[name]) for name in outline.family.depth}
     with torch.device("meta"):
-        network = FluxTransformer2DModel.from_config(config)
-    return FluxStudent(network, outline.vae, outline.scheduler, teacher)
+        network = outline.family.network_class.from_config(config)
+    return FamilyStudent(outline.family, network, outline.vae, outline.scheduler)
 
 
-def _materialised(blocks: FluxStudent, model: ModelParams, compute: ComputeParams, device: torch.device) -> FluxStudent:
+def _materialised(
+    blocks: FamilyStudent, model: ModelParams, compute: ComputeParams, device: torch.device
+) -> FamilyStudent:
     """The same network with random weights where and how the recipe wants it."""
-    with quiet_notices():
-        network = blocks.network.to(torch_dtype(model.dtype)).to_empty(device=device).eval()
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
+    # built again: `to_empty` leaves tensors that are no buffers (Qwen-Image's rotary tables) on the meta device
+    with quiet_notices(), device:
+        network: Any = type(blocks.network).from_config(blocks.network.config)
+        network = network.to(torch_dtype(model.dtype)).eval()
     apply_kernels(network, compute)
-    return FluxStudent(network, blocks.vae, blocks.scheduler, blocks.settings)
+    return FamilyStudent(blocks.family, network, blocks.vae, blocks.scheduler)
 
 
-def _inputs(student: FluxStudent, batch: int) -> tuple[Tensor, Conditioning]:
+def _inputs(student: FamilyStudent, batch: int) -> tuple[Tensor, Conditioning]:
     """Latents and embeddings of the right shapes, where the network is."""
     device = next(student.network.parameters()).device
     shapes = conditioning_shapes(student)
