@@ -2,14 +2,19 @@
 #   make repro   the main job on the embedded default: rollout, train, evaluate, report
 #   make test    the default tests
 #   make lint    ruff, mypy, import-linter
+#   make test-rewards   our rewards against the official packages, which need an environment of their own
 
 PYTHON ?= python3
 VENV ?= .venv
+REWARDS_VENV ?= .venv-rewards
+REWARDS_PYTHON := $(abspath $(REWARDS_VENV))/bin/python
 BIN := $(abspath $(VENV))/bin
 RUN := PATH="$(BIN):$$PATH"
 PACKAGES := pipeline schemas stages trainer
+OLDER_CORE := tests/test_rewards.py tests/test_registry.py tests/test_pixels.py tests/test_aesthetic.py \
+	tests/test_flux.py tests/test_lora.py tests/test_export.py tests/test_golden.py tests/test_sd3.py
 
-.PHONY: repro test lint install clean
+.PHONY: repro test test-rewards lint install clean
 
 install: $(VENV)/.installed
 
@@ -23,8 +28,20 @@ repro: install
 	$(RUN) dvc repro
 	@echo "report: $(abspath reports/report.html)"
 
+# two processes; the long files are not kept for the end
 test: install
-	$(RUN) python -m pytest
+	$(RUN) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# the packages' own numbers, then the core on the transformers and diffusers that they pin
+test-rewards: $(REWARDS_VENV)/.installed
+	$(REWARDS_PYTHON) -m pytest tests/rewards
+	$(REWARDS_PYTHON) -m pytest -p rats.pipeline -o addopts= -W default -m "not slow and not gpu" $(OLDER_CORE)
+
+$(REWARDS_VENV)/.installed: pyproject.toml constraints-rewards.txt
+	$(PYTHON) -m venv $(REWARDS_VENV)
+	$(REWARDS_PYTHON) -m pip install --quiet -c constraints-rewards.txt -e '.[rewards]'
+	$(REWARDS_PYTHON) -m pip check
+	touch $@
 
 lint: install build/typing/rats
 	$(RUN) ruff check .
@@ -37,4 +54,4 @@ build/typing/rats:
 	for package in $(PACKAGES); do ln -sfn ../../../$$package $@/$$package; done
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf $(VENV) $(REWARDS_VENV) build

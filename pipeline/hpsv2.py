@@ -1,7 +1,8 @@
 """HPS v2 and v2.1 (Wu et al. 2023): an open_clip checkpoint, run by transformers' CLIPModel.
 
-Two layouts: `HPS_v2.1_compressed.pt` (ViT-H-14, alone or in a folder), or open_clip's hub folder
-(`open_clip_config.json` + `open_clip_model.safetensors`) of any size.
+Two layouts: `HPS_v2.1_compressed.pt` or `HPS_v2_compressed.pt` (ViT-H-14, alone or in a folder or hub repository, where
+the file's name in the path chooses, v2.1 if it is not there), or open_clip's folder (`open_clip_config.json` +
+`open_clip_model.safetensors`) of any size.
 """
 
 from __future__ import annotations
@@ -12,16 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from rats.pipeline.clip_score import cosine, import_clip, open_tokenizer
+from rats.pipeline.clip_score import CLIP_L_14, cosine, import_clip, open_tokenizer
 from rats.pipeline.loading import load_state, read_state, torch_device
 from rats.pipeline.pixels import CLIP_MEAN, CLIP_STD, resize_normalise
-from rats.pipeline.weights import adapter_fingerprint, read_json
-from rats.schemas.errors import ConfigError
+from rats.pipeline.weights import adapter_fingerprint, find_checkpoint, read_json
 
 VERSION = 1
-PATTERNS = ("*.json", "*.txt", "HPS_v2.1_compressed.pt", "open_clip_model.safetensors")
-TOKENIZER = "openai/clip-vit-large-patch14"
-CANDIDATES = ("open_clip_model.safetensors", "HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
+CHECKPOINTS = ("open_clip_model.safetensors", "HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
 VIT_H_14: dict[str, Any] = {
     "embed_dim": 1024,
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
@@ -51,21 +49,6 @@ OUTER_NAMES = {
 }
 TRANSPOSED = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 BLOCK = re.compile(r"(visual\.|)transformer\.resblocks\.(\d+)\.(.+)\.?_?(weight|bias)$")
-
-
-def identify(path: Path) -> str:
-    """The reward's fingerprint, without loading it."""
-    weights = _weights(path)
-    return adapter_fingerprint("hpsv2", VERSION, [weights], weights.parent)
-
-
-def _weights(path: Path) -> Path:
-    if path.is_file():
-        return path
-    found = [path / name for name in CANDIDATES if (path / name).is_file()]
-    if not found:
-        raise ConfigError(f"no {' or '.join(CANDIDATES)} in {path}: give an open_clip folder or an HPS v2 checkpoint")
-    return found[0]
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,27 +112,41 @@ def _tower(settings: dict[str, Any], heads: int) -> dict[str, int]:
     }
 
 
+def open_clip_config(folder: Path) -> dict[str, Any]:
+    """What open_clip_config.json says, else ViT-H-14's architecture."""
+    settings = folder / "open_clip_config.json"
+    return read_json(settings) if settings.is_file() else {"model_cfg": VIT_H_14}
+
+
 class HPSv2:
     """Cosine of image and text, the number that `hpsv2.score` returns (without the logit scale)."""
+
+    checkpoints = CHECKPOINTS
+    tokenizer_source = CLIP_L_14
+
+    @classmethod
+    def identify(cls, path: Path) -> str:
+        """The reward's fingerprint, without loading it."""
+        weights = find_checkpoint(path, CHECKPOINTS)
+        return adapter_fingerprint("hpsv2", VERSION, [weights], weights.parent)
 
     def __init__(self, path: Path, name: str = "hpsv2", device: str = "cpu") -> None:
         """Loads `path`: a checkpoint file, or a folder that holds one."""
         model_class, config_class, tokenizer_class = import_clip()
-        weights = _weights(path)
-        settings = weights.parent / "open_clip_config.json"
-        config = read_json(settings) if settings.is_file() else {"model_cfg": VIT_H_14}
-        self.name, self.fingerprint = name, identify(path)
+        weights = find_checkpoint(path, CHECKPOINTS)
+        config = open_clip_config(weights.parent)
+        self.name, self.fingerprint = name, self.identify(path)
         state = convert(read_state(weights))
         self.model = model_class(config_class.from_dict(clip_config(config["model_cfg"])))
         load_state(self.model, state, weights)
         self.model.requires_grad_(False).eval().to(torch_device(device))
-        self.tokenizer = open_tokenizer(tokenizer_class, weights.parent, TOKENIZER)
+        self.tokenizer = open_tokenizer(tokenizer_class, weights.parent, self.tokenizer_source)
         self._preprocess = config.get("preprocess_cfg", {})
 
     def score(self, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
         """Scores (B,), float32, of images in [0, 1]; differentiable."""
         size = self.model.config.vision_config.image_size
         mean, std = self._preprocess.get("mean", CLIP_MEAN), self._preprocess.get("std", CLIP_STD)
-        # HPS v2 resizes after ToTensor, which keeps the bicubic overshoot.
-        pixels = resize_normalise(images_B3HW.to(self.model.device), size, mean, std, clamp=False)
+        # HPS v2 resizes after ToTensor, without PIL's rounding and clamp, and pads where others crop.
+        pixels = resize_normalise(images_B3HW.to(self.model.device), size, mean, std, fit="pad", overshoot="kept")
         return cosine(self.model, self.tokenizer, pixels, prompts)

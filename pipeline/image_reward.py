@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from rats.pipeline.clip_score import open_tokenizer
+from rats.pipeline.clip_score import HubCommit, open_tokenizer
+from rats.pipeline.linear_head import LinearHead, head_widths
 from rats.pipeline.loading import load_state, quiet_loading, read_state, torch_device
-from rats.pipeline.pixels import CLIP_MEAN, CLIP_STD, resize_normalise
-from rats.pipeline.weights import adapter_fingerprint, read_json
-from rats.schemas.errors import ConfigError, DataError
+from rats.pipeline.pixels import CLIP_MEAN, CLIP_STD, as_pil, resize_normalise
+from rats.pipeline.weights import adapter_fingerprint, find_checkpoint, read_json
+from rats.schemas.errors import DataError
 
 VERSION = 1
-PATTERNS = ("*.json", "*.txt", "ImageReward.pt", "ImageReward.safetensors")
-TOKENIZER = "google-bert/bert-base-uncased"
-CANDIDATES = ("ImageReward.safetensors", "ImageReward.pt")
+TOKENIZER = HubCommit("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
+CHECKPOINTS = ("ImageReward.safetensors", "ImageReward.pt")
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Mean and spread of the raw reward, fixed upstream."""
 
-LENGTH = 35
-"""Prompts are cut here upstream."""
+LENGTH, SIZE = 35, 224
+"""Prompts are cut here upstream, and pictures are so large."""
 
 VISION_NAMES = (
     (r"^cls_token$", "embeddings.class_embedding"),
@@ -51,18 +51,6 @@ MED_FIELDS = (
     "layer_norm_eps",
     "pad_token_id",
 )
-
-
-def identify(path: Path) -> str:
-    """The reward's fingerprint, without loading it."""
-    return adapter_fingerprint("image-reward", VERSION, [_weights(path)], path)
-
-
-def _weights(path: Path) -> Path:
-    found = [path / name for name in CANDIDATES if (path / name).is_file()]
-    if not found:
-        raise ConfigError(f"no {' or '.join(CANDIDATES)} in {path}: the reward's path must be an ImageReward folder")
-    return found[0]
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -103,7 +91,7 @@ def vision_config(state: dict[str, Tensor], heads: int | None) -> dict[str, Any]
 
 
 class ImageRewardNetwork(nn.Module):
-    """Vision tower, text tower that attends to it, and five linear layers without activations between them."""
+    """Vision tower, text tower that attends to it, and five linear layers."""
 
     def __init__(self, vision: dict[str, Any], text: dict[str, Any], widths: list[int]) -> None:
         """`widths`: the MLP's layers, its input first and 1 last."""
@@ -116,44 +104,50 @@ class ImageRewardNetwork(nn.Module):
         text |= {"bos_token_id": 0, "eos_token_id": 0, "sep_token_id": 0}
         self.vision = BlipVisionModel(BlipVisionConfig(**vision))
         self.text = BlipTextModel(BlipTextConfig(**text), add_pooling_layer=False)
-        # Upstream's numbering: dropouts at 1, 3 and 5, which do nothing in eval mode.
-        positions = [0, 2, 4, 6, 7]
-        pairs = zip(positions, widths[:-1], widths[1:], strict=True)
-        self.mlp = nn.ModuleDict({str(position): nn.Linear(a, b) for position, a, b in pairs})
+        self.mlp = LinearHead(widths)
 
     def forward(self, pixels_B3SS: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
         """Raw rewards (B,)."""
         image = self.vision(pixels_B3SS).last_hidden_state
         attend = torch.ones(image.shape[:2], dtype=torch.long, device=image.device)
-        hidden = self.text(
+        hidden_BLD = self.text(
             ids_BL, attention_mask=mask_BL, encoder_hidden_states=image, encoder_attention_mask=attend
-        ).last_hidden_state[:, 0]
-        for layer in self.mlp.values():
-            hidden = layer(hidden)
-        return hidden[:, 0]
+        ).last_hidden_state
+        return cast(Tensor, self.mlp(hidden_BLD[:, 0]))
 
 
 class ImageReward:
     """The normalised human-preference score of `ImageReward.score_gard`, about zero mean and unit spread."""
 
+    checkpoints = CHECKPOINTS
+    tokenizer_source = TOKENIZER
+
+    @classmethod
+    def identify(cls, path: Path) -> str:
+        """The reward's fingerprint, without loading it."""
+        weights = find_checkpoint(path, CHECKPOINTS)
+        return adapter_fingerprint("image-reward", VERSION, [weights], weights.parent)
+
     def __init__(self, path: Path, name: str = "image-reward", device: str = "cpu") -> None:
-        """Loads the folder `path`."""
+        """Loads the folder `path`, or that of the file `path`."""
         from transformers import BertTokenizerFast
 
-        weights, med = _weights(path), read_json(path / "med_config.json")
-        self.name, self.fingerprint = name, identify(path)
+        weights = find_checkpoint(path, CHECKPOINTS)
+        med = read_json(weights.parent / "med_config.json")
+        self.name, self.fingerprint = name, self.identify(path)
         state = convert(read_state(weights))
         self.model = _build(state, med, weights)
         load_state(self.model, state, weights)
         self.model.requires_grad_(False).eval().to(torch_device(device))
-        self.tokenizer = open_tokenizer(BertTokenizerFast, path, TOKENIZER)
+        self.tokenizer = open_tokenizer(BertTokenizerFast, weights.parent, self.tokenizer_source)
 
     def score(self, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
         """Scores (B,), float32, of images in [0, 1]; differentiable."""
         length = min(LENGTH, self.model.text.config.max_position_embeddings)
         tokens = self.tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         images = images_B3HW.to(self.model.text.device)
-        pixels = resize_normalise(images, self.model.vision.config.image_size, CLIP_MEAN, CLIP_STD)
+        size = self.model.vision.config.image_size
+        pixels = resize_normalise(images, size, CLIP_MEAN, CLIP_STD, fit="crop-rounded", overshoot=as_pil(size))
         raw = self.model(pixels, tokens.input_ids.to(pixels.device), tokens.attention_mask.to(pixels.device))
         return (raw.float() - MEAN) / STD
 
@@ -162,8 +156,7 @@ def _build(state: dict[str, Tensor], med: dict[str, Any], weights: Path) -> Imag
     """The network of the tensors' sizes; DataError when they are not an ImageReward's."""
     try:
         vision = vision_config(state, med.get("vision_config", {}).get("num_attention_heads"))
-        layers = sorted((int(key.split(".")[1]), key) for key in state if re.fullmatch(r"mlp\.\d+\.weight", key))
-        widths = [state[layers[0][1]].shape[1], *(state[key].shape[0] for _, key in layers)]
-        return ImageRewardNetwork(vision, {key: med[key] for key in MED_FIELDS if key in med}, widths)
+        text = {key: med[key] for key in MED_FIELDS if key in med}
+        return ImageRewardNetwork(vision, text, head_widths(state, "mlp."))
     except (KeyError, ValueError, IndexError) as error:
         raise DataError(f"{weights} is no ImageReward checkpoint ({error!r}): fetch it again") from error

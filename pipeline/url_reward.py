@@ -24,9 +24,6 @@ from rats.schemas.errors import ConfigError, DataError, NoWorkerError, RetryLate
 
 log = logging.getLogger(__name__)
 
-PATTERNS = ()
-"""No file: registry hands the url over as it is."""
-
 TIMEOUT = 120.0
 """Seconds that a server may be silent in one request: a judge may take long over a full batch."""
 PATIENCE, FIRST_PATIENCE = 300.0, 10.0
@@ -38,11 +35,6 @@ SMALL = 1 << 20
 """Bytes of a reply beyond its tensors."""
 
 _jitter = random.Random()  # of its own: a run's randomness is in its checkpoints, and how often we wait is not
-
-
-def identify(url: str) -> str:
-    """The reward's fingerprint, as its server gives it."""
-    return served(Server(url, patience=FIRST_PATIENCE)).fingerprint
 
 
 class _Again(Exception):
@@ -159,6 +151,14 @@ def served(server: Server) -> ServedReward:
 
 class UrlReward:
     """The reward behind a url, one request of at most the server's batch at a time."""
+
+    checkpoints = ()
+    """No file: the url is handed over as it is."""
+
+    @classmethod
+    def identify(cls, url: str) -> str:
+        """The reward's fingerprint, as its server gives it."""
+        return served(Server(url, patience=FIRST_PATIENCE)).fingerprint
 
     def __init__(self, url: str, name: str = "url", device: str = "cpu", timeout: float = TIMEOUT) -> None:
         """Asks the server who it is. `device` is the pictures', whatever the server computes on."""

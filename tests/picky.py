@@ -6,14 +6,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rats.pipeline import pickscore
-from rats.pipeline.pickscore import PATTERNS, VERSION, identify
+from rats.pipeline.pickscore import PickScore
 
-__all__ = ["PATTERNS", "VERSION", "Picky", "identify"]
 REFUSAL = "no word for it:\nwhale"
 
 
-class Picky(pickscore.PickScore):
+class Picky(PickScore):
     """PickScore that raises on a batch with a whale in it, as long as `path/broken` is there."""
 
     def __init__(self, path: Path, name: str = "picky", device: str = "cpu") -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
-from rats.pipeline import registry
 from rats.pipeline.store import ShardSet
+from rats.schemas import plugins
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.manifest import ScoreRow
 from rats.schemas.params import Params
@@ -25,6 +26,7 @@ from rats.stages.where import Where
 from tests.project import PROMPTS, rats, settings, tree, write_project
 
 SAMPLES, SHARDS = 6, 3
+PICKY = EntryPoint("pickscore", "tests.picky:Picky", plugins.REWARDS)
 WHALE = PROMPTS.index("a blue whale")
 
 
@@ -181,7 +183,7 @@ def test_a_failing_reward_is_rows_with_an_error_capped_and_scored_again_when_it_
     both: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # the project's second reward, as a user's own class that refuses one of the six prompts
-    monkeypatch.setitem(registry.ADAPTERS, "pickscore", ("tests.picky", "Picky"))
+    monkeypatch.setitem(plugins.found(plugins.REWARDS), "pickscore", PICKY)
     shutil.copytree(models / "pickscore", tmp_path / "picky")
     (tmp_path / "picky" / "broken").touch()
     rewards = [two(models)[0], two(models)[1] | {"path": str(tmp_path / "picky")}]
