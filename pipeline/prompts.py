@@ -1,4 +1,4 @@
-"""Prompt files: `.txt` with a prompt a line, or `.csv` with the columns prompt, concept, kind."""
+"""Prompt files: `.txt` with a prompt a line, or `.csv` with the columns prompt, concept, kind; else `datasets`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rats.pipeline.prompt_tables import drawn_rows
 from rats.schemas.errors import ConfigError
 from rats.schemas.identity import normalise, prompt_id, sample_key
 from rats.schemas.manifest import PlannedSample
+from rats.schemas.params import PromptSource
 
 _COLUMNS = ["prompt", "concept", "kind"]
 
@@ -28,13 +30,20 @@ class Prompt:
         return prompt_id(self.text)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file, in its order.
+def read_prompts(source: str | Path | PromptSource) -> list[Prompt]:
+    """The prompts of a file, in its order, or of a larger table, as they are drawn from it.
+
+    A folder and a .parquet, .jsonl or .json file are tables too, with a column `prompt`.
 
     Raises:
-        ConfigError: a missing, unreadable or empty file, a wrong column, a prompt that is there twice.
+        ConfigError: a missing, unreadable or empty file, a wrong column, a prompt that is there twice (in a table it
+            is one prompt); what `prompt_tables.drawn_rows` raises.
     """
-    path = Path(path)
+    if not isinstance(source, PromptSource) and _is_table(Path(source)):
+        source = PromptSource(path=str(source))
+    if isinstance(source, PromptSource):
+        return [Prompt(text, concept) for text, concept in drawn_rows(source)]
+    path = Path(source)
     lines = _read(path).splitlines()
     numbered = list(_from_csv(path, lines) if path.suffix.lower() == ".csv" else _from_text(lines))
     if not numbered:
@@ -50,6 +59,10 @@ def planned(prompts: Iterable[Prompt], noises_per_prompt: int) -> list[PlannedSa
         for prompt in prompts
         for i in range(noises_per_prompt)
     ]
+
+
+def _is_table(path: Path) -> bool:
+    return path.is_dir() or path.suffix.lower() in (".parquet", ".jsonl", ".json")
 
 
 def _read(path: Path) -> str:

@@ -48,6 +48,21 @@ class Comparison(Record):
     live: Expense
 
 
+class Memory(Record):
+    """Bytes of a device's memory by what they are; their sum is the most at once.
+
+    `stand_ins`: how many rewards are not on this disk, and counted as a ViT-H-14.
+    """
+
+    parts: dict[str, int]
+    stand_ins: int
+
+    @property
+    def peak(self) -> int:
+        """The most at once."""
+        return sum(self.parts.values())
+
+
 class Plan(Record):
     """`rats plan`. `rate` is FLOP/s of one worker, `price` USD an hour of one worker; sizes are bytes.
 
@@ -73,4 +88,6 @@ class Plan(Record):
     bytes_per_sample: int
     bytes_per_prompt: int
     bytes_free: int | None
+    rollout_memory: Memory
+    train_memory: Memory
     comparison: Comparison

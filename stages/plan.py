@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rats.pipeline.flux import open_outline
-from rats.pipeline.flux_plan import conditioning_shapes, decode_flops, evaluation_flops, measured_rate
+from rats.pipeline.costs import conditioning_shapes, decode_flops, evaluation_flops, measured_rate
 from rats.pipeline.loading import torch_dtype
+from rats.pipeline.opening import open_outline
 from rats.pipeline.packing import needed, packed
 from rats.pipeline.places import Place, open_place
 from rats.pipeline.sizes import embedding_bytes, latents_bytes, shard_bytes
@@ -20,6 +20,7 @@ from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, Split
 from rats.schemas.plan import Comparison, Expense, Plan, Work
 from rats.schemas.recipe import Recipe, fingerprint
+from rats.stages.plan_memory import rollout_memory, train_memory
 from rats.stages.rollout import read_recipe, wanted_samples
 
 
@@ -142,7 +143,9 @@ def plan_stage(
         bytes_to_write=_bytes(found, latents, len(params.rewards)) + work.embeddings_to_make * embedding,
         bytes_per_sample=latents,
         bytes_per_prompt=embedding,
-        bytes_free=_free(found.root),
+        bytes_free=free_bytes(found.root),
+        rollout_memory=rollout_memory(params),
+        train_memory=train_memory(params),
         comparison=compare(params, len(found.wanted), experiments, flops / rate, price),
     )
 
@@ -189,7 +192,7 @@ def _usd(worker_seconds: float, price: float | None) -> float | None:
     return None if price is None else worker_seconds / 3600 * price
 
 
-def _free(root: Place) -> int | None:
+def free_bytes(root: Place) -> int | None:
     """Bytes free where the set will lie; None where that cannot be known."""
     if not isinstance(root, Path):
         return None

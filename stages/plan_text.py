@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rats.schemas.plan import Comparison, Expense, Plan
+from rats.schemas.plan import Comparison, Expense, Memory, Plan
 
 FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP")
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -25,7 +25,17 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
     if plan.usd is not None:
         rows.insert(7, ("cost", f"{plan.usd:,.2f} USD at {plan.price:.2f} USD an hour of a worker"))
-    return rows + _comparison(plan.comparison)
+    memory = [("memory", "of a device at most, in tensors"), ("  rollout", _memory(plan.rollout_memory))]
+    return [*rows, *memory, ("  training", _memory(plan.train_memory)), *_comparison(plan.comparison)]
+
+
+def _memory(memory: Memory) -> str:
+    """The sum and its parts, the largest first; what is under a hundredth is in the sum alone."""
+    parts = sorted(((value, name) for name, value in memory.parts.items() if value >= memory.peak / 100), reverse=True)
+    named = ", ".join(f"{name} {size(value)}" for value, name in parts)
+    count = memory.stand_ins
+    one = f"; {count} reward{'s' if count > 1 else ''} not on this disk, as ViT-H-14" if count else ""
+    return f"{size(memory.peak)} ({named}{one})"
 
 
 def _comparison(found: Comparison) -> list[tuple[str, str]]:

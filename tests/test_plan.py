@@ -13,9 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from rats.pipeline.costs import measured_rate
 from rats.pipeline.embeddings import write_embedding
-from rats.pipeline.flux import open_outline
-from rats.pipeline.flux_plan import conditioning_shapes, evaluation_flops, measured_rate
 from rats.pipeline.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.pipeline.store import ShardSet
 from rats.pipeline.writer import write_shard
@@ -30,49 +29,7 @@ from tests.project import PROMPTS, ROOT, rats, tree, write_project
 from tests.shards import params as params_of
 from tests.shards import recipe_of, wanted
 
-FLUX_DEV = {
-    "num_layers": 19,
-    "num_single_layers": 38,
-    "attention_head_dim": 128,
-    "num_attention_heads": 24,
-    "joint_attention_dim": 4096,
-    "pooled_projection_dim": 768,
-    "guidance_embeds": True,
-    "in_channels": 64,
-}
-FLUX_VAE = {
-    "block_out_channels": [128, 256, 512, 512],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "layers_per_block": 2,
-    "latent_channels": 16,
-}
 RATE = 1e12
-
-
-@pytest.fixture
-def flux_dev(tmp_path: Path) -> ModelParams:
-    """FLUX.1-dev's published configuration, without weights."""
-    configs = {"transformer": ("config", FLUX_DEV), "vae": ("config", FLUX_VAE), "scheduler": ("scheduler_config", {})}
-    for name, (file, config) in configs.items():
-        (tmp_path / "dev" / name).mkdir(parents=True)
-        (tmp_path / "dev" / name / f"{file}.json").write_text(json.dumps(config))
-    return ModelParams(path=str(tmp_path / "dev"))
-
-
-@pytest.mark.parametrize(("side", "tera"), [(512, 21.5), pytest.param(1024, 74.4, marks=pytest.mark.slow)])
-def test_one_evaluation_of_flux_dev_has_its_published_flops(flux_dev: ModelParams, side: int, tera: float) -> None:
-    outline = open_outline(flux_dev, TeacherParams(height=side, width=side))
-    assert evaluation_flops(outline) / 1e12 == pytest.approx(tera, abs=0.05)
-    assert conditioning_shapes(outline) == {"prompt_embeds": (512, 4096), "pooled_prompt_embeds": (768,)}
-
-
-def test_six_horizons_at_512_px_are_three_quarters_of_a_mebibyte_for_x_alone() -> None:
-    update = {"horizons": tuple(np.linspace(1, 0, 6)), "latent_shape": (1024, 64)}
-    recipe = recipe_of(params_of()).model_copy(update=update)
-    x = 6 * 1024 * 64 * 2
-    assert x == 0.75 * 2**20
-    assert latents_bytes(recipe) == pytest.approx(x + x * 5 / 6, rel=1e-3)
 
 
 def test_the_predicted_bytes_of_a_set_are_those_of_its_files_within_two_percent(tmp_path: Path) -> None:
