@@ -12,7 +12,7 @@ from rats.schemas.errors import ConfigError
 from rats.stages.cli_options import DEFAULT_PARAMS, STYLE, DryRun, Json, ParamsFile, Seed, Sets, load, split_named
 from rats.stages.cli_shards import shards
 from rats.stages.cli_stage import stage
-from rats.stages.console import guarded, say, table
+from rats.stages.console import findings, guarded, say
 
 app = typer.Typer(
     help="Few-step distillation by reward-aware trajectory shaping, from stored teacher trajectories.",
@@ -28,6 +28,9 @@ app.add_typer(shards, name="shards")
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the new project goes.")],
     model: Annotated[str, typer.Option(metavar="PATH|HUB-ID", help="The teacher.")] = "black-forest-labs/FLUX.1-dev",
+    family: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Its family, if model_index.json or the hub id does not tell.")
+    ] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .csv, split by concept.")
     ] = None,
@@ -44,7 +47,7 @@ def init(
     """
     from rats.stages.init import init_project, write_dvc
 
-    written = [write_dvc(folder)] if dvc else init_project(folder, model, prompts, reward or [], force)
+    written = [write_dvc(folder)] if dvc else init_project(folder, model, prompts, reward or [], force, family)
     say({"written": [str(path) for path in written]}, json_)
 
 
@@ -159,13 +162,13 @@ def serve(
 def doctor(params: ParamsFile = DEFAULT_PARAMS, set_: Sets = None, json_: Json = False) -> None:
     """Check this installation.
 
-    Says what is installed, and whether the models and prompts of the parameter file can be found.
+    Says what is installed, which devices there are, and whether all that the parameter file needs can be found.
     """
     from rats.stages.doctor import examine
 
-    checks = examine(params, set_ or [])
-    say({"checks": checks}, True) if json_ else table(checks)
-    if not all(check["ok"] for check in checks):
+    checks = examine(params, set_ or [], is_default=params == DEFAULT_PARAMS and not set_)
+    say({"checks": checks}, True) if json_ else findings(checks)
+    if not all(check["ok"] for check in checks if check["needed"]):
         raise ConfigError("something is missing; see the lines marked 'no' above")
 
 

@@ -51,6 +51,14 @@ def table(rows: list[dict[str, Any]]) -> None:
         print("  ".join(("yes" if item else "no") if isinstance(item, bool) else str(item) for item in row.values()))
 
 
+def findings(rows: list[dict[str, Any]]) -> None:
+    """A line a check: yes, no, or - where what is missing is optional."""
+    width = max(len(row["check"]) for row in rows)
+    for row in rows:
+        mark = "yes" if row["ok"] else "no" if row["needed"] else "-"
+        print(f"{row['check']:<{width}}  {mark:<3}  {row['found']}")
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """A JSON file, replaced as a whole."""
     from rats.pipeline.atomic import atomic_write

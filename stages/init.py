@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -14,10 +15,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from rats.pipeline.atomic import atomic_write
 from rats.pipeline.prompts import Prompt, read_prompts
+from rats.pipeline.weights import read_json
 from rats.schemas.errors import CannotCreateError, ConfigError
-from rats.schemas.params import Params, load_params
+from rats.schemas.params import Params, PromptSource, TeacherParams, load_params
+from rats.schemas.plugins import FAMILIES, REWARDS, found, load_plugin
 
-ADAPTERS = ("pickscore", "hpsv2", "image-reward", "url")
 HUB_REWARDS = (
     ("hpsv2", "xswu/HPSv2"),
     ("pickscore", "yuvalkirstain/PickScore_v1"),
@@ -51,7 +53,14 @@ DVC_CONFIG = '[core]\n    analytics = false\n    check_update = false\n[cache]\n
 IGNORED = "/store/\n/data/teacher/\n/runs/\n/reports/\n"
 
 
-def init_project(folder: Path, model: str, prompts: Path | None, rewards: Sequence[str], force: bool) -> list[Path]:
+def init_project(
+    folder: Path,
+    model: str,
+    prompts: Path | None,
+    rewards: Sequence[str],
+    force: bool,
+    family: str | None = None,
+) -> list[Path]:
     """Write params.yaml, dvc.yaml, prompts split by concept, and DVC's and git's settings into `folder`.
 
     Args:
@@ -60,9 +69,10 @@ def init_project(folder: Path, model: str, prompts: Path | None, rewards: Sequen
         prompts: A .txt or .csv to split; a few examples if None.
         rewards: "adapter=path", the first one trains; the published ones by hub id if there are none.
         force: Replace files.
+        family: The model's; read from its model_index.json, or known by its hub id, if not given.
 
     Raises:
-        ConfigError: an unknown adapter, or fewer than three concepts.
+        ConfigError: an unknown adapter or family, or fewer than three concepts.
         CannotCreateError: a file is there already.
     """
     splits = split_by_concept(read_prompts(prompts) if prompts else EXAMPLES)
@@ -70,6 +80,7 @@ def init_project(folder: Path, model: str, prompts: Path | None, rewards: Sequen
     values = {
         "model": _seen_from(folder, model),
         "local": Path(model).exists(),
+        **_suggested(family or family_of(model)),
         "rewards": [{"adapter": adapter, "path": _seen_from(folder, path)} for adapter, path in pairs],
     }
     files = {f"prompts/{split}.csv": _csv(part) for split, part in splits.items()}
@@ -94,7 +105,8 @@ def dvc_yaml(params: Params, folder: Path) -> str:
     bound = [(name, source) for name in params.evaluate.variants if (source := _source(params, name))]
     judged = "test" if params.prompts.test else "train"
     values = {
-        "splits": sorted({"train", judged}, reverse=True),
+        "splits": {split: _prompts_dep(params, split, folder) for split in sorted({"train", judged}, reverse=True)},
+        "tables": any(isinstance(source, PromptSource) for _, source in params.prompts),
         "judged": judged,
         "models": [f"${{{name}}}" for name, path in places.items() if (folder / path).exists()],
         "features": ["${evaluate.real_features}"] if features and (folder / features).exists() else [],
@@ -104,6 +116,14 @@ def dvc_yaml(params: Params, folder: Path) -> str:
         "plots": PLOTS,
     }
     return _render("init_dvc.yaml.j2", values)
+
+
+def _prompts_dep(params: Params, split: str, folder: Path) -> str:
+    """The file that a split's prompts are in; of the hub's tables the parameters, which pin them."""
+    source = getattr(params.prompts, split)
+    if not isinstance(source, PromptSource):
+        return f"${{prompts.{split}}}"
+    return f"${{prompts.{split}.path}}" if (folder / source.path).exists() else "params.yaml"
 
 
 def split_by_concept(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
@@ -123,6 +143,38 @@ def split_by_concept(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     }
 
 
+def family_of(model: str) -> str:
+    """The installed family of a pipeline's folder, by its model_index.json, or of a published one's hub id.
+
+    Raises:
+        ConfigError: there is no such file or id, or it is of no family here.
+    """
+    from rats.pipeline.opening import fitting_family  # seconds of imports, which `--dvc` does without
+
+    if Path(model).exists():
+        index = read_json(Path(model) / "model_index.json")
+        fitting, what = fitting_family(index), f"a {index.get('_class_name')}"
+    else:
+        fitting, what = _published(model), "no hub id that any of them knows, and no folder here"
+    if fitting is None:
+        raise ConfigError(f"--model {model} is {what}: say which of {', '.join(sorted(found(FAMILIES)))} by --family")
+    return fitting
+
+
+def _published(model: str) -> str | None:
+    for name in found(FAMILIES):
+        with contextlib.suppress(ConfigError):  # one that cannot be imported here
+            if model.startswith(load_plugin(FAMILIES, name).published):
+                return name
+    return None
+
+
+def _suggested(family: str) -> dict[str, Any]:
+    """What the template says of the family: its name, and how its teacher samples."""
+    cls = load_plugin(FAMILIES, family)
+    return {"family": family, "embeds_guidance": cls.embeds_guidance, "teacher": TeacherParams(**cls.suggested)}
+
+
 def _source(params: Params, name: str) -> str | None:
     """The run whose gate a variant takes its value from."""
     return params.variants[name].get("gate.value_from") or params.train.gate.value_from
@@ -135,8 +187,10 @@ def _word(name: str) -> str:
 
 def _reward(text: str) -> tuple[str, str]:
     adapter, equals, path = text.partition("=")
-    if not equals or adapter not in ADAPTERS:
-        raise ConfigError(f"--reward {text!r}: write ADAPTER=PATH with one of the adapters {', '.join(ADAPTERS)}")
+    if not equals or adapter not in found(REWARDS):
+        raise ConfigError(
+            f"--reward {text!r}: write ADAPTER=PATH with one of the adapters {', '.join(sorted(found(REWARDS)))}"
+        )
     return adapter, path
 
 
