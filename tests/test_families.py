@@ -25,6 +25,7 @@ from rats.schemas.horizons import evenly
 from rats.schemas.params import Params, load_params
 from rats.stages.generate import open_pipeline
 from rats.stages.runs import pipeline_call
+from tests import tiny, tiny_flux2, tiny_qwen
 from tests.project import rats, write_project
 from tests.tiny_sd3 import write_sd3
 from tests.tiny_wan import FRAMES, write_wan
@@ -33,6 +34,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
     "flux": (tiny.write_flux, {}),
     "sd3": (write_sd3, {}),
     "qwen-image": (tiny_qwen.write_qwen_image, {"max_sequence_length": tiny_qwen.LENGTH}),
+    "flux2": (tiny_flux2.write_flux2, {"max_sequence_length": tiny_flux2.LENGTH}),
     "wan": (partial(write_wan, scheduler="unipc"), {"frames": FRAMES, "scored_frames": 2}),
 }
 """By name: writes a tiny pipeline's folder, and what `teacher` needs besides `project.settings`."""
