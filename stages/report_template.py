@@ -28,6 +28,7 @@ tr.head td { background: var(--tint); font-weight: 600; font-size: 12.5px; }
 tr.main td:first-child { font-weight: 650; }
 td small { display: block; color: var(--soft); font-size: 11.5px; line-height: 1.45; }
 .wrap { white-space: normal; overflow-wrap: anywhere; }
+.verdict th, .verdict td { padding: 6px 7px; } .verdict th, .verdict td:last-child { white-space: normal; }
 .good, td small.good { color: var(--good); } .bad, td small.bad { color: var(--bad); }
 .even, td small.even { color: var(--even); }
 .mark { font-weight: 700; }
@@ -80,7 +81,7 @@ PAGE = """<!doctype html>
 <h2>Does the few-step student hold its own?</h2>
 <p class="note">{{ seen }} Same prompts and same noises for all.
 {{ intervals }} A student that wins the reward it was trained on and loses the others does not count.</p>
-<div class="card"><table>
+<div class="card"><table class="verdict">
 <tr><th>student</th>{% for column in claims.columns %}<th>{{ column }}</th>{% endfor %}</tr>
 {% for row in claims.rows %}<tr class="{{ 'main' if row.main }}"><td>{{ row.name }}</td>
 {% for claim in row.claims %}<td><span class="mark {{ claim.tone }}">{{ claim.mark }}</span> {{ claim.text }}
