@@ -23,7 +23,7 @@ from rats.pipeline.protocols import Decoder, Reward
 from rats.pipeline.reader import read_sample
 from rats.pipeline.registry import open_reward
 from rats.pipeline.store import ShardSet
-from rats.schemas.errors import DataError
+from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.manifest import IndexRow, ScoreRow, ShardDone
 from rats.schemas.params import Params
 from rats.stages.work import Busy, Made, ShardTask, claimed
@@ -133,17 +133,21 @@ class Scorer:
         """The VAE, and nothing else of the model."""
         return open_decoder(self.params.model, self.params.teacher, self.params.compute)
 
-    def reward(self, name: str) -> Reward:
-        """A reward by name."""
+    def reward(self, name: str, column: str) -> Reward:
+        """A reward by name, for a column of scores: ConfigError where this machine has another one in its place."""
         if name not in self._rewards:
             settings = next(reward for reward in self.params.rewards if reward.name == name)
-            self._rewards[name] = open_reward(settings, self.params.compute.device)
+            reward, wanted = open_reward(settings, self.params.compute.device), self.shards.rewards()[column]
+            if reward.fingerprint != wanted.hashes["reward"]:
+                raise ConfigError(f"{settings.path} is another {name!r} than the driver's: give all workers the same")
+            self._rewards[name] = reward
         return self._rewards[name]
 
     def score(self, done: ShardDone, columns: dict[str, str]) -> int:
         """Score a finished shard into the columns (reward name -> fingerprint); returns how many rows."""
         for name, column in columns.items():
-            score_shard(self.shards, done, self.reward(name), column, self.decoder, self.params.compute.micro_batch)
+            reward = self.reward(name, column)
+            score_shard(self.shards, done, reward, column, self.decoder, self.params.compute.micro_batch)
         return len(columns) * len(done.rows)
 
 

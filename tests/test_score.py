@@ -21,8 +21,9 @@ from rats.schemas.params import Params
 from rats.stages.rollout import rollout_stage
 from rats.stages.score import plan_score, score_stage
 from rats.stages.score_checks import check_share
-from rats.stages.score_worker import judge
+from rats.stages.score_worker import Scorer, judge
 from rats.stages.where import Where
+from tests import tiny
 from tests.project import PROMPTS, rats, settings, tree, write_project
 
 SAMPLES, SHARDS = 6, 3
@@ -98,6 +99,18 @@ def test_what_is_scored_is_not_scored_again_and_a_lost_shard_is(
     assert "2 of 3 shards are scored, 1 to do" in caplog.text
     assert score_stage(params, "train").scored == 0
     assert scores(tmp_path / "store") == scores(both / "store")
+
+
+def test_a_worker_that_has_another_reward_in_the_same_place_scores_nothing(both: Path, models: Path, tmp_path: Path):
+    shutil.copytree(models / "pickscore", tmp_path / "pickscore")
+    rewards = [two(models)[1] | {"path": str(tmp_path / "pickscore")}]
+    params = project(both, tmp_path, models, rewards=rewards)
+    column = score_stage(params, "train").rewards["pickscore"]
+    (root,) = (tmp_path / "store").iterdir()
+    shards = ShardSet.open(root)
+    tiny.write_pickscore(tmp_path / "pickscore", seed=9)
+    with pytest.raises(ConfigError, match="another 'pickscore' than the driver's"):
+        Scorer(params, shards).score(next(iter(shards.finished())), {"pickscore": column})
 
 
 def test_only_the_shards_of_the_snapshot_are_scored(both: Path, models: Path, tmp_path: Path):
