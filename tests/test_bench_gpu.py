@@ -66,6 +66,7 @@ def test_the_full_model_has_as_many_parameters_as_flux_dev():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler on itself
 def test_compiled_latents_are_compared_with_eager_ones():
     found = gpu.main(["--tiny", "--only", "rollout", "compiled", "--batches", "1", "--repeats", "1"])
     compiled = [cell for cell in found["rollout"] if cell["recipe"] == "compiled"]
