@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rats.pipeline.family import Family
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.errors import ConfigError
+from rats.schemas.horizons import aligned
 
 SAMPLING = ("transformer", "vae", "scheduler")
 """Components of a pipeline that encoding a prompt does without."""
@@ -77,6 +78,11 @@ class FamilyStudent(FamilyDecoder):
                 "use a FlowMatchEulerDiscreteScheduler without karras or inverted sigmas"
             )
         return sigmas
+
+    def grids(self) -> tuple[list[float], list[float]]:
+        """The teacher's sigmas, snapped to the students', and those whose states are kept."""
+        settings = self.settings
+        return aligned(self.stock_sigmas, settings.steps, settings.nfe, settings.horizons)
 
 
 class FamilyText:

@@ -26,7 +26,6 @@ from rats.pipeline.weights import (
     weights_bytes,
 )
 from rats.schemas.errors import ConfigError, RatsError
-from rats.schemas.horizons import aligned
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, PromptSource, RewardParams, Split, load_params, with_variant
 from rats.schemas.plugins import REWARDS, load_plugin
@@ -122,13 +121,8 @@ def _model(params: Params) -> str:
     parts = {part: weights_bytes(existing_component(part)) for part in weighed}
     if without := [part for part, count in parts.items() if not count]:
         raise ConfigError(f"no weights (.safetensors) in {without[0]}: fetch the model again")
-    horizons = len(_grids(params, student)[1])
+    horizons = len(student.grids()[1])
     return f"{model.path}, {model.family}, {horizons} horizons, {size(sum(parts.values()))} of weights"
-
-
-def _grids(params: Params, student: FamilyStudent) -> tuple[list[float], list[float]]:
-    teacher = params.teacher
-    return aligned(student.stock_sigmas, teacher.steps, teacher.nfe, teacher.horizons)
 
 
 def _prompts(params: Params, split: Split) -> str:
@@ -179,7 +173,7 @@ def _disk(params: Params) -> str:
 
 def _rollout_bytes(params: Params, student: FamilyStudent, samples: list[PlannedSample]) -> int:
     """From nothing: samples, embeddings, indexes and scores."""
-    recipe = make_recipe(params, {}, "", *_grids(params, student), student.latent_shape())
+    recipe = make_recipe(params, {}, "", *student.grids(), student.latent_shape())
     latents, a_shard = latents_bytes(recipe), params.store.shard_samples
     shards = [samples[start : start + a_shard] for start in range(0, len(samples), a_shard)]
     embedding = embedding_bytes(conditioning_shapes(student), torch_dtype(params.model.dtype))

@@ -27,7 +27,6 @@ from rats.pipeline.weights import (
     scheduler_hash,
 )
 from rats.schemas.errors import ConfigError
-from rats.schemas.horizons import aligned
 from rats.schemas.manifest import PlannedSample, ShardPlan
 from rats.schemas.params import Params, Split
 from rats.schemas.recipe import Recipe, make_recipe
@@ -101,8 +100,7 @@ def read_recipe(params: Params) -> tuple[Recipe, str]:
     folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
     weights = component_hashes(folder, params.model.transformer)
     family = open_outline(params.model, params.teacher)
-    teacher = params.teacher
-    sigmas, horizons = aligned(family.stock_sigmas, teacher.steps, teacher.nfe, teacher.horizons)
+    sigmas, horizons = family.grids()
     recipe = make_recipe(params, weights, scheduler_hash(folder), sigmas, horizons, family.latent_shape())
     return recipe, weights["vae"]
 

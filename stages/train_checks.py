@@ -11,7 +11,6 @@ from rats.pipeline.registry import reward_fingerprint
 from rats.pipeline.store import ShardSet
 from rats.pipeline.weights import NETWORK, PIPELINE_PATTERNS, hash_path, network_folder, resolve, scheduler_hash
 from rats.schemas.errors import ConfigError, DataError, nearest
-from rats.schemas.horizons import aligned
 from rats.schemas.manifest import RewardRecord
 from rats.schemas.params import Params, RewardParams
 from rats.schemas.recipe import Recipe, make_recipe
@@ -44,8 +43,7 @@ def check_recipe(params: Params, shards: ShardSet) -> None:
 def _recipe(params: Params) -> Recipe:
     folder = _folder(params)
     family = open_outline(params.model, params.teacher)
-    teacher = params.teacher
-    sigmas, horizons = aligned(family.stock_sigmas, teacher.steps, teacher.nfe, teacher.horizons)
+    sigmas, horizons = family.grids()
     weights = {NETWORK: hash_path(network_folder(folder, params.model.transformer))}
     return make_recipe(params, weights, scheduler_hash(folder), sigmas, horizons, family.latent_shape())
 

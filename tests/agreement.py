@@ -30,6 +30,14 @@ def noise(teacher: FamilyTeacher) -> torch.Tensor:
     return torch.randn(len(PROMPTS), *teacher.latent_shape(), generator=torch.Generator().manual_seed(1))
 
 
+def evaluations(teacher: FamilyTeacher) -> int:
+    """Of the network, in one guided velocity, counted by a hook."""
+    calls: list[int] = []
+    teacher.network.register_forward_hook(lambda *_: calls.append(1))
+    teacher.guided_velocity(noise(teacher), 0.5, teacher.encode(PROMPTS))
+    return len(calls)
+
+
 def ours(teacher: FamilyTeacher, steps: int) -> torch.Tensor:
     """The final latents (B, T, C) of the stock grid, not snapped."""
     conditioning = teacher.encode(PROMPTS)
