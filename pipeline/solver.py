@@ -1,7 +1,7 @@
 """The Euler solver of flow matching on pure tensors: sigma in [0, 1], 1 = noise, v = eps - x0.
 
 It knows no model: `velocity` may be a network, a guided pair of networks or a formula in a test.
-When a change here moves latents, `schemas.recipe.SOLVER_VERSION` is raised: tests/test_golden.py says when.
+When a change here moves latents, `schemas.recipe.SOLVER_VERSION` is raised: tests/stages/rollout says when.
 """
 
 from __future__ import annotations
