@@ -9,15 +9,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from rats.pipeline.files import places
+from rats.pipeline.files.leftovers import is_abandoned, own_prefix, temporary_name
 from rats.pipeline.files.places import Place
 from rats.schemas.errors import CannotCreateError, RatsError, StorageError
 
@@ -185,27 +186,11 @@ def _free(size: int | None) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    """A hidden name in the same folder that says who writes it; dead writers' leftovers go first."""
-    mine = f".{path.name}.{socket.gethostname()}-"
-    for stale in path.parent.glob(f"{_escape(mine)}*.tmp"):
-        owner = stale.name[len(mine) :].split("-")[0]
-        if owner.isdigit() and not _alive(int(owner)):
+    """A temporary name in the same folder; leftovers of the same file go first, if their writers are dead."""
+    for stale in path.parent.glob(f"{escape(own_prefix(path.name))}*.tmp"):
+        if is_abandoned(stale.name):
             remove(stale)
-    return path.parent / f"{mine}{os.getpid()}-{os.urandom(4).hex()}.tmp"
-
-
-def _escape(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return path.parent / temporary_name(path.name)
 
 
 @contextmanager
