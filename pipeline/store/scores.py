@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.files.places import Place, concurrently, matching
 from rats.pipeline.files.reading import hash_bytes
+from rats.pipeline.store import layout
 from rats.pipeline.store.documents import read_all_sealed, read_sealed, write_sealed
 from rats.pipeline.store.parquet import encode_rows, read_rows
 from rats.pipeline.store.shard_set import ShardSet
@@ -22,7 +23,7 @@ MAX_BAD = 0.1
 def record_reward(shards: ShardSet, name: str, hashes: dict[str, str]) -> str:
     """Open a column of scores: writes `reward.json` once, returns the column's fingerprint."""
     record = RewardRecord(name=name, hashes=hashes)
-    path = _record_path(shards, record.fingerprint)
+    path = shards.path(layout.REWARD, reward=record.fingerprint)
     if not path.exists():
         write_sealed(path, record)
     return record.fingerprint
@@ -31,7 +32,7 @@ def record_reward(shards: ShardSet, name: str, hashes: dict[str, str]) -> str:
 def reward_columns(shards: ShardSet) -> dict[str, RewardRecord]:
     """All columns, by fingerprint."""
     found = {}
-    paths = matching(shards.root / "scores", "*/reward.json")
+    paths = matching(shards.root, layout.REWARD.wildcard())
     for path, record in zip(paths, read_all_sealed(paths, RewardRecord, REMEDY), strict=True):
         if record.fingerprint != path.parent.name:
             raise DataError(f"{path} is the record of {record.fingerprint[:12]}, not of its folder; {REMEDY}")
@@ -60,21 +61,23 @@ def write_scores(shards: ShardSet, reward_fp: str, shard: str, rows: Sequence[Sc
     write_sealed(vouched, ScoresDone(shard=shard, shard_blake3=done.blake3, rows=len(rows), blake3=hash_bytes(data)))
 
 
-def scores_done(shards: ShardSet, reward_fp: str, shard: str) -> bool:
-    """Whether the shard, as it is now, has its scores."""
+def scores_done(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str | None = None) -> bool:
+    """Whether the shard, as it is now, has its scores.
+
+    `shard_blake3`: the hash of its tar, read from the shard's document if it is not known.
+    """
     table, vouched = _paths(shards, reward_fp, shard)
-    done = shards.done(shard)
-    if done is None or not table.exists() or not vouched.exists():
+    digest = shard_blake3 or _blake3(shards, shard)
+    if digest is None or not table.exists() or not vouched.exists():
         return False
-    return read_sealed(vouched, ScoresDone, REMEDY).shard_blake3 == done.blake3
+    return read_sealed(vouched, ScoresDone, REMEDY).shard_blake3 == digest
 
 
-def score_rows(shards: ShardSet, reward_fp: str, shard: str) -> list[ScoreRow]:
-    """A shard's scores, the failed ones included."""
+def score_rows(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str | None = None) -> list[ScoreRow]:
+    """A shard's scores, the failed ones included; `shard_blake3` as for `scores_done`."""
     table, vouched = _paths(shards, reward_fp, shard)
     seal = read_sealed(vouched, ScoresDone, REMEDY)
-    done = shards.done(shard)
-    if seal.shard != shard or done is None or seal.shard_blake3 != done.blake3:
+    if (seal.shard, seal.shard_blake3) != (shard, shard_blake3 or _blake3(shards, shard)):
         raise DataError(f"{table} scores another {shard}; {REMEDY}")
     return read_rows(table, ScoreRow, seal.blake3, REMEDY)
 
@@ -82,7 +85,8 @@ def score_rows(shards: ShardSet, reward_fp: str, shard: str) -> list[ScoreRow]:
 def read_scores(shards: ShardSet, reward_fp: str, keys: Iterable[str]) -> dict[str, float]:
     """Score by key; failed samples are left out, a key that was never scored is an error."""
     wanted = set(keys)
-    names = [path.name.partition(".")[0] for path in matching(shards.scores_folder(reward_fp), "rollout-*.done.json")]
+    paths = matching(shards.root, layout.SCORES_DONE.wildcard(reward=reward_fp))
+    names = [path.name.partition(".")[0] for path in paths]
     parts = concurrently(shards.root, lambda name: score_rows(shards, reward_fp, name), names)
     found = {row.key: row for rows in parts for row in rows if row.key in wanted}
     if missing := sorted(wanted - set(found)):
@@ -91,9 +95,11 @@ def read_scores(shards: ShardSet, reward_fp: str, keys: Iterable[str]) -> dict[s
 
 
 def _paths(shards: ShardSet, reward_fp: str, shard: str) -> tuple[Place, Place]:
-    folder = shards.scores_folder(reward_fp)
-    return folder / f"{shard}.parquet", folder / f"{shard}.done.json"
+    """The table, and the document that vouches for it."""
+    parts = {"reward": reward_fp, "shard": shard}
+    return shards.path(layout.SCORES, **parts), shards.path(layout.SCORES_DONE, **parts)
 
 
-def _record_path(shards: ShardSet, reward_fp: str) -> Place:
-    return shards.scores_folder(reward_fp) / "reward.json"
+def _blake3(shards: ShardSet, shard: str) -> str | None:
+    done = shards.done(shard)
+    return done.blake3 if done else None

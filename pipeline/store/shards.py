@@ -157,8 +157,8 @@ def _bytes_of(path: Place, row: IndexRow) -> bytes:
     return cache.shared().get(row.blake3, fetch, partial(_is_whole, row))
 
 
-def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> int:
-    """Read every byte of a shard once; returns how many. `expected`: the tar's blake3 by the snapshot.
+def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> ShardDone:
+    """Read every byte of a shard once; returns its document. `expected`: the tar's blake3 by the snapshot.
 
     Raises:
         DataError: the tar is not the recorded one, or a row of its document points at something else.
@@ -174,7 +174,7 @@ def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> i
     for row, part in zip(done.rows, parts, strict=True):
         if part != row.blake3:
             raise DataError(f"{path} is damaged at sample {row.key}; {REMAKE}")
-    return done.bytes
+    return done
 
 
 def _pread(file: Any, row: IndexRow) -> bytes:

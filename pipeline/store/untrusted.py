@@ -21,6 +21,7 @@ import numpy as np
 from rats.pipeline.files.atomic import link_or_copy, storage_errors
 from rats.pipeline.files.reading import hash_file, open_regular
 from rats.pipeline.noise import noise
+from rats.pipeline.store import layout
 from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.scores import reward_columns, score_rows, scores_done
 from rats.pipeline.store.shard_set import ShardSet
@@ -33,9 +34,6 @@ from rats.schemas.recipe import fingerprint
 Advance = Callable[[int], None]
 
 FETCH = "fetch the set again; nothing was imported"
-PARTS = ("recipe.json", "shards", "index", "embeddings", "scores", "manifests")
-"""What a set consists of; anything else in its folder is not looked at."""
-
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_TEXT = 1 << 20
 _ROUNDING = 0.01
@@ -70,7 +68,7 @@ def examine(folder: Path, advance: Advance = lambda count: None) -> Foreign:
 
 def _examine(shards: ShardSet, advance: Advance) -> Foreign:
     if fingerprint(shards.recipe) != shards.fingerprint:
-        raise DataError(f"{shards.root / 'recipe.json'} is not spelled as rats spells it; {FETCH}")
+        raise DataError(f"{shards.path(layout.RECIPE)} is not spelled as rats spells it; {FETCH}")
     snapshot = shards.snapshot()
     index = shards.index(snapshot)
     parts = []
@@ -85,10 +83,8 @@ def _examine(shards: ShardSet, advance: Advance) -> Foreign:
 
 def _part(shards: ShardSet, shard: str, digest: str) -> ShardDone:
     """A shard's document, after every byte of its tar was compared with it."""
-    verify_shard(shards, shard, digest)
-    done = shards.done(shard)
+    done = verify_shard(shards, shard, digest)
     path = shards.shard_path(shard)
-    assert done is not None  # verify_shard has read it
     if len({row.key for row in done.rows}) != len(done.rows):
         raise DataError(f"{path} holds a sample twice; {FETCH}")
     for row in done.rows:
@@ -162,8 +158,8 @@ def _check_index(shards: ShardSet, index: list[IndexRow], parts: list[ShardDone]
 def _scores(shards: ShardSet, column: str, parts: list[ShardDone]) -> dict[str, ScoreRow]:
     """Rows by key, of the shards that have their scores."""
     found = {}
-    for part in (part for part in parts if scores_done(shards, column, part.shard)):
-        rows = score_rows(shards, column, part.shard)
+    for part in (part for part in parts if scores_done(shards, column, part.shard, part.blake3)):
+        rows = score_rows(shards, column, part.shard, part.blake3)
         if sorted(row.key for row in rows) != sorted(row.key for row in part.rows):
             raise DataError(f"{shards.scores_folder(column)} does not score the samples of {part.shard}; {FETCH}")
         found.update({row.key: row for row in rows})
@@ -202,8 +198,8 @@ def plain_view(folder: Path) -> Iterator[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files and links of the set below a folder, no link followed."""
-    for part in PARTS:
+    """Files and links of the set below a folder, no link followed; anything else in it is not looked at."""
+    for part in layout.TOPS:
         if (folder / part).is_symlink() or not (folder / part).is_dir():
             yield from [folder / part] if os.path.lexists(folder / part) else []
             continue

@@ -11,7 +11,7 @@ from typing import Any
 from rats.pipeline.families.open import open_outline
 from rats.pipeline.files.places import Place, open_place
 from rats.pipeline.store.plans import needed, packed
-from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.pipeline.weights.loading import torch_dtype
 from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import PlannedSample
@@ -52,9 +52,9 @@ def survey(params: Params, split: Split) -> Survey:
     wanted = wanted_samples(params, split)
     recipe, _ = read_recipe(params)
     root = open_place(params.store.path) / fingerprint(recipe)
-    shards = ShardSet.open(root) if (root / "recipe.json").exists() else None
+    shards = ShardSet.open(root) if is_set(root) else None
     plans, done = (shards.plans(), shards.finished()) if shards else ([], [])
-    encoded = {path.stem for path in (root / "embeddings").glob("*.safetensors")} if shards else set()
+    encoded = shards.encoded() if shards else set()
     keys, finished = {sample.key for sample in wanted}, {part.shard for part in done}
     used = needed([*plans, *packed(wanted, plans, params.store.shard_samples)], done, keys)
     return Survey(

@@ -24,24 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from rats.pipeline.files.atomic import file_lock, remove, storage_errors, sync
+from rats.pipeline.files.leftovers import is_dead, temporary_name
 from rats.pipeline.files.places import is_remote, open_place
-from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store import layout
+from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.schemas.errors import CannotCreateError, ConfigError, RatsError, RetryLaterError
 from rats.stages.progress import progress
-from rats.stages.shards.gc.contents import (
-    HOUR,
-    LEFTOVER,
-    Contents,
-    Removal,
-    is_dead,
-    leftover_name,
-    read_documents,
-    read_files,
-)
+from rats.stages.shards.gc.contents import Contents, Removal, read_documents, read_files
 from rats.stages.shards.gc.contents import removals as parts_of
 from rats.stages.shards.gc.roots import Found, Held, hold, search
 
 log = logging.getLogger(__name__)
+
+HOUR = 3600.0
 
 
 @dataclass
@@ -74,7 +69,7 @@ def collect(store: str, roots: Sequence[Path], delete: bool = False, older_than:
     """
     folder = _local_store(store)
     since = time.time() - older_than * HOUR
-    sets = {path.name: _read(path) for path in sorted(folder.iterdir()) if _is_set_name(path.name)}
+    sets = {path.name: _read(path) for path in sorted(folder.iterdir()) if layout.is_fingerprint(path.name)}
     found, held = _reached(folder, roots, sets)
     verdicts = [_verdict(name, each, held.get(name), found, since) for name, each in sets.items()]
     if delete:
@@ -107,13 +102,9 @@ def _local_store(text: str) -> Path:
         raise ConfigError(f"{text} is remote: gc works on local stores only, where links and locks say what is in use")
     if not place.is_dir():
         raise ConfigError(f"no folder {text}: name the store, such as `store`")
-    if (place / "recipe.json").exists():
+    if is_set(place):
         raise ConfigError(f"{text} is one set or a published folder: name the store that holds the sets")
     return place
-
-
-def _is_set_name(name: str) -> bool:
-    return len(name) == 64 and set(name) <= set("0123456789abcdef")
 
 
 @dataclass
@@ -167,7 +158,7 @@ def _verdict(name: str, each: _Set, held: Held | None, found: Found, since: floa
 
 def _lock_held(contents: Contents) -> str | None:
     """The name of a lock that a process holds: a shard is being made, or planned, or named."""
-    for name in contents.of("locks/"):
+    for name in contents.of(layout.LOCK):
         with suppress(CannotCreateError), file_lock(contents.root / name, 0.0) as free:  # a read-only store has none
             if not free:
                 return name
@@ -186,7 +177,7 @@ def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found,
         contents = read_files(root)
         read_documents(contents, shards)
         if verdict.whole:
-            if contents.linked(contents.files) or contents.young(contents.files, since) or contents.strange:
+            if contents.in_use(contents.files, since) or contents.strange:
                 return Verdict(verdict.name, [], "left alone: it has changed since it was looked at")
             _delete_whole(root)
         else:
@@ -197,7 +188,7 @@ def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found,
 
 def _delete_whole(root: Path) -> None:
     """One rename, after which there is no such set; what a kill leaves is a leftover that the next gc removes."""
-    temporary = root.with_name(leftover_name(root.name))
+    temporary = root.with_name(temporary_name(root.name))
     with storage_errors(root):
         os.rename(root, temporary)
         sync(root.parent)
@@ -225,7 +216,7 @@ def _delete_files(root: Path, parts: Sequence[Removal]) -> None:
         with storage_errors(path):
             remove(path)
             sync(path.parent)
-            if name.endswith("reward.json"):  # the last of its column
+            if layout.REWARD.parts(name):  # the last of its column
                 with suppress(OSError):
                     path.parent.rmdir()
 
@@ -234,7 +225,7 @@ def _outside(folder: Path, since: float) -> list[Removal]:
     """Sets that a killed gc had begun to delete."""
     going = []
     for path in sorted(folder.glob(".*.tmp")):
-        if not path.is_symlink() and LEFTOVER.fullmatch(path.name) and is_dead(path.name, path.lstat().st_mtime, since):
+        if not path.is_symlink() and is_dead(path.name, path.lstat().st_mtime, since):
             files = [file for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path]
             size = sum(file.lstat().st_size for file in files)
             going.append(Removal(path.name[:20], "left by a killed process", (path.name,), size))
