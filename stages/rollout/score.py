@@ -13,7 +13,7 @@ from rats.pipeline.files import places
 from rats.pipeline.files.places import Place, open_place
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward, scores_done
-from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.pipeline.weights.hashes import hash_path
 from rats.pipeline.weights.hub import DECODER_PATTERNS, resolve
 from rats.schemas.errors import ConfigError, DataError, nearest
@@ -97,7 +97,7 @@ def score_stage(
     keys = {row.key for row in source.shards.index(named)}
     failed = check_failed(source.shards, columns, named, keys, max_bad)
     if out is not None:
-        publish(source.shards, named, out, _complete(source.shards, done, hashes))
+        publish(source.shards, named, out, _complete(source.shards, done, hashes), done)
     return ScoreReport(
         fingerprint=source.shards.fingerprint,
         snapshot=named.hash,
@@ -160,7 +160,7 @@ def _open_split(params: Params, split: Split) -> Source:
     keys = frozenset(sample.key for sample in wanted_samples(params, split))
     recipe, vae = read_recipe(params)
     root = places.absolute(open_place(params.store.path)) / fingerprint(recipe)
-    if not (root / "recipe.json").exists():
+    if not is_set(root):
         raise DataError(f"{root} is not there: nothing is rolled out with these parameters; run `rats stage rollout`")
     return Source(ShardSet.open(root), params, vae, keys)
 
@@ -203,11 +203,11 @@ def _whole(shards: ShardSet, shard: str, digest: str) -> ShardDone:
 
 
 def _tasks(shards: ShardSet, done: Sequence[ShardDone], columns: dict[str, str], retry: bool) -> list[ScoreTask]:
-    names = [part.shard for part in done]
-    missing = places.concurrently(shards.root, lambda name: missing_columns(shards, name, columns, retry), names)
-    return [
-        ScoreTask(shard=name, columns=columns, retry=retry) for name, some in zip(names, missing, strict=True) if some
-    ]
+    def missing(part: ShardDone) -> dict[str, str]:
+        return missing_columns(shards, part, columns, retry)
+
+    found = zip(done, places.concurrently(shards.root, missing, done), strict=True)
+    return [ScoreTask(shard=part.shard, columns=columns, retry=retry) for part, some in found if some]
 
 
 def _announce(shards: ShardSet, done: Sequence[ShardDone], tasks: Sequence[ScoreTask]) -> None:
@@ -219,4 +219,4 @@ def _announce(shards: ShardSet, done: Sequence[ShardDone], tasks: Sequence[Score
 def _complete(shards: ShardSet, done: Sequence[ShardDone], hashes: dict[str, dict[str, str]]) -> list[str]:
     """Those of the columns that every shard has."""
     columns = [RewardRecord(name=name, hashes=parts).fingerprint for name, parts in hashes.items()]
-    return [column for column in columns if all(scores_done(shards, column, part.shard) for part in done)]
+    return [column for column in columns if all(scores_done(shards, column, part.shard, part.blake3) for part in done)]
