@@ -14,22 +14,22 @@ from pathlib import Path
 
 import torch
 
-from rats.pipeline.models import FamilyStudent
+from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.protocols import Reward
-from rats.pipeline.registry import open_reward
+from rats.pipeline.rewards.open import open_reward
 from rats.schemas.params import Params, load_params
-from rats.stages.generations import open_follower
-from rats.stages.train import open_trainable
-from rats.stages.train_checks import reward_params
-from rats.stages.train_source import Source, open_source, read_settings
+from rats.stages.rollout.columns import reward_params
+from rats.stages.train.generations import open_follower
+from rats.stages.train.source import Source, open_source, read_settings
+from rats.stages.train.train import open_trainable
 from rats.trainer.checkpoint import Checkpoints, Identity, State
+from rats.trainer.data import StoredSamples
 from rats.trainer.distributed import Ranks
 from rats.trainer.loop import one_step
 from rats.trainer.metrics import CsvLog, columns
 from rats.trainer.objective import Settings
 from rats.trainer.optim import Learner
 from rats.trainer.run import METRICS, Run
-from rats.trainer.stored import StoredSamples
 
 UNSPLIT_EVERY = 1_000_000
 UNSPLIT = f"train.log_gradients_every={UNSPLIT_EVERY}"

@@ -16,7 +16,7 @@ from rats.schemas.manifest import FORMAT_VERSION, Record
 from rats.schemas.params import Params, Positive
 
 SOLVER_VERSION = 1
-"""Raised when the golden-latents test (tests/test_golden.py) says that the same recipe gives other latents."""
+"""Raised when the golden-latents test (tests/stages/rollout) says that the same recipe gives other latents."""
 
 IN_RECIPE = (
     "model.family",

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from rats.pipeline.protocols import Conditioning, Reward, Student
-from rats.trainer.batches import Sample, SampleStream, collate
 from rats.trainer.checkpoint import State
+from rats.trainer.data import Sample, SampleStream, collate
 from rats.trainer.objective import Losses, Moment, Settings, check, evaluate, refusal, row_of, terms
 from rats.trainer.optim import rate
 from rats.trainer.run import Run

@@ -12,14 +12,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rats.pipeline.ask import is_differentiable
-from rats.pipeline.pixels import Draws, augment
 from rats.pipeline.protocols import Reward, Student
+from rats.pipeline.rewards.base import is_differentiable
 from rats.schemas.errors import DataError
 from rats.schemas.horizons import rows_of
 from rats.schemas.train_params import TrainParams
-from rats.trainer.batches import Batch
+from rats.trainer.augment import Draws, augment
 from rats.trainer.black_box import estimated
+from rats.trainer.data import Batch
 from rats.trainer.distributed import Ranks
 from rats.trainer.gate import Part, gate_all, spread, total
 from rats.trainer.losses import compared, reward_loss, shape_loss

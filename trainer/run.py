@@ -13,8 +13,8 @@ from torch import Tensor
 
 from rats.schemas.errors import ConfigError, DataError
 from rats.trainer import randomness
-from rats.trainer.batches import Batch
 from rats.trainer.checkpoint import RNG, Checkpoints, Identity, Saved, State
+from rats.trainer.data import Batch
 from rats.trainer.distributed import Ranks
 from rats.trainer.metrics import CsvLog, Row
 from rats.trainer.optim import Learner

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rats.pipeline import solver
 from rats.pipeline.protocols import Conditioning, Student
+from rats.trainer.data import Batch
 
 
 @dataclass
@@ -94,3 +95,19 @@ def rounded(x_BTC: Tensor) -> Tensor:
     equation 11).
     """
     return x_BTC + (x_BTC.detach().half().to(x_BTC.dtype) - x_BTC.detach())
+
+
+Draw = Callable[[Batch], Tensor]
+
+
+def few_steps(
+    model: Student, nfe: int, velocity: Callable[[Tensor, float, Conditioning], Tensor] | None = None
+) -> Draw:
+    """Euler steps over the family's stock grid, rounded as the store rounds the teacher's final."""
+    sigmas, field = model.stock_sigmas(nfe), velocity or model.velocity
+
+    def draw(batch: Batch) -> Tensor:
+        states, _ = solver.euler(lambda x, sigma: field(x, sigma, batch.conditioning), batch.noise, sigmas)
+        return states[-1].half().float()
+
+    return draw

@@ -1,0 +1,258 @@
+"""Stage two: open what a run needs, refuse what does not belong together, train, leave a student behind.
+
+Of the family it opens the network that learns and the decoder; a teacher only for `teacher.mode: live-ema`, and for
+the generations of `refresh` (`generations` beside this file).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import cast_training_params
+
+from rats.pipeline.families.models import FamilyStudent
+from rats.pipeline.families.open import open_student, rebuilt_network
+from rats.pipeline.files.atomic import atomic_folder, atomic_write, remove
+from rats.pipeline.files.places import Place
+from rats.pipeline.protocols import Reward
+from rats.pipeline.rewards.open import open_reward
+from rats.pipeline.weights.hashes import hash_path
+from rats.pipeline.weights.loading import save_component
+from rats.pipeline.weights.lora import save_lora
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import Params, with_variant
+from rats.schemas.reports import TrainReport
+from rats.schemas.run import RunRecord
+from rats.schemas.train_params import TrainParams
+from rats.stages.progress import progress
+from rats.stages.rollout.columns import reward_params
+from rats.stages.train.generations import list_generations, open_follower, segments
+from rats.stages.train.observers import check_observers, looking_on
+from rats.stages.train.record import pipeline_call
+from rats.stages.train.resume import asked_for, belonging, stop_flag
+from rats.stages.train.source import Source, open_source, read_settings, settings_hash
+from rats.stages.train.witness import WatchedStream, WatchedStudent, Witness
+from rats.trainer.checkpoint import Checkpoints, Identity, Saved
+from rats.trainer.data import StoredSamples, collate
+from rats.trainer.distributed import Accelerated, Ranks
+from rats.trainer.loop import train
+from rats.trainer.metrics import CsvLog, Row, columns
+from rats.trainer.objective import Settings, gap_spread
+from rats.trainer.optim import Learner
+from rats.trainer.randomness import seed_all
+from rats.trainer.run import METRICS, Live, Run
+
+log = logging.getLogger(__name__)
+
+
+def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: str | None = None) -> TrainReport:
+    """Train `variant`'s student from the shards in the folder `shards`; everything it leaves is in `out`.
+
+    `out` holds metrics.csv, checkpoints/, and at the end student/ (a diffusers transformer folder, or adapters) and
+    run.json. Under torchrun or accelerate all ranks call it, and the first one writes.
+    `resume`: "latest" goes on from the newest whole checkpoint of the same shards and settings and starts over where
+    there is none; a checkpoint's folder goes on from that one; None starts over.
+
+    Raises:
+        ConfigError: a variant, reward or gate value that is not there.
+        DataError: shards, weights, rewards or checkpoints that are damaged or do not belong together; a number that
+            is not finite.
+        SystemExit: 143 after SIGTERM; the step under way is abandoned, the one before it saved.
+    """
+    chosen = with_variant(params, variant)
+    check_observers(params, chosen)
+    ranks = Accelerated(params.compute.device, autocast_dtype(params, chosen), chosen.fsdp)
+    seed_all(chosen.seed + ranks.rank)
+    checkpoints = Checkpoints(out / "checkpoints", chosen.checkpoints_total_limit)
+    saved = asked_for(resume, checkpoints, chosen.steps)
+    source = open_source(params, chosen, shards, saved.snapshot if saved else None)
+    settings = read_settings(chosen, source)
+    identity = Identity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
+    saved = belonging(saved, identity, resume)
+    student = open_trainable(params, chosen, ranks)
+    witness = Witness()
+    watched = WatchedStudent(student, witness)
+    rewards = [open_reward(reward_params(params, name), str(ranks.device)) for name in chosen.reward_weights]
+
+    def follower(learner: Learner) -> Live | None:
+        return open_follower(params, chosen, student, learner, source, rewards, watched.decode_teachers)
+
+    run = start_run(student, settings, checkpoints, saved, identity, source.snapshot.number, out, ranks, follower)
+    settings = _with_tau(settings, student, rewards, source, run)
+    with looking_on(params, chosen, student, dict(zip(chosen.reward_weights, rewards, strict=True)), run, saved, out):
+        for part, followed in segments(params, settings, source, run, out):
+            _train(watched, rewards, part, followed, run, witness)
+    folder = save_student(run.learner, out / "student", params, chosen)
+    record = _record(params, variant, settings, source, run, witness, folder, out)
+    if ranks.is_main:
+        atomic_write(out / "run.json", json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True).encode())
+    ranks.wait()
+    return TrainReport(**{name: getattr(record, name) for name in TrainReport.model_fields})
+
+
+def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
+    """What the network is evaluated in where that is not its own float32; what is trained is always float32."""
+    if params.model.dtype == "float16":
+        raise ConfigError("model.dtype is float16, in which gradients underflow: train with bfloat16 or float32")
+    half = params.model.dtype == "bfloat16" or chosen.mixed_precision == "bf16"
+    return torch.bfloat16 if half else None
+
+
+def open_trainable(params: Params, chosen: TrainParams, ranks: Ranks) -> FamilyStudent:
+    """The student with what is to be trained in float32: small updates would be rounded away in bfloat16."""
+    compute = params.compute.model_copy(update={"compile": chosen.compile, "device": str(ranks.device)})
+    student = open_student(params.model, params.teacher, compute, lora=chosen.lora, seed=chosen.seed)
+    cast_training_params(student.network, torch.float32)
+    if chosen.gradient_checkpointing:
+        student.checkpoint_activations()
+    return student
+
+
+def start_run(
+    student: FamilyStudent,
+    settings: Settings,
+    checkpoints: Checkpoints,
+    saved: Saved | None,
+    identity: Identity,
+    snapshot: int,
+    out: Path,
+    ranks: Ranks,
+    follower: Callable[[Learner], Live | None],
+) -> Run:
+    """A run at its first step, or where the checkpoint was; what an earlier run left beyond that is removed."""
+    run = Run(Learner(student.network, settings.train, ranks), checkpoints, {}, identity, snapshot, ranks=ranks)
+    run.live = follower(run.learner)
+    if saved:
+        run.restore(saved)
+        log.info("going on from %s", saved.path)
+    ranks.wait()  # nobody reads any more what is removed now
+    if ranks.is_main:
+        header = columns(max(settings.train.nfe), [part.name for part in settings.parts])
+        run.logs[METRICS] = CsvLog(out / METRICS, header, saved.log(METRICS) if saved else None)
+        checkpoints.keep_until(run.state.step)
+        for stale in ("student", "run.json"):
+            remove(out / stale)
+    return run
+
+
+def _train(
+    student: WatchedStudent, rewards: Sequence[Reward], settings: Settings, source: Source, run: Run, witness: Witness
+) -> None:
+    """Train on one set of shards, up to `train.steps`."""
+    chosen, ranks = settings.train, run.ranks
+    left = max(0, chosen.steps - run.state.step)
+    with (
+        closing(_stream(source, chosen, ranks, run.state.position)) as stream,
+        progress("train", left, "steps") if ranks.is_main else nullcontext(lambda done: None) as advance,
+        stop_flag() as run.stopping,
+        witness.watching(student.network),
+    ):
+        count = partial(_count, advance)
+        run.observers.append(count)
+        train(student, WatchedStream(stream, witness), rewards, settings, run)
+        run.observers.remove(count)
+
+
+def _count(advance: Callable[[int], None], run: Run, row: Row) -> None:
+    advance(1)
+
+
+def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) -> StoredSamples:
+    return StoredSamples(
+        source.shards,
+        source.snapshot,
+        source.scores,
+        chosen.seed,
+        chosen.batch,
+        position,
+        ranks.rank,
+        ranks.world,
+        chosen.loader_workers,
+    )
+
+
+def _with_tau(
+    settings: Settings, student: FamilyStudent, rewards: Sequence[Reward], source: Source, run: Run
+) -> Settings:
+    """`gate.tau: gap` measured on the student as it starts; a run that goes on keeps what was measured."""
+    if settings.train.gate.tau != "gap":
+        return settings
+    tau = run.state.tau
+    if tau is None:
+        with closing(_stream(source, settings.train, run.ranks, 0)) as stream:
+            batch = collate(stream.take(), run.ranks.device)
+        tau = gap_spread(student, rewards, batch, settings, run.ranks)
+        run.state = replace(run.state, tau=tau)
+    return replace(settings, tau=tau)
+
+
+def save_student(learner: Learner, folder: Path, params: Params, chosen: TrainParams) -> Path:
+    """The trained network, or its adapters, as a folder that diffusers loads; returns it.
+
+    The weights are those of the moving average, if one is kept. All ranks must call, the main one writes.
+    """
+    weights = learner.weights()
+    if learner.ranks.is_main:
+        network = rebuilt_network(params.model, weights, chosen.lora)
+        with atomic_folder(folder) as temporary:
+            (save_lora if chosen.lora else save_component)(network, temporary)
+    learner.ranks.wait()
+    return folder
+
+
+def _record(
+    params: Params,
+    variant: str,
+    settings: Settings,
+    source: Source,
+    run: Run,
+    witness: Witness,
+    student: Path,
+    out: Path,
+) -> RunRecord:
+    state, snapshot = run.state, source.snapshot
+    scored = source.columns.values()
+    return RunRecord(
+        snapshot=snapshot.hash,
+        steps=state.step,
+        teacher_forwards=witness.teacher_forwards,
+        teacher_reward_calls=witness.teacher_reward_calls,
+        seconds=state.seconds,
+        checkpoint=str(run.checkpoints.path(state.step)),
+        variant=variant,
+        nfe=settings.train.grid,
+        recipe=source.shards.fingerprint,
+        snapshot_number=snapshot.number,
+        samples=snapshot.samples,
+        samples_unscored=snapshot.samples - len(source.scores),
+        reward=settings.train.reward_names,
+        reward_fingerprint=" + ".join(column.hashes["reward"] for column in scored),
+        reward_column=" + ".join(column.address for column in scored),
+        base=source.shards.recipe.weights["transformer"],
+        vae=next(iter(scored)).hashes["vae"],
+        student=hash_path(student),
+        settings=run.identity.settings,
+        call=pipeline_call(params),
+        gate_form=settings.train.gate.form,
+        gate_mean=state.gate_mean,
+        gate_value=settings.gate_value,
+        tau=settings.tau,
+        student_forwards=witness.student_forwards,
+        seconds_per_step=state.seconds / max(1, state.step),
+        threads=torch.get_num_threads(),
+        ranks=run.ranks.world,
+        micro_batch=state.micro_batch or settings.train.micro_batch,
+        rewards_asked=state.asked,
+        rewards_bad=state.bad,
+        finished=state.finished,
+        student_step=state.step if run.student_step is None else run.student_step,
+        teacher_mode=settings.train.teacher.mode,
+        generations=list_generations(source, settings, out),
+    )
