@@ -20,6 +20,7 @@ SOURCES = [path for name in (*PACKAGES, "bench", "mini") for path in sorted((ROO
 FOLDERS = "|".join((*PACKAGES, "tests", "bench", "mini", "configs", "assets", "docs"))
 FILE = re.compile(rf"(?<![\w./-])(?:{FOLDERS})/[\w*./-]*[\w*/]")
 DOTTED = re.compile(rf"`(?:rats\.)?((?:{'|'.join(PACKAGES)})(?:\.\w+)+)`")
+NAME_IN_FILE = re.compile(rf"`([a-zA-Z_]\w+)(?:\.\w+)?` (?:of|in) `((?:{'|'.join(PACKAGES)})/[\w/]+\.py)`")
 NUMBERS = r"(\d+(?:(?:, | and | to )\d+)*)"
 LINK = re.compile(r"\]\((?!https?:)([\w./-]*)(?:#([\w-]+))?\)")
 
@@ -32,6 +33,12 @@ def test_every_file_that_a_page_or_a_docstring_names_is_there():
 def test_every_module_that_a_docstring_names_by_dots_is_there():
     named = {(name, path) for path in (*PAGES, *SOURCES) for name in DOTTED.findall(path.read_text())}
     assert sorted(f"{path.relative_to(ROOT)}: {name}" for name, path in named if not is_there(name)) == []
+
+
+def test_every_name_that_a_page_places_in_a_file_is_in_that_file():
+    placed = {found for page in PAGES for found in NAME_IN_FILE.findall(page.read_text())}
+    assert len(placed) > 10
+    assert [(name, file) for name, file in sorted(placed) if name not in words(ROOT / file)] == []
 
 
 def test_equations_are_numbered_in_order_and_every_one_that_is_cited_is_there():
@@ -91,6 +98,10 @@ def is_there(dotted: str) -> bool:
                     re.search(rf"^(?:(?:class|def) {name}\b|{name}\b|from .*{name})", text, re.M) for name in rest
                 )
     return False
+
+
+def words(path: Path) -> set[str]:
+    return set(re.findall(r"\w+", path.read_text()))
 
 
 def links_of(page: Path) -> list[tuple[str, str]]:
