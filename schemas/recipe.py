@@ -1,6 +1,7 @@
 """The recipe: everything that decides a sample's bytes. Its hash is the shard set's address.
 
 Every field of `params.yaml` is on one of two lists below; a test flips each and proves which.
+See docs/design.md#the-recipe.
 """
 
 from __future__ import annotations

@@ -70,6 +70,8 @@ def sample(
 ) -> Trajectory:
     """Euler steps of the student along `sigmas` (N + 1 values), one evaluation a step, differentiable throughout.
 
+    Each step is docs/design.md, equation 3, and its prediction before it equation 4.
+
     The shaping loss reaches every step. The reward shall reach only the last `last_k` (None: all): the forward
     pass is the same, with a bridge before those steps that is closed for the reward's backward pass.
     """
@@ -90,7 +92,8 @@ def sample(
 def rounded(x_BTC: Tensor) -> Tensor:
     """The latents as the store keeps the teacher's, with the gradient of the identity.
 
-    So the gate's R_S is scored exactly as R_T was, and the reward's gradient shares its decoding.
+    So the gate's R_S is scored exactly as R_T was, and the reward's gradient shares its decoding (docs/design.md,
+    equation 11).
     """
     return x_BTC + (as_stored(x_BTC.detach()).to(x_BTC.dtype) - x_BTC.detach())
 

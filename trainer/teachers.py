@@ -40,7 +40,7 @@ class Average:
 
     @torch.no_grad()
     def follow(self, learner: Learner) -> None:
-        """Move towards the student, once an update."""
+        """Move towards the student, once an update (docs/design.md, equation 16)."""
         if self.decay < 1:
             students: list[Tensor] = [learner.named[name] for name in self.weights]
             torch._foreach_lerp_(list(self.weights.values()), students, 1.0 - self.decay)
