@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from string import Formatter
+from typing import NamedTuple
 
 from rats.schemas.manifest import HASH_PATTERN, SHARD_PATTERN, Snapshot
 
@@ -72,11 +73,6 @@ class Kind:
     def top(self) -> str:
         """The first part of its name's path."""
         return self.template.partition("/")[0]
-
-    @cached_property
-    def varying(self) -> frozenset[str]:
-        """The parts that its names have."""
-        return frozenset(part for _, part, _, _ in Formatter().parse(self.template) if part)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -145,9 +141,11 @@ verifies and resumes. A lock stays: if it went while a process waits for it, two
 TOPS = tuple(dict.fromkeys(kind.top for kind in KINDS if kind.published))
 """What lies at the top of a published folder."""
 
+_BY_TOP = {top: tuple(kind for kind in KINDS if kind.top == top) for top in {kind.top for kind in KINDS}}
+"""A set has many files, so a name is compared with the two or three kinds of its folder alone."""
 
-@dataclass(frozen=True)
-class File:
+
+class File(NamedTuple):
     """A name, understood."""
 
     kind: Kind
@@ -156,7 +154,7 @@ class File:
 
 def understand(name: str) -> File | None:
     """The kind and the parts of a name below a set's folder; None for what is no file of a set."""
-    for kind in KINDS:
+    for kind in _BY_TOP.get(name.partition("/")[0], ()):
         if (parts := kind.parts(name)) is not None:
             return File(kind, parts)
     return None

@@ -1,6 +1,6 @@
 """A shard set: `<store>/<fingerprint>/`, content-addressed, only ever added to, in a folder or a remote place.
 
-Everything is found through `ShardSet`; `layout` says which files there are.
+Everything is found through `ShardSet`; `layout` says which files there are, docs/design.md#a-shard-set-on-disk why.
 """
 
 from __future__ import annotations
