@@ -14,13 +14,13 @@ from upath import UPath
 from rats.pipeline.files import cache, places
 from rats.pipeline.files.cache import Cache
 from rats.pipeline.files.places import Place, open_place
-from rats.pipeline.store.embeddings import read_embedding, write_embedding
+from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import read_scores, reward_column, reward_columns
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample, verify_shard, write_shard
 from rats.schemas.errors import ConfigError, DataError, StorageError
-from tests.support.shards import fill, in_order, params, recipe_of, score, wanted, write_samples, write_set
+from tests.support.shards import embed, fill, in_order, params, recipe_of, score, wanted, write_samples, write_set
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 S3 = pytest.param("s3", marks=pytest.mark.slow)
@@ -68,15 +68,14 @@ def test_a_remote_set_is_planned_written_grown_scored_and_streamed_as_a_local_on
 def test_a_remote_set_is_published_into_a_folder_that_trains_without_the_store(store: Place, tmp_path: Path) -> None:
     shards = write_set(store)
     reward = score(shards)
-    for sample in wanted():
-        write_embedding(shards, sample.prompt_id, {"context": torch.arange(3.0)})
+    embed(shards, wanted())
     publish(shards, shards.snapshot(), tmp_path / "out", [reward])
     inode = (tmp_path / "out").stat().st_ino
     publish(shards, shards.snapshot(), tmp_path / "out", [reward])
     assert (tmp_path / "out").stat().st_ino == inode
     out = ShardSet.open(tmp_path / "out")
     assert out.index(out.snapshot()) == shards.index(shards.snapshot())
-    assert torch.equal(read_embedding(out, wanted()[0].prompt_id)["context"], torch.arange(3.0))
+    assert torch.equal(read_embedding(out, wanted()[0].prompt_id)["pooled"], torch.arange(4.0))
     assert len(read_scores(out, reward, [sample.key for sample in wanted()])) == 10
 
 

@@ -92,7 +92,7 @@ def test_files_go_in_that_order_whatever_order_they_are_named_in(shards: ShardSe
 
 
 @pytest.fixture
-def copy(shards: ShardSet, tmp_path: Path) -> Path:
+def store(shards: ShardSet, tmp_path: Path) -> Path:
     root = Path(shards.root)
     return Path(shutil.copytree(root, tmp_path / root.name, ignore=shutil.ignore_patterns("locks")))
 
@@ -101,22 +101,22 @@ STRANGERS = ["notes.txt", "shards/notes.txt", "embeddings/notes.safetensors", "s
 
 
 @pytest.mark.parametrize("name", STRANGERS)
-def test_gc_calls_an_unknown_file_strange(copy: Path, name: str) -> None:
-    (copy / name).parent.mkdir(exist_ok=True)
-    (copy / name).write_text("years")
-    assert read_files(copy).strange == [name] and name not in read_files(copy).files
+def test_gc_calls_an_unknown_file_strange(store: Path, name: str) -> None:
+    (store / name).parent.mkdir(exist_ok=True)
+    (store / name).write_text("years")
+    assert read_files(store).strange == [name] and name not in read_files(store).files
 
 
 @pytest.mark.parametrize("name", STRANGERS)
 def test_verify_passes_over_an_unknown_file_unless_its_folder_and_ending_are_those_of_a_kind(
-    copy: Path, name: str, caplog: pytest.LogCaptureFixture
+    store: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (copy / name).parent.mkdir(exist_ok=True)
-    (copy / name).write_text("years")
+    (store / name).parent.mkdir(exist_ok=True)
+    (store / name).write_text("years")
     alike = [kind for kind in layout.KINDS if kind.parts_of_alike(name) is not None]
     if not alike:
-        assert verify(copy)["ok"]
+        assert verify(store)["ok"]
         return
     with caplog.at_level(logging.ERROR, logger="rats"), pytest.raises(DataError, match="1 damaged or missing"):
-        verify(copy)
+        verify(store)
     assert Path(name).name.partition(".")[0] in caplog.text
