@@ -163,11 +163,11 @@ def storage_errors(path: Place, size: int | None = None) -> Iterator[None]:
     except Exception as error:
         number = _errno(error)
         if number in _FULL:
-            raise StorageError(f"disk full writing {path}; {_free(size)}, run the same command again") from error
+            raise StorageError(f"disk full writing {path}", f"{_free(size)}, run the same command again") from error
         if number in _CANNOT:
-            raise CannotCreateError(f"cannot create {path}: {os.strerror(number)}; choose another folder") from error
+            raise CannotCreateError(f"cannot create {path}: {os.strerror(number)}", "choose another folder") from error
         if isinstance(error, OSError):
-            raise StorageError(f"cannot write {path}: {error}; run the same command again") from error
+            raise StorageError(f"cannot write {path}: {error}", "run the same command again") from error
         raise
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from upath import UPath
 from upath.registry import available_implementations
 
-from rats.schemas.errors import CannotCreateError, ConfigError, DataError, RatsError, StorageError
+from rats.schemas.errors import CannotCreateError, ConfigError, DataError, RatsError, StorageError, reason
 
 Place = Path | UPath
 Item = TypeVar("Item")
@@ -43,7 +43,7 @@ def open_place(text: str | Path | UPath) -> Place:
     if protocol in ("file", "local"):
         return Path(rest)
     if protocol not in available_implementations():
-        raise ConfigError(f"{text}: unknown protocol {protocol!r}; use a folder, s3://, gs:// or another of fsspec's")
+        raise ConfigError(f"{text}: unknown protocol {protocol!r}", "use a folder, s3://, gs:// or another of fsspec's")
     try:
         # a cached listing would hide what other workers have written
         place = UPath(text, use_listings_cache=False)
@@ -72,14 +72,14 @@ def concurrently(place: Place, function: Callable[[Item], Result], items: Iterab
         return list(pool.map(function, items))
 
 
-def read(place: UPath, remedy: str, start: int | None = None, end: int | None = None) -> bytes:
+def read(place: UPath, start: int | None = None, end: int | None = None) -> bytes:
     """An object's bytes, or those from `start` to before `end`.
 
     Raises:
-        DataError: there is no such object; `remedy` ends the text.
+        DataError: there is no such object.
         StorageError: the store cannot be reached.
     """
-    with reading(place, remedy):
+    with reading(place):
         return place.fs.cat_file(place.path, start=start, end=end)
 
 
@@ -94,7 +94,7 @@ def upload(file: Path, place: UPath) -> None:
     with writing(place):
         place.fs.put_file(str(file), place.path)
         if (size := place.fs.size(place.path)) != file.stat().st_size:
-            raise StorageError(f"{place} has {size} of {file.stat().st_size} bytes; run the same command again")
+            raise StorageError(f"{place} has {size} of {file.stat().st_size} bytes", "run the same command again")
 
 
 def create(place: UPath, data: bytes) -> bool:
@@ -108,16 +108,16 @@ def create(place: UPath, data: bytes) -> bool:
 
 
 @contextmanager
-def reading(place: UPath, remedy: str) -> Iterator[None]:
+def reading(place: UPath) -> Iterator[None]:
     """Turns a remote file system's errors, of a dozen libraries, into ours."""
     try:
         yield
     except RatsError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{place} is missing; {remedy}") from None
+        raise DataError(f"{place} is missing") from None
     except Exception as error:
-        raise StorageError(f"cannot read {place}: {_reason(error)}; run the same command again") from error
+        raise StorageError(f"cannot read {place}: {reason(error)}", "run the same command again") from error
 
 
 @contextmanager
@@ -131,13 +131,9 @@ def writing(place: UPath) -> Iterator[None]:
         denied = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EACCES
         if denied or isinstance(error, FileNotFoundError):
             raise CannotCreateError(
-                f"cannot create {place}: {_reason(error)}; check the bucket and your rights"
+                f"cannot create {place}: {reason(error)}", "check the bucket and your rights"
             ) from error
-        raise StorageError(f"cannot write {place}: {_reason(error)}; run the same command again") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise StorageError(f"cannot write {place}: {reason(error)}", "run the same command again") from error
 
 
 def matching(folder: Place, pattern: str) -> list[Place]:
@@ -146,9 +142,9 @@ def matching(folder: Place, pattern: str) -> list[Place]:
     return sorted(found, key=str)
 
 
-def download(place: UPath, file: Path, remedy: str) -> None:
+def download(place: UPath, file: Path) -> None:
     """An object as a local file."""
-    with reading(place, remedy):
+    with reading(place):
         place.fs.get_file(place.path, str(file))
 
 

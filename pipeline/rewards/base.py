@@ -34,11 +34,6 @@ def is_differentiable(reward: Reward) -> bool:
     return bool(getattr(reward, "differentiable", True))
 
 
-def one_line(error: Exception) -> str:
-    """An error as a table's cell or a log's line may hold it: its kind and at most 300 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 POSITIONS = (0, 2, 4, 6, 7)
 """Upstream's numbers: dropouts lie at 1, 3 and 5, which do nothing in eval mode."""
 

@@ -16,7 +16,7 @@ from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.files.places import Place
 from rats.pipeline.files.reading import hash_bytes, read_regular
 from rats.pipeline.store.shard_set import ShardSet
-from rats.schemas.errors import DataError
+from rats.schemas.errors import DataError, reason, remedy
 
 _DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 _REMEDY = "delete it and run `rats stage rollout`, which encodes the prompt again"
@@ -33,6 +33,7 @@ def write_embedding(shards: ShardSet, prompt_id: str, tensors: dict[str, Tensor]
     atomic_write(shards.embedding_path(prompt_id), save(plain, {"seal": _seal(prompt_id, plain)}))
 
 
+@remedy(_REMEDY)
 def read_embedding(shards: ShardSet, prompt_id: str) -> dict[str, Tensor]:
     """One prompt's conditioning, without the batch axis.
 
@@ -44,15 +45,15 @@ def read_embedding(shards: ShardSet, prompt_id: str) -> dict[str, Tensor]:
     try:
         return _parse(data, prompt_id)
     except _DAMAGE as error:
-        raise DataError(f"{path} is damaged ({str(error)[:120]}); {_REMEDY}") from None
+        raise DataError(f"{path} is damaged ({reason(error)})") from None
 
 
 def _bytes_of(path: Place, prompt_id: str) -> bytes:
     """From a remote place through the local cache."""
     if isinstance(path, Path):
-        return read_regular(path, _REMEDY)
+        return read_regular(path)
     name = hash_bytes(str(path).encode())
-    return cache.shared().get(name, lambda: read_regular(path, _REMEDY), lambda data: _is_whole(data, prompt_id))
+    return cache.shared().get(name, lambda: read_regular(path), lambda data: _is_whole(data, prompt_id))
 
 
 def _is_whole(data: bytes, prompt_id: str) -> bool:
@@ -68,14 +69,15 @@ def _parse(data: bytes, prompt_id: str) -> dict[str, Tensor]:
     return load(data)
 
 
+@remedy(_REMEDY)
 def verify_embedding(shards: ShardSet, prompt_id: str) -> int:
     """As `read_embedding`, but past any cache and without making tensors; returns how many bytes were read."""
     path = shards.embedding_path(prompt_id)
-    data = read_regular(path, _REMEDY)
+    data = read_regular(path)
     try:
         _check_seal(data, prompt_id)
     except _DAMAGE as error:
-        raise DataError(f"{path} is damaged ({str(error)[:120]}); {_REMEDY}") from None
+        raise DataError(f"{path} is damaged ({reason(error)})") from None
     return len(data)
 
 

@@ -11,10 +11,11 @@ from rats.pipeline.files.places import Place, concurrently, download, is_remote,
 from rats.pipeline.store.scores import scores_done
 from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
 from rats.pipeline.store.shards import verify_shard
-from rats.schemas.errors import CannotCreateError, DataError
+from rats.schemas.errors import CannotCreateError, DataError, remedy
 from rats.schemas.manifest import Snapshot
 
 
+@remedy(ROLLOUT)
 def publish(shards: ShardSet, snapshot: Snapshot, out: Path, reward_fps: Sequence[str]) -> None:
     """Make `out` exactly what the snapshot needs: its shards, index, embeddings, scores and manifest.
 
@@ -47,7 +48,7 @@ def _files(shards: ShardSet, snapshot: Snapshot, reward_fps: Sequence[str]) -> l
     done = {part.shard: part for part in shards.finished()}
     for shard in sorted(snapshot.shards):
         if shard not in done or done[shard].blake3 != snapshot.shards[shard]:
-            raise DataError(f"{shards.shard_path(shard)} is not the shard of snapshot {snapshot.number}; {ROLLOUT}")
+            raise DataError(f"{shards.shard_path(shard)} is not the shard of snapshot {snapshot.number}", ROLLOUT)
         names += [f"shards/{shard}.tar", f"shards/{shard}.done.json"]
     columns = [(fp, shard) for fp in reward_fps for shard in sorted(snapshot.shards)]
     names += [name for part in concurrently(shards.root, lambda pair: _scores(shards, *pair), columns) for name in part]
@@ -60,7 +61,7 @@ def _files(shards: ShardSet, snapshot: Snapshot, reward_fps: Sequence[str]) -> l
 
 def _scores(shards: ShardSet, reward_fp: str, shard: str) -> list[str]:
     if not scores_done(shards, reward_fp, shard):
-        raise DataError(f"{shard} has no scores by reward {reward_fp[:12]}; {ROLLOUT}")
+        raise DataError(f"{shard} has no scores by reward {reward_fp[:12]}", ROLLOUT)
     return [f"scores/{reward_fp}/{shard}.parquet", f"scores/{reward_fp}/{shard}.done.json"]
 
 
@@ -69,9 +70,9 @@ def _check_out(shards: ShardSet, out: Path) -> None:
     if isinstance(shards.root, Path):
         here, root = out.resolve(), shards.root.resolve()
         if here.is_relative_to(root) or root.is_relative_to(here):
-            raise CannotCreateError(f"cannot publish {root} into {out}: one holds the other; choose another folder")
+            raise CannotCreateError(f"cannot publish {root} into {out}: one holds the other", "choose another folder")
     if out.exists() and not (out / "recipe.json").exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CannotCreateError(f"{out} holds something else than a shard set; choose another folder or empty it")
+        raise CannotCreateError(f"{out} holds something else than a shard set", "choose another folder or empty it")
 
 
 def _same(root: Place, out: Path, files: Sequence[str]) -> bool:
@@ -88,7 +89,7 @@ def _is_copy(source: Place, target: Path) -> bool:
     if source.suffix != ".json":
         return target.stat().st_size == source.stat().st_size
     # the documents hold the hashes of all that is larger
-    return target.read_bytes() == read(source, ROLLOUT)
+    return target.read_bytes() == read(source)
 
 
 def _link(source: Place, target: Path) -> None:
@@ -96,4 +97,4 @@ def _link(source: Place, target: Path) -> None:
         link_or_copy(source, target)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    download(source, target, ROLLOUT)
+    download(source, target)

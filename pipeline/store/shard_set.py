@@ -19,7 +19,7 @@ from rats.pipeline.store.documents import check_version, create_sealed, read_all
 from rats.pipeline.store.parquet import encode_rows, read_rows
 from rats.pipeline.store.plans import distinct, needed, packed
 from rats.schemas.canonical import canonical_json, sha256
-from rats.schemas.errors import DataError, RetryLaterError
+from rats.schemas.errors import DataError, RetryLaterError, reason, remedy
 from rats.schemas.manifest import (
     IndexRow,
     PlannedSample,
@@ -48,12 +48,14 @@ class ShardSet:
     def __init__(self, root: Place) -> None:
         """Read the recipe; see `open`."""
         self.root = root
-        data = read_regular(self.root / "recipe.json", "name a folder that `rats stage rollout` has published")
-        refuse_linked_folders(self.root, "copy it to where the link is")
+        with remedy("name a folder that `rats stage rollout` has published"):
+            data = read_regular(self.root / "recipe.json")
+        with remedy("copy it to where the link is"):
+            refuse_linked_folders(self.root)
         self.recipe = _parse_recipe(self.root / "recipe.json", data)
         self.fingerprint = sha256(data)
         if len(self.root.name) == 64 and self.root.name != self.fingerprint:
-            raise DataError(f"{self.root} holds recipe {self.fingerprint[:12]}, not the one of its name; {REMAKE}")
+            raise DataError(f"{self.root} holds recipe {self.fingerprint[:12]}, not the one of its name", REMAKE)
 
     @classmethod
     def open(cls, folder: Place | str) -> ShardSet:
@@ -98,7 +100,7 @@ class ShardSet:
         with self._held(name, _LOCK_SECONDS) as held:
             if not held:
                 place = self.root / "locks" / f"{name}.lock"
-                raise RetryLaterError(f"{place} is held by another process; run the same command later")
+                raise RetryLaterError(f"{place} is held by another process", "run the same command later")
             yield
 
     def claim(self, shard: str) -> AbstractContextManager[bool]:
@@ -132,8 +134,10 @@ class ShardSet:
     def plans(self) -> list[ShardPlan]:
         """All plans of the set, by shard."""
         paths = matching(self.root / "shards", "rollout-*.plan.json")
-        return read_all_sealed(paths, ShardPlan, "restore it from a copy of the store")
+        with remedy("restore it from a copy of the store"):
+            return read_all_sealed(paths, ShardPlan)
 
+    @remedy(REMAKE)
     def done(self, shard: str) -> ShardDone | None:
         """What a finished shard holds; None when it is still to be made (or its tar was deleted).
 
@@ -143,22 +147,23 @@ class ShardSet:
         tar, path = self.shard_path(shard), self.done_path(shard)
         if not path.exists() or not tar.exists():
             return None
-        return self._checked(shard, read_sealed(path, ShardDone, REMAKE), tar.stat().st_size)
+        return self._checked(shard, read_sealed(path, ShardDone), tar.stat().st_size)
 
+    @remedy(REMAKE)
     def finished(self) -> list[ShardDone]:
         """`done` of every finished shard, by name."""
         found = sizes(self.root / "shards")
         names = sorted(name.removesuffix(".done.json") for name in found if name.endswith(".done.json"))
         names = [name for name in names if f"{name}.tar" in found]
-        documents = read_all_sealed([self.done_path(name) for name in names], ShardDone, REMAKE)
+        documents = read_all_sealed([self.done_path(name) for name in names], ShardDone)
         pairs = zip(names, documents, strict=True)
         return [self._checked(name, done, found[f"{name}.tar"]) for name, done in pairs]
 
     def _checked(self, shard: str, done: ShardDone, size: int) -> ShardDone:
         if {done.shard, *(row.shard for row in done.rows)} != {shard}:
-            raise DataError(f"{self.done_path(shard)} describes another shard; {REMAKE}")
+            raise DataError(f"{self.done_path(shard)} describes another shard")
         if size != done.bytes:
-            raise DataError(f"{self.shard_path(shard)} is damaged ({size} bytes, {done.bytes} recorded); {REMAKE}")
+            raise DataError(f"{self.shard_path(shard)} is damaged ({size} bytes, {done.bytes} recorded)")
         return done
 
     def write_snapshot(self, wanted: Iterable[str]) -> Snapshot:
@@ -210,7 +215,7 @@ class ShardSet:
         for row in (row for part in done for row in part.rows if row.key in wanted):
             found.setdefault(row.key, row)
         if missing := sorted(wanted - set(found)):
-            raise DataError(f"{len(missing)} samples are not rolled out yet, {missing[0]} first; {ROLLOUT}")
+            raise DataError(f"{len(missing)} samples are not rolled out yet, {missing[0]} first", ROLLOUT)
         rows = [found[key] for key in sorted(found)]
         used = {row.shard for row in rows}
         return rows, {part.shard: part.blake3 for part in done if part.shard in used}
@@ -219,6 +224,7 @@ class ShardSet:
         """Numbers of all snapshots, rising."""
         return sorted(int(path.stem) for path in matching(self.root / "manifests", f"{_NUMBER}.json"))
 
+    @remedy(ROLLOUT)
     def snapshot(self, number: int | None = None) -> Snapshot:
         """A snapshot by number, the newest by default.
 
@@ -227,24 +233,23 @@ class ShardSet:
         """
         numbers = self.snapshots()
         if not numbers and number is None:
-            raise DataError(f"{self.root} has no snapshot; {ROLLOUT}")
+            raise DataError(f"{self.root} has no snapshot")
         path = self._manifest_path(numbers[-1] if number is None else number)
-        snapshot = read_sealed(path, Snapshot, ROLLOUT)
+        snapshot = read_sealed(path, Snapshot)
         if snapshot.fingerprint != self.fingerprint:
-            raise DataError(
-                f"{path} is of recipe {snapshot.fingerprint[:12]}, this set is {self.fingerprint[:12]}; {ROLLOUT}"
-            )
+            raise DataError(f"{path} is of recipe {snapshot.fingerprint[:12]}, this set is {self.fingerprint[:12]}")
         return snapshot
 
+    @remedy(ROLLOUT)
     def index(self, snapshot: Snapshot) -> list[IndexRow]:
         """The snapshot's rows in the order of keys, checked against its hash."""
         path = self.root / "index" / snapshot.index
-        rows = read_rows(path, IndexRow, snapshot.index_blake3, ROLLOUT)
+        rows = read_rows(path, IndexRow, snapshot.index_blake3)
         keys = [row.key for row in rows]
         if keys != sorted(set(keys)) or len(rows) != snapshot.samples or snapshot_hash(rows) != snapshot.hash:
-            raise DataError(f"{path} does not hold the samples of snapshot {snapshot.number}; {ROLLOUT}")
+            raise DataError(f"{path} does not hold the samples of snapshot {snapshot.number}")
         if not {row.shard for row in rows} <= set(snapshot.shards):
-            raise DataError(f"{path} names a shard that snapshot {snapshot.number} does not know; {ROLLOUT}")
+            raise DataError(f"{path} names a shard that snapshot {snapshot.number} does not know")
         return rows
 
     def _manifest_path(self, number: int) -> Place:
@@ -257,4 +262,4 @@ def _parse_recipe(path: Place, data: bytes) -> Recipe:
         check_version(content, path)
         return Recipe.model_validate_json(data)
     except (ValidationError, ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is no recipe of this rats ({' '.join(str(error).split())[:160]}); {ROLLOUT}") from None
+        raise DataError(f"{path} is no recipe of this rats ({reason(error)})", ROLLOUT) from None

@@ -24,7 +24,7 @@ from rats.pipeline.files.reading import hash_bytes, hash_file, hash_ranges, open
 from rats.pipeline.store.documents import write_sealed
 from rats.pipeline.store.shard_set import REMAKE, ShardSet
 from rats.schemas.canonical import canonical_json
-from rats.schemas.errors import DataError, StorageError
+from rats.schemas.errors import DataError, StorageError, reason, remedy
 from rats.schemas.manifest import IndexRow, PlannedSample, ShardDone, ShardPlan
 
 Sample = tuple[PlannedSample, dict[str, np.ndarray]]
@@ -74,7 +74,7 @@ def _write_tar(path: Path, horizons: tuple[float, ...], plan: ShardPlan, samples
     with path.open("wb") as file, TarWriter(file, user="rats", group="rats", encoder=False, mtime=0) as tar:
         for planned, (given, arrays) in zip(plan.samples, _exactly(samples, plan), strict=True):
             if given.key != planned.key:
-                raise DataError(f"{plan.shard} expected sample {planned.key}, got {given.key}; keep the plan's order")
+                raise DataError(f"{plan.shard} expected sample {planned.key}, got {given.key}", "keep the plan's order")
             latents = save(_checked(planned.key, arrays, len(horizons)))
             tar.write({"__key__": planned.key, LATENTS: latents, "json": _describe(planned, horizons)})
             hashes.append(hash_bytes(latents))
@@ -108,7 +108,7 @@ def _checked(key: str, arrays: dict[str, np.ndarray], rows: int) -> dict[str, np
         )
     for name, array in arrays.items():
         if array.dtype != np.float16 or not np.isfinite(array).all():
-            raise DataError(f"sample {key}: {name} ({array.dtype}) must be finite float16; check the model's dtype")
+            raise DataError(f"sample {key}: {name} ({array.dtype}) must be finite float16", "check the model's dtype")
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
@@ -122,14 +122,18 @@ def _read_back(path: Path, plan: ShardPlan, hashes: list[str]) -> ShardDone:
             offset, length = places[f"{sample.key}.{LATENTS}"]
             file.seek(offset)
             if hash_bytes(file.read(length)) != expected:
-                raise StorageError(f"{path} does not read back as written; check the disk, run the same command again")
+                raise StorageError(
+                    f"{path} does not read back as written", "check the disk, run the same command again"
+                )
             rows.append(
                 IndexRow(**sample.model_dump(), shard=plan.shard, offset=offset, length=length, blake3=expected)
             )
-    digest, size = hash_file(path, "run the same command again")
+    with remedy("run the same command again"):
+        digest, size = hash_file(path)
     return ShardDone(shard=plan.shard, bytes=size, blake3=digest, rows=tuple(rows))
 
 
+@remedy(REMAKE)
 def read_sample(shards: ShardSet, row: IndexRow) -> dict[str, np.ndarray]:
     """A sample's `x` (H, T, C) and `x0` (H - 1, T, C), float16, after its hash was checked.
 
@@ -141,7 +145,7 @@ def read_sample(shards: ShardSet, row: IndexRow) -> dict[str, np.ndarray]:
     data = _bytes_of(shards.shard_path(row.shard), row)
     if not _is_whole(row, data):
         path = shards.shard_path(row.shard)
-        raise DataError(f"{path} is damaged at sample {row.key} ({len(data)} of {row.length} bytes); {REMAKE}")
+        raise DataError(f"{path} is damaged at sample {row.key} ({len(data)} of {row.length} bytes)")
     return _parse(shards, row, data)
 
 
@@ -151,12 +155,13 @@ def _is_whole(row: IndexRow, data: bytes) -> bool:
 
 def _bytes_of(path: Place, row: IndexRow) -> bytes:
     if isinstance(path, Path):
-        with open_regular(path, REMAKE) as file:
+        with open_regular(path) as file:
             return _pread(file, row)
-    fetch = partial(places.read, path, REMAKE, row.offset, row.offset + row.length)
+    fetch = partial(places.read, path, row.offset, row.offset + row.length)
     return cache.shared().get(row.blake3, fetch, partial(_is_whole, row))
 
 
+@remedy(REMAKE)
 def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> int:
     """Read every byte of a shard once; returns how many. `expected`: the tar's blake3 by the snapshot.
 
@@ -165,15 +170,15 @@ def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> i
     """
     done = shards.done(shard)
     if done is None:
-        raise DataError(f"{shards.shard_path(shard)} is missing; run `rats stage rollout`")
+        raise DataError(f"{shards.shard_path(shard)} is missing", "run `rats stage rollout`")
     path = shards.shard_path(shard)
     ranges = [(row.offset, row.length) for row in done.rows]
-    whole, parts = hash_ranges(path, ranges, REMAKE)
+    whole, parts = hash_ranges(path, ranges)
     if whole != done.blake3 or whole != (expected or whole):
-        raise DataError(f"{path} is damaged (blake3 {whole[:12]}, not the recorded one); {REMAKE}")
+        raise DataError(f"{path} is damaged (blake3 {whole[:12]}, not the recorded one)")
     for row, part in zip(done.rows, parts, strict=True):
         if part != row.blake3:
-            raise DataError(f"{path} is damaged at sample {row.key}; {REMAKE}")
+            raise DataError(f"{path} is damaged at sample {row.key}")
     return done.bytes
 
 
@@ -187,7 +192,7 @@ def _pread(file: Any, row: IndexRow) -> bytes:
         while pieces[-1] and (left := length - sum(map(len, pieces))):
             pieces.append(file.read(left))
     except (OSError, OverflowError) as error:
-        raise StorageError(f"cannot read {file.name}: {error}; check the disk") from None
+        raise StorageError(f"cannot read {file.name}: {error}", "check the disk") from None
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
@@ -197,10 +202,9 @@ def _parse(shards: ShardSet, row: IndexRow, data: bytes) -> dict[str, np.ndarray
         arrays = load(data)
         x, x0 = arrays["x"], arrays["x0"]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(f"{row.shard}: sample {row.key} is not in this format ({reason}); {REMAKE}") from None
+        raise DataError(f"{row.shard}: sample {row.key} is not in this format ({reason(error)})") from None
     rows, kinds = len(shards.recipe.horizons), {x.dtype, x0.dtype}
     shapes = (rows, *x.shape[1:]), (rows - 1, *x.shape[1:])
     if x.ndim != 3 or (x.shape, x0.shape) != shapes or kinds != {np.dtype(np.float16)}:
-        raise DataError(f"{row.shard}: sample {row.key} has x {x.dtype} {x.shape}, x0 {x0.shape}; {REMAKE}")
+        raise DataError(f"{row.shard}: sample {row.key} has x {x.dtype} {x.shape}, x0 {x0.shape}")
     return {"x": x, "x0": x0}

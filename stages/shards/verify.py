@@ -15,7 +15,7 @@ from rats.pipeline.store.parquet import read_rows
 from rats.pipeline.store.scores import REMEDY as RESCORE
 from rats.pipeline.store.shard_set import REMAKE, ROLLOUT, ShardSet
 from rats.pipeline.store.shards import verify_shard
-from rats.schemas.errors import DataError, StorageError
+from rats.schemas.errors import DataError, StorageError, remedy
 from rats.schemas.manifest import IndexRow, RewardRecord, ScoreRow, ScoresDone, ShardDone, ShardPlan, Snapshot
 from rats.stages.progress import progress
 
@@ -106,10 +106,10 @@ class Audit:
             log.error("%s", text)
         self.damage[text] = None
 
-    def missing(self, name: str, remedy: str) -> bool:
+    def missing(self, name: str, way_out: str) -> bool:
         """Report a file that is not there."""
         if name not in self.files:
-            self.report(f"{self.shards.root / name} is missing; {remedy}")
+            self.report(f"{self.shards.root / name} is missing; {way_out}")
         return name not in self.files
 
     def _count(self, size: int) -> None:
@@ -152,7 +152,7 @@ def _snapshot(audit: Audit, number: int) -> Snapshot | None:
 
 def _plan(audit: Audit, shard: str) -> ShardPlan | None:
     name = f"shards/{shard}.plan.json"
-    plan = audit.look(lambda: read_sealed(audit.shards.root / name, ShardPlan, RESTORE), name)
+    plan = audit.look(remedy(RESTORE)(lambda: read_sealed(audit.shards.root / name, ShardPlan)), name)
     if plan and plan.shard != shard:
         audit.report(f"{audit.shards.root / name} plans {plan.shard}, not the shard of its name; {RESTORE}")
     return plan
@@ -222,7 +222,7 @@ def _column(audit: Audit, column: str, done: dict[str, ShardDone]) -> None:
 
 def _record(audit: Audit, name: str, column: str) -> None:
     path = audit.shards.root / name
-    record = audit.look(lambda: read_sealed(path, RewardRecord, RESCORE), name)
+    record = audit.look(remedy(RESCORE)(lambda: read_sealed(path, RewardRecord)), name)
     if record and record.fingerprint != column:
         audit.report(f"{path} is the record of {record.fingerprint[:12]}, not of its folder; {RESCORE}")
 
@@ -231,11 +231,11 @@ def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> No
     """One shard's scores: the table as recorded, of the shard as it is now, a row for each of its samples."""
     folder = audit.shards.scores_folder(column)
     names = [f"scores/{column}/{shard}{suffix}" for suffix in (".done.json", ".parquet")]
-    seal = audit.look(lambda: read_sealed(folder / f"{shard}.done.json", ScoresDone, RESCORE), names[0])
+    seal = audit.look(remedy(RESCORE)(lambda: read_sealed(folder / f"{shard}.done.json", ScoresDone)), names[0])
     if seal is None:
         return
     table = folder / f"{shard}.parquet"
-    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3, RESCORE), names[1])
+    rows = audit.look(remedy(RESCORE)(lambda: read_rows(table, ScoreRow, seal.blake3)), names[1])
     if rows is None or done is None:
         return
     same = (seal.shard, seal.shard_blake3, seal.rows) == (shard, done.blake3, len(rows))

@@ -24,7 +24,7 @@ from rats.pipeline.protocols import Reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.weights.loading import save_component
 from rats.pipeline.weights.lora import merge_lora
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params
 from rats.schemas.run import Generation
@@ -245,5 +245,6 @@ def _read(path: Path) -> Generation:
     try:
         return Generation.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{path} is no record of a generation ({reason}): train again without --resume") from None
+        raise DataError(
+            f"{path} is no record of a generation ({reason(error)}): train again without --resume"
+        ) from None

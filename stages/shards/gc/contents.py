@@ -19,6 +19,7 @@ from pathlib import Path
 from rats.pipeline.store.documents import read_sealed
 from rats.pipeline.store.scores import reward_columns
 from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
+from rats.schemas.errors import remedy
 from rats.schemas.manifest import RewardRecord, ShardDone, ShardPlan, Snapshot
 from rats.stages.shards.gc.roots import Found, Held
 
@@ -104,7 +105,8 @@ def read_documents(contents: Contents, shards: ShardSet) -> None:
     contents.columns = reward_columns(shards)
     contents.plans = {plan.shard: plan for plan in shards.plans()}
     names = [name for name in contents.of("shards/") if name.endswith(".done.json")]
-    documents = [read_sealed(root / name, ShardDone, ROLLOUT) for name in names]
+    with remedy(ROLLOUT):
+        documents = [read_sealed(root / name, ShardDone) for name in names]
     contents.done = {done.shard: done for done in documents}
 
 

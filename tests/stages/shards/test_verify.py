@@ -141,10 +141,10 @@ def test_a_shard_made_again_differently_is_found_by_the_documents_that_name_it(
 
 def test_a_document_under_another_documents_name_is_found(store: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
     plan = store.plan_path("rollout-000000")
-    write_sealed(plan, read_sealed(store.plan_path("rollout-000001"), ShardPlan, ""))
+    write_sealed(plan, read_sealed(store.plan_path("rollout-000001"), ShardPlan))
     manifests = store.root / "manifests"
     shutil.copy(manifests / "0001.json", manifests / "0003.json")
-    first, second = read_sealed(manifests / "0001.json", Snapshot, ""), next(iter(store.snapshot(2).shards))
+    first, second = read_sealed(manifests / "0001.json", Snapshot), next(iter(store.snapshot(2).shards))
     write_sealed(manifests / "0002.json", first.model_copy(update={"number": 2, "shards": {second: "0" * 64}}))
     with pytest.raises(DataError), caplog.at_level(logging.ERROR, logger="rats"):
         verify(store.root)
