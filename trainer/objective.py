@@ -151,7 +151,10 @@ def shape(batch: Batch, trajectory: Trajectory, sigmas: Sequence[float], setting
 
 
 def terms(losses: Losses, train: TrainParams, alpha: float) -> tuple[Tensor, Tensor]:
-    """The two scalars whose sum is the loss: sums over the good samples, as shares of the whole global batch."""
+    """The two scalars whose sum is the loss: sums over the good samples, as shares of the whole global batch.
+
+    docs/design.md, equation 14.
+    """
     good = losses.good_B
     shaped = alpha * ((losses.gate_B * losses.shape_NB.mean(0))[good].sum() / train.batch)
     return losses.reward_B[good].sum() / train.batch, shaped if alpha > 0 else shaped.detach()

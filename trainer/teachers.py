@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rats.pipeline.protocols import Reward, Teacher
 from rats.pipeline.solver import euler
+from rats.pipeline.store.shards import as_stored
 from rats.schemas.horizons import rows_of
 from rats.trainer.data import Batch
 from rats.trainer.distributed import put_back, whole_by_name
@@ -39,7 +40,7 @@ class Average:
 
     @torch.no_grad()
     def follow(self, learner: Learner) -> None:
-        """Move towards the student, once an update."""
+        """Move towards the student, once an update (docs/design.md, equation 16)."""
         if self.decay < 1:
             students: list[Tensor] = [learner.named[name] for name in self.weights]
             torch._foreach_lerp_(list(self.weights.values()), students, 1.0 - self.decay)
@@ -56,7 +57,7 @@ class Average:
 class LiveTeacher(Average):
     """A second network in the loop, whose weights are the average; `decay` 1 is a frozen teacher that is run anew.
 
-    It starts from the batch's stored noise (float16 as the store keeps it; a rollout starts before that rounding).
+    It starts from the batch's stored noise (rounded as the store keeps it; a rollout starts before that rounding).
     """
 
     in_loop = True
@@ -80,11 +81,11 @@ class LiveTeacher(Average):
 
     @torch.no_grad()
     def trace(self, batch: Batch) -> Batch:
-        """The batch with this teacher's states, predictions and scores, rounded to float16 as stored ones are."""
+        """The batch with this teacher's states, predictions and scores, rounded as stored ones are."""
         with self.ranks.autocast():
             states, x0s = euler(self._velocity(batch), batch.noise, self.sigmas)
-        x_HBTC = torch.stack([states[row] for row in self.rows]).half()
-        x0_HBTC = torch.stack([x0s[row] for row in self.rows[:-1]]).half()
+        x_HBTC = as_stored(torch.stack([states[row] for row in self.rows]))
+        x0_HBTC = as_stored(torch.stack([x0s[row] for row in self.rows[:-1]]))
         images_B3HW = self.decode(x_HBTC[-1].float())
         scored = [score(reward, images_B3HW, batch.prompts) for reward in self.rewards]
         r_teacher_RB, good_RB = (torch.stack([getattr(s, name) for s in scored]) for name in ("scores_B", "good_B"))

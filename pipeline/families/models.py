@@ -12,6 +12,7 @@ from rats.pipeline.families.base import Family
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import aligned
+from rats.schemas.params import evaluations_per_step
 
 SAMPLING = ("transformer", "vae", "scheduler")
 """Components of a pipeline that encoding a prompt does without."""
@@ -115,7 +116,7 @@ class FamilyTeacher(FamilyStudent):
         super().__init__(family, network, vae, scheduler)
         self.network.requires_grad_(False).eval()
         scale = self.settings.true_cfg_scale
-        self.evaluations_per_step = 2 if scale > 1 else 1
+        self.evaluations_per_step = evaluations_per_step(scale)
         self.is_guided = scale > 1 or (self._embeds_guidance and self.settings.guidance_scale != 1)
         self._text = text
         self._negative: Conditioning | None = None

@@ -1,13 +1,17 @@
-"""Asking a reward: what its answer must look like, and which of its errors say something about a picture."""
+"""What rewards share: their identity, how they are called, and which of their errors are about a picture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from rats.pipeline.protocols import Reward
+from rats.pipeline.weights.hashes import adapter_fingerprint
+from rats.pipeline.weights.hub import find_checkpoint
 from rats.schemas.errors import RatsError
 
 NOT_THE_SAMPLES_FAULT = (RatsError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
@@ -32,6 +36,30 @@ def ask(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
 def is_differentiable(reward: Reward) -> bool:
     """Whether its scores carry a gradient to the pixels: its attribute `differentiable`, true if it has none."""
     return bool(getattr(reward, "differentiable", True))
+
+
+class CheckpointReward:
+    """A reward that is read from one file of weights and the small files beside it."""
+
+    adapter: ClassVar[str]
+    version: ClassVar[int]
+    """Of its preprocessing and formula: raised when the same weights give other scores."""
+    checkpoints: ClassVar[tuple[str, ...]]
+    """Names that the file may have, the preferred one first."""
+
+    name: str
+    fingerprint: str
+
+    @classmethod
+    def weights(cls, path: Path) -> Path:
+        """The file of weights: `path`, or what the folder `path` holds."""
+        return find_checkpoint(path, cls.checkpoints)
+
+    @classmethod
+    def identify(cls, path: Path) -> str:
+        """The reward's fingerprint, without loading it."""
+        weights = cls.weights(path)
+        return adapter_fingerprint(cls.adapter, cls.version, [weights], weights.parent)
 
 
 POSITIONS = (0, 2, 4, 6, 7)

@@ -10,9 +10,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
+from rats.pipeline.rewards.base import CheckpointReward
 from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, as_pil, resize_normalise
-from rats.pipeline.weights.hashes import SMALL_FILES, adapter_fingerprint, read_json
-from rats.pipeline.weights.hub import find_checkpoint, resolve
+from rats.pipeline.weights.hashes import SMALL_FILES, read_json
+from rats.pipeline.weights.hub import resolve
 from rats.pipeline.weights.loading import load_state, quiet_loading, read_state, torch_device
 from rats.schemas.errors import ConfigError, reason
 
@@ -30,27 +31,18 @@ CLIP_L_14 = HubCommit("openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe
 CLIP_H_14 = HubCommit("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "1c2b8495b28150b8a4922ee1c8edee224c284c0c")
 
 
-class ClipFolder:
+class ClipFolder(CheckpointReward):
     """A CLIPModel folder: weights, config.json, a tokenizer, and a preprocessor_config.json if mean and std differ."""
 
     checkpoints: ClassVar[tuple[str, ...]] = ("model.safetensors", "pytorch_model.bin")
-    adapter: ClassVar[str]
-    version: ClassVar[int]
-    """Raised when the formula or the preprocessing changes."""
     tokenizer_source: ClassVar[HubCommit] = CLIP_L_14
     """For folders without a vocabulary."""
-
-    @classmethod
-    def identify(cls, path: Path) -> str:
-        """The reward's fingerprint, without loading it."""
-        weights = find_checkpoint(path, cls.checkpoints)
-        return adapter_fingerprint(cls.adapter, cls.version, [weights], weights.parent)
 
     def __init__(self, path: Path, name: str | None = None, device: str = "cpu") -> None:
         """Loads the folder `path`, or that of the file `path`, in float32; its name is the adapter's if not given."""
         model_class, config_class, tokenizer_class = import_clip()
         self.name, self.fingerprint = name or self.adapter, self.identify(path)
-        weights = find_checkpoint(path, self.checkpoints)
+        weights = self.weights(path)
         folder = weights.parent
         self.model = model_class(config_class.from_dict(read_json(folder / "config.json")))
         load_state(self.model, read_state(weights), weights)

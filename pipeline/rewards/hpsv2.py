@@ -13,14 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from rats.pipeline.rewards.base import CheckpointReward
 from rats.pipeline.rewards.clip import CLIP_L_14, cosine, import_clip, open_tokenizer
 from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, resize_normalise
-from rats.pipeline.weights.hashes import adapter_fingerprint, read_json
-from rats.pipeline.weights.hub import find_checkpoint
+from rats.pipeline.weights.hashes import read_json
 from rats.pipeline.weights.loading import load_state, read_state, torch_device
 
-VERSION = 1
-CHECKPOINTS = ("open_clip_model.safetensors", "HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
 VIT_H_14: dict[str, Any] = {
     "embed_dim": 1024,
     "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
@@ -119,22 +117,17 @@ def open_clip_config(folder: Path) -> dict[str, Any]:
     return read_json(settings) if settings.is_file() else {"model_cfg": VIT_H_14}
 
 
-class HPSv2:
+class HPSv2(CheckpointReward):
     """Cosine of image and text, the number that `hpsv2.score` returns (without the logit scale)."""
 
-    checkpoints = CHECKPOINTS
+    adapter, version = "hpsv2", 1
+    checkpoints = ("open_clip_model.safetensors", "HPS_v2.1_compressed.pt", "HPS_v2_compressed.pt")
     tokenizer_source = CLIP_L_14
-
-    @classmethod
-    def identify(cls, path: Path) -> str:
-        """The reward's fingerprint, without loading it."""
-        weights = find_checkpoint(path, CHECKPOINTS)
-        return adapter_fingerprint("hpsv2", VERSION, [weights], weights.parent)
 
     def __init__(self, path: Path, name: str = "hpsv2", device: str = "cpu") -> None:
         """Loads `path`: a checkpoint file, or a folder that holds one."""
         model_class, config_class, tokenizer_class = import_clip()
-        weights = find_checkpoint(path, CHECKPOINTS)
+        weights = self.weights(path)
         config = open_clip_config(weights.parent)
         self.name, self.fingerprint = name, self.identify(path)
         state = convert(read_state(weights))

@@ -14,17 +14,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from rats.pipeline.rewards.base import LinearHead, head_widths
+from rats.pipeline.rewards.base import CheckpointReward, LinearHead, head_widths
 from rats.pipeline.rewards.clip import HubCommit, open_tokenizer
 from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, as_pil, resize_normalise
-from rats.pipeline.weights.hashes import adapter_fingerprint, read_json
-from rats.pipeline.weights.hub import find_checkpoint
+from rats.pipeline.weights.hashes import read_json
 from rats.pipeline.weights.loading import load_state, quiet_loading, read_state, torch_device
 from rats.schemas.errors import DataError
 
-VERSION = 1
 TOKENIZER = HubCommit("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
-CHECKPOINTS = ("ImageReward.safetensors", "ImageReward.pt")
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Mean and spread of the raw reward, fixed upstream."""
 
@@ -117,23 +114,18 @@ class ImageRewardNetwork(nn.Module):
         return cast(Tensor, self.mlp(hidden_BLD[:, 0]))
 
 
-class ImageReward:
+class ImageReward(CheckpointReward):
     """The normalised human-preference score of `ImageReward.score_gard`, about zero mean and unit spread."""
 
-    checkpoints = CHECKPOINTS
+    adapter, version = "image-reward", 1
+    checkpoints = ("ImageReward.safetensors", "ImageReward.pt")
     tokenizer_source = TOKENIZER
-
-    @classmethod
-    def identify(cls, path: Path) -> str:
-        """The reward's fingerprint, without loading it."""
-        weights = find_checkpoint(path, CHECKPOINTS)
-        return adapter_fingerprint("image-reward", VERSION, [weights], weights.parent)
 
     def __init__(self, path: Path, name: str = "image-reward", device: str = "cpu") -> None:
         """Loads the folder `path`, or that of the file `path`."""
         from transformers import BertTokenizerFast
 
-        weights = find_checkpoint(path, CHECKPOINTS)
+        weights = self.weights(path)
         med = read_json(weights.parent / "med_config.json")
         self.name, self.fingerprint = name, self.identify(path)
         state = convert(read_state(weights))

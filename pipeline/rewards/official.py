@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from rats.pipeline.rewards import hpsv2, image_reward
+from rats.pipeline.rewards.base import CheckpointReward
 from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, resize_normalise
 from rats.pipeline.weights.hashes import adapter_fingerprint
-from rats.pipeline.weights.hub import find_checkpoint
 from rats.pipeline.weights.loading import load_state, quiet_imports, read_state, torch_device
 from rats.schemas.errors import ConfigError, DataError, reason
 
@@ -63,19 +63,19 @@ def own_pixels(images_B3HW: Tensor, preprocess: Callable[[Image.Image], Tensor],
     return theirs + (ours_B3SS - ours_B3SS.detach())
 
 
-class OfficialHPSv2:
+class OfficialHPSv2(CheckpointReward):
     """The cosine that `hpsv2.score` prints, in float32 and a batch at a time."""
 
-    checkpoints = hpsv2.CHECKPOINTS
+    checkpoints = hpsv2.HPSv2.checkpoints
 
     @classmethod
     def identify(cls, path: Path) -> str:
         """The reward's fingerprint, without loading it."""
-        return official_fingerprint("hpsv2", find_checkpoint(path, cls.checkpoints))
+        return official_fingerprint("hpsv2", cls.weights(path))
 
     def __init__(self, path: Path, name: str = "hpsv2", device: str = "cpu") -> None:
         """Loads `path` as `HPSv2` does."""
-        weights = find_checkpoint(path, self.checkpoints)
+        weights = self.weights(path)
         self.name, self.fingerprint = name, self.identify(path)
         with _importing("hpsv2"):
             package = _import_hpsv2()
@@ -108,19 +108,19 @@ def _import_hpsv2() -> Any:
     return import_module("hpsv2.src.open_clip")
 
 
-class OfficialImageReward:
+class OfficialImageReward(CheckpointReward):
     """`ImageReward.score_gard`. The package takes its tokenizer, bert-base-uncased, from the hub by itself."""
 
-    checkpoints = image_reward.CHECKPOINTS
+    checkpoints = image_reward.ImageReward.checkpoints
 
     @classmethod
     def identify(cls, path: Path) -> str:
         """The reward's fingerprint, without loading it."""
-        return official_fingerprint("image-reward", find_checkpoint(path, cls.checkpoints))
+        return official_fingerprint("image-reward", cls.weights(path))
 
     def __init__(self, path: Path, name: str = "image-reward", device: str = "cpu") -> None:
         """Loads `path` as `ImageReward` does; the class fixes all sizes but those of med_config.json."""
-        weights = find_checkpoint(path, self.checkpoints)
+        weights = self.weights(path)
         self.name, self.fingerprint = name, self.identify(path)
         self.device = torch_device(device)
         with _importing("image-reward"):

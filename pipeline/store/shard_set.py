@@ -1,6 +1,6 @@
 """A shard set: `<store>/<fingerprint>/`, content-addressed, only ever added to, in a folder or a remote place.
 
-Everything is found through `ShardSet`; the layout is DESIGN.md section 2's.
+Everything is found through `ShardSet`; the layout is docs/design.md#a-shard-set-on-disk.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from torch import Tensor
 from webdataset.writer import TarWriter
 
 from rats.pipeline.files import cache, places
@@ -26,6 +28,7 @@ from rats.pipeline.store.shard_set import REMAKE, ShardSet
 from rats.schemas.canonical import canonical_json
 from rats.schemas.errors import DataError, StorageError, reason, remedy
 from rats.schemas.manifest import IndexRow, PlannedSample, ShardDone, ShardPlan
+from rats.schemas.recipe import LATENT_DTYPE
 
 Sample = tuple[PlannedSample, dict[str, np.ndarray]]
 LATENTS = "latents.safetensors"
@@ -37,7 +40,7 @@ def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[Sample]) ->
     Args:
         shards: The set.
         plan: Which samples, in which order.
-        samples: Each with `x` (H, T, C), states at all horizons, and `x0` (H - 1, T, C), float16.
+        samples: Each with `x` (H, T, C), states at all horizons, and `x0` (H - 1, T, C), in `LATENT_DTYPE`.
 
     Raises:
         DataError: other samples than planned, another shape or dtype, a value that is not finite.
@@ -107,8 +110,10 @@ def _checked(key: str, arrays: dict[str, np.ndarray], rows: int) -> dict[str, np
             f"sample {key} has shapes x {x.shape}, x0 {x0.shape}, expected ({rows}, T, C), ({rows - 1}, T, C)"
         )
     for name, array in arrays.items():
-        if array.dtype != np.float16 or not np.isfinite(array).all():
-            raise DataError(f"sample {key}: {name} ({array.dtype}) must be finite float16", "check the model's dtype")
+        if array.dtype != LATENT_DTYPE or not np.isfinite(array).all():
+            raise DataError(
+                f"sample {key}: {name} ({array.dtype}) must be finite {LATENT_DTYPE}", "check the model's dtype"
+            )
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
@@ -133,9 +138,14 @@ def _read_back(path: Path, plan: ShardPlan, hashes: list[str]) -> ShardDone:
     return ShardDone(shard=plan.shard, bytes=size, blake3=digest, rows=tuple(rows))
 
 
+def as_stored(x: Tensor) -> Tensor:
+    """Latents rounded as the store keeps them."""
+    return x.to(getattr(torch, LATENT_DTYPE))
+
+
 @remedy(REMAKE)
 def read_sample(shards: ShardSet, row: IndexRow) -> dict[str, np.ndarray]:
-    """A sample's `x` (H, T, C) and `x0` (H - 1, T, C), float16, after its hash was checked.
+    """A sample's `x` (H, T, C) and `x0` (H - 1, T, C), as stored, after its hash was checked.
 
     From a remote store only the sample's bytes are fetched, once, into the local cache (`pipeline.files.cache`).
 
@@ -205,6 +215,6 @@ def _parse(shards: ShardSet, row: IndexRow, data: bytes) -> dict[str, np.ndarray
         raise DataError(f"{row.shard}: sample {row.key} is not in this format ({reason(error)})") from None
     rows, kinds = len(shards.recipe.horizons), {x.dtype, x0.dtype}
     shapes = (rows, *x.shape[1:]), (rows - 1, *x.shape[1:])
-    if x.ndim != 3 or (x.shape, x0.shape) != shapes or kinds != {np.dtype(np.float16)}:
+    if x.ndim != 3 or (x.shape, x0.shape) != shapes or kinds != {np.dtype(LATENT_DTYPE)}:
         raise DataError(f"{row.shard}: sample {row.key} has x {x.dtype} {x.shape}, x0 {x0.shape}")
     return {"x": x, "x0": x0}

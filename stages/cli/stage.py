@@ -10,27 +10,19 @@ import typer
 from rats.stages.cli.console import say, write_json
 from rats.stages.cli.options import (
     DEFAULT_PARAMS,
+    LOCAL_WORKERS,
     STYLE,
-    Address,
-    Cluster,
     DryRun,
     Json,
-    Needs,
     ParamsFile,
-    PerformanceReport,
-    SchedulerFile,
     Seed,
     Sets,
-    TlsCa,
-    TlsCert,
-    TlsKey,
-    Wait,
-    Workers,
+    WorkerFlags,
     existing,
+    grouped,
     load,
     place,
     split_named,
-    where_from,
 )
 
 MaxBad = Annotated[
@@ -42,20 +34,12 @@ stage = typer.Typer(help="Run one stage of the pipeline.", **STYLE)
 
 
 @stage.command()
+@grouped
 def rollout(
     split: Annotated[str, typer.Option(metavar="train|validation|test", help="Which prompts.")] = "train",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Publish the snapshot there, by hardlink.")] = None,
     report_path: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Also write the report.")] = None,
-    workers: Workers = None,
-    scheduler_address: Address = None,
-    scheduler_file: SchedulerFile = None,
-    tls_ca_file: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    cluster: Cluster = None,
-    worker_resources: Needs = None,
-    wait_for_workers: Wait = None,
-    performance_report: PerformanceReport = None,
+    workers: WorkerFlags = LOCAL_WORKERS,
     max_bad: MaxBad = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
@@ -68,9 +52,7 @@ def rollout(
     Keeps what students need and scores it. Finished shards are never made again.
     """
     values = load(params, set_, teacher__seed=seed)
-    tls = (tls_ca_file, tls_cert, tls_key)
-    remote = (scheduler_address, scheduler_file, tls, cluster)
-    where = where_from(values, workers, *remote, worker_resources, wait_for_workers, performance_report)
+    where = workers.where(values)
     from rats.stages.plan.plan import plan_rollout
     from rats.stages.rollout.rollout import rollout_stage
 
@@ -84,6 +66,7 @@ def rollout(
 
 
 @stage.command()
+@grouped
 def score(
     split: Annotated[str | None, typer.Option(metavar="train|validation|test", help="Which prompts; train.")] = None,
     shards: Annotated[str | None, typer.Option(metavar="DIR|URL", help="A shard set, in place of the split's.")] = None,
@@ -92,16 +75,7 @@ def score(
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="Publish the snapshot there, by hardlink.")] = None,
     report_path: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Also write the report.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Score shards with failed rows again.")] = False,
-    workers: Workers = None,
-    scheduler_address: Address = None,
-    scheduler_file: SchedulerFile = None,
-    tls_ca_file: TlsCa = None,
-    tls_cert: TlsCert = None,
-    tls_key: TlsKey = None,
-    cluster: Cluster = None,
-    worker_resources: Needs = None,
-    wait_for_workers: Wait = None,
-    performance_report: PerformanceReport = None,
+    workers: WorkerFlags = LOCAL_WORKERS,
     max_bad: MaxBad = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
@@ -114,9 +88,7 @@ def score(
     Any reward, from the stored finals: no teacher is run or loaded. What is scored is never scored again.
     """
     values = load(params, set_, teacher__seed=seed)
-    tls = (tls_ca_file, tls_cert, tls_key)
-    remote = (scheduler_address, scheduler_file, tls, cluster)
-    where = where_from(values, workers, *remote, worker_resources, wait_for_workers, performance_report)
+    where = workers.where(values)
     from rats.stages.rollout.score import plan_score, score_stage
 
     named = None if split is None else split_named(split)

@@ -187,7 +187,7 @@ def _show(result: Measured, images: torch.Tensor, start: int, wanted: set[int]) 
 
 
 def cells(params: Params, samples: Samples, measured: Sequence[Measured]) -> Iterator[Cell]:
-    """DESIGN.md section 4: a cell a system and metric, the teacher first, paired by sample."""
+    """A cell for each system and metric, the teacher first, paired by sample (docs/design.md#reports)."""
     n, seed = params.evaluate.bootstrap, params.evaluate.seed
     teacher = measured[0]
     distances = _distances(params, samples, measured)

@@ -70,7 +70,7 @@ def survey(params: Params, split: Split) -> Survey:
 
 def work_of(found: Survey, params: Params) -> Work:
     """The survey in numbers."""
-    per_sample = evaluations_per_sample(params)
+    per_sample = params.teacher.evaluations
     batches = sum(math.ceil(len(group) / params.compute.micro_batch) for group in found.groups)
     return Work(
         fingerprint=fingerprint(found.recipe),
@@ -90,11 +90,6 @@ def work_of(found: Survey, params: Params) -> Work:
 def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
     """What `rollout_stage` would do, without doing any of it: the fields of `Work`."""
     return work_of(survey(params, split), params).model_dump()
-
-
-def evaluations_per_sample(params: Params) -> int:
-    """The teacher's: two a step with true classifier-free guidance."""
-    return params.teacher.steps * (2 if params.teacher.true_cfg_scale > 1 else 1)
 
 
 def plan_stage(
@@ -158,7 +153,7 @@ def compare(
     live = params.train.steps * params.train.batch
 
     def expense(rollouts: int) -> Expense:
-        evaluations = rollouts * evaluations_per_sample(params)
+        evaluations = rollouts * params.teacher.evaluations
         seconds = evaluations * seconds_per_evaluation
         return Expense(evaluations=evaluations, worker_seconds=seconds, usd=_usd(seconds, price))
 

@@ -26,7 +26,7 @@ DOCUMENT_ROW = 200
 def latents_bytes(recipe: Recipe) -> int:
     """One sample's latents: x at all horizons and x0 at all but the last, of shape (T, C)."""
     rows = len(recipe.horizons)
-    x, x0 = (np.zeros((count, *recipe.latent_shape), np.float16) for count in (rows, rows - 1))
+    x, x0 = (np.zeros((count, *recipe.latent_shape), recipe.latent_dtype) for count in (rows, rows - 1))
     return len(save({"x": x, "x0": x0}))
 
 

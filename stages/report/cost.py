@@ -17,16 +17,11 @@ def cost_block(params: Params, records: Mapping[str, RunRecord], rollouts: Mappi
     return {"summary": _summary(params, records), "tables": tables}
 
 
-def evaluations_per_sample(params: Params) -> int:
-    """Network evaluations of one teacher sample: guidance doubles them."""
-    return params.teacher.steps * (2 if params.teacher.true_cfg_scale > 1 else 1)
-
-
 def _summary(params: Params, records: Mapping[str, RunRecord]) -> str:
     drawn = sum(_read(params, name, record) for name, record in records.items())
     forwards = sum(record.teacher_forwards for record in records.values())
     scored = sum(record.teacher_reward_calls for record in records.values())
-    live = drawn * evaluations_per_sample(params)
+    live = drawn * params.teacher.evaluations
     return (
         f"{len(records)} training runs read {drawn:,} teacher trajectories from the same shards. During training the "
         f"teacher ran {forwards:,} times and {scored:,} of its samples were scored, as measured in the runs. With a "
@@ -45,7 +40,7 @@ def _rollouts(params: Params, rollouts: Mapping[str, Entry]) -> Entry:
         [
             name,
             f"{report.get('samples', 0):,}",
-            f"{evaluations_per_sample(params):,}",
+            f"{params.teacher.evaluations:,}",
             report.get("shards_total", "–"),
             report.get("shards_reused", "–"),
             f"{report.get('teacher_forwards', 0):,}",

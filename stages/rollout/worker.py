@@ -22,7 +22,7 @@ from rats.pipeline.protocols import Conditioning, Teacher
 from rats.pipeline.solver import euler
 from rats.pipeline.store.embeddings import has_embedding, read_embedding, write_embedding
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.store.shards import write_shard
+from rats.pipeline.store.shards import as_stored, write_shard
 from rats.pipeline.weights.hashes import check_weights
 from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
 from rats.schemas.horizons import rows_of
@@ -123,7 +123,7 @@ def _samples(
 def _trajectories(
     teacher: Teacher, shards: ShardSet, batch: Sequence[PlannedSample], rows: Sequence[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """States (B, H, T, C) and predicted clean latents (B, H - 1, T, C) at the kept rows, float16."""
+    """States (B, H, T, C) and predicted clean latents (B, H - 1, T, C) at the kept rows, as stored."""
     recipe = shards.recipe
     starts = [noise(recipe.seed, sample.prompt_id, sample.noise_index, recipe.latent_shape) for sample in batch]
     device = next(teacher.network.parameters()).device
@@ -141,4 +141,4 @@ def _conditioning(shards: ShardSet, batch: Sequence[PlannedSample], device: torc
 
 
 def _stack(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> np.ndarray:
-    return torch.stack([tensors[row] for row in rows], dim=1).to("cpu", torch.float16).numpy()
+    return as_stored(torch.stack([tensors[row] for row in rows], dim=1)).cpu().numpy()

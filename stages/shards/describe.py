@@ -61,12 +61,11 @@ def _row(shards: ShardSet) -> dict[str, Any]:
 def recipe_rows(recipe: Recipe, teacher: str | None) -> list[tuple[str, str]]:
     """How the samples were made; `teacher` is its name, if it is known: no recipe holds it."""
     steps = len(recipe.sigmas) - 1
-    evaluations = steps * (2 if recipe.true_cfg_scale > 1 else 1)
     compute, frames = recipe.compute, f", {recipe.frames} frames" if recipe.frames > 1 else ""
     return [
         *([("teacher", teacher)] if teacher else []),
         ("family", recipe.family),
-        ("steps", f"{steps}, {counted(evaluations, 'network evaluation')} a sample"),
+        ("steps", f"{steps}, {counted(recipe.evaluations, 'network evaluation')} a sample"),
         ("guidance", _guidance(recipe)),
         ("negative prompt", recipe.negative_prompt or "none"),
         ("resolution", f"{recipe.width} x {recipe.height} px{frames}"),

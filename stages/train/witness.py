@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rats.pipeline.protocols import Conditioning, Student
+from rats.pipeline.store.shards import as_stored
 from rats.trainer.data import Sample, SampleStream
 
 
@@ -101,4 +102,4 @@ class WatchedStudent:
 
 
 def _digest(x: Tensor) -> bytes:
-    return blake3(x.detach().cpu().half().contiguous().numpy().tobytes()).digest()
+    return blake3(as_stored(x.detach().cpu()).contiguous().numpy().tobytes()).digest()

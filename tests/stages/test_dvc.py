@@ -145,7 +145,7 @@ def test_an_experiment_with_another_alpha_runs_no_rollout_and_has_other_results(
 
 
 def check_results(project: Path) -> None:
-    """All reports are there and say what DESIGN.md promises."""
+    """All reports are there and say what docs/design.md promises."""
     rollout = read(project / "reports" / "rollout-train.json")
     assert rollout["teacher_forwards"] > 0 and rollout["samples"] > 0
     for variant in VARIANTS:

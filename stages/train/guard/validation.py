@@ -21,6 +21,7 @@ from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.noise import noise
 from rats.pipeline.prompts import Prompt, planned, read_prompts
 from rats.pipeline.protocols import Conditioning
+from rats.pipeline.store.shards import as_stored
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params
 from rats.stages.measure.pictures import choose
@@ -68,7 +69,7 @@ class Validation:
 def open_validation(params: Params, count: int, shape: tuple[int, ...], folder: Path, again: bool) -> Validation:
     """`count` prompts of the validation split, spread over its concepts, drawn by lot (`evaluate.seed`).
 
-    The noise is what the store would hold for them (float16, index 0). With `again`, a run's second start, the
+    The noise is what the store would hold for them (rounded, index 0). With `again`, a run's second start, the
     embeddings are those that the first has left in `folder`; otherwise the text encoders are loaded and let go.
 
     Raises:
@@ -84,7 +85,7 @@ def open_validation(params: Params, count: int, shape: tuple[int, ...], folder: 
     seed = params.evaluate.seed
     chosen = choose([prompt.concept for prompt in prompts], [prompt.id for prompt in prompts], count, seed).side
     prompts = [prompts[i] for i in chosen]
-    starts = [noise(params.teacher.seed, prompt.id, 0, shape).half() for prompt in prompts]
+    starts = [as_stored(noise(params.teacher.seed, prompt.id, 0, shape)) for prompt in prompts]
     return Validation(prompts, torch.stack(starts), _embeddings(params, prompts, folder / EMBEDDINGS, again))
 
 

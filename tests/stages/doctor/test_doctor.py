@@ -122,7 +122,7 @@ def test_old_and_missing_packages_come_with_their_line(monkeypatch: pytest.Monke
 def test_without_its_packages_the_doctor_still_speaks(tmp_path: Path):
     for name in ("torch", "diffusers", "pydantic", "yaml"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('as if it were not here')")
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from rats.stages import doctor; doctor.packages()"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from rats.stages.doctor.packages import packages; packages()"
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment())
 
 

@@ -8,7 +8,7 @@ import pytest
 from rats.schemas.errors import ConfigError, DataError
 from rats.stages.measure import bootstrap as st
 from rats.stages.measure.judge import kernel
-from rats.stages.measure.kid import RealSet
+from rats.stages.measure.kid import RealSet, kid, paired_kid
 
 
 def drawn(seed: int, concepts: int, each: int, between: float, within: float) -> tuple[np.ndarray, list[str]]:
@@ -84,14 +84,14 @@ def plain_kid(a: np.ndarray, b: np.ndarray) -> float:
 def test_kid_of_a_single_concept_is_the_textbook_formula():
     fake, real = features(0, 7, 0.3), features(1, 11)
     distance = RealSet(real, ["a"] * 11, ["a"]).distance(fake, ["a"] * 7)
-    assert st.kid(distance, np.ones(1), np.ones((1, 1)))[0] == pytest.approx(plain_kid(fake, real))
+    assert kid(distance, np.ones(1), np.ones((1, 1)))[0] == pytest.approx(plain_kid(fake, real))
 
 
 def test_kid_of_many_concepts_is_near_the_textbook_formula():
     concepts = [f"c{i}" for i in range(20) for _ in range(10)]
     fake, real = features(0, 200, 0.3), features(1, 200)
     distance = RealSet(real, concepts, concepts).distance(fake, concepts)
-    ours = st.paired_kid(distance, distance, concepts, n=100, seed=0)
+    ours = paired_kid(distance, distance, concepts, n=100, seed=0)
     assert ours.mean == pytest.approx(plain_kid(fake, real), rel=0.1)
     assert ours.ci[0] < ours.mean < ours.ci[1] and ours.delta_ci == (0.0, 0.0)
 
@@ -103,7 +103,7 @@ def test_kid_of_pictures_like_the_real_ones_is_zero_in_the_mean():
     for seed in range(40):
         real = RealSet(centres + features(seed, 60), concepts, concepts)
         distance = real.distance(centres + features(1000 + seed, 60), concepts)
-        found.append(st.paired_kid(distance, distance, concepts, n=2, seed=0).mean)
+        found.append(paired_kid(distance, distance, concepts, n=2, seed=0).mean)
     assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(len(found))
 
 
@@ -113,8 +113,8 @@ def test_the_resampled_kid_is_centred_on_the_estimate_though_concepts_repeat():
     real = RealSet(centres + features(1, 144), concepts, concepts)
     distance = real.distance(centres + 0.2 + features(2, 144), concepts)
     shares, once = np.full(24, 1 / 24), np.ones((1, 24))
-    many = st.kid(distance, shares, st.resample(24, 4000, 0))
-    assert many.mean() == pytest.approx(st.kid(distance, shares, once)[0], abs=0.2 * many.std())
+    many = kid(distance, shares, st.resample(24, 4000, 0))
+    assert many.mean() == pytest.approx(kid(distance, shares, once)[0], abs=0.2 * many.std())
 
 
 def test_concepts_without_real_pictures_are_held_against_the_whole_real_set():
@@ -122,7 +122,7 @@ def test_concepts_without_real_pictures_are_held_against_the_whole_real_set():
     fake, real = features(0, 4, 0.5), features(1, 9)
     distance = RealSet(real, ["a"] * 9, concepts).distance(fake, concepts)
     shares, once = np.full(2, 0.5), np.ones((1, 2))
-    assert st.kid(distance, shares, once)[0] == pytest.approx(plain_kid(fake, real), rel=0.5)
+    assert kid(distance, shares, once)[0] == pytest.approx(plain_kid(fake, real), rel=0.5)
 
 
 def test_a_concept_with_one_picture_leaves_its_own_block_out_and_stays_finite():
@@ -130,5 +130,5 @@ def test_a_concept_with_one_picture_leaves_its_own_block_out_and_stays_finite():
     real = RealSet(features(1, 12), ["a", "b", "c"] * 4, concepts)
     distance = real.distance(features(0, 3, 1.0), concepts)
     assert np.isnan(np.diag(distance)).all()
-    result = st.paired_kid(distance, distance, concepts, n=50, seed=0)
+    result = paired_kid(distance, distance, concepts, n=50, seed=0)
     assert np.isfinite([result.mean, *result.ci]).all()

@@ -16,6 +16,7 @@ from rats.schemas.reports import Cell, EvaluateReport
 from rats.schemas.run import RunRecord
 from rats.stages.measure.bootstrap import paired
 from rats.stages.measure.pictures import Column, Pictures, choose, load_pictures, save_pictures, to_picture
+from rats.stages.measure.values import VALUE_COLUMNS
 from rats.stages.report import figures, tables
 from rats.stages.report.cost import duration
 from rats.stages.report.report import report_stage
@@ -54,7 +55,7 @@ def columns() -> list[Column]:
 def write_values(path: Path, keys: list[str]) -> dict[tuple[str, str], list[float]]:
     rng = np.random.default_rng(0)
     effect = {(metric, key): rng.normal() for metric in SCORES for key in keys}
-    rows, found = [",".join(tables.VALUE_COLUMNS)], {}
+    rows, found = [",".join(VALUE_COLUMNS)], {}
     for column in columns():
         for metric in SCORES:
             lift = LIFT[column.variant or column.system]

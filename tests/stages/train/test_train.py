@@ -254,8 +254,10 @@ def test_sigterm_saves_the_step_and_exits_143(home, tmp_path):
     while not (metrics.exists() and metrics.read_text().count("\n") > 2) and time.monotonic() < end:
         assert child.poll() is None
         time.sleep(0.02)
-    asked = time.monotonic()
+    asked = len(rows(tmp_path))
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=30) == 143 and time.monotonic() - asked < 5
+    assert child.wait(timeout=60) == 143
     saved = sorted((tmp_path / "checkpoints").iterdir())
-    assert len(saved) == 1 and int(saved[0].name) == len(rows(tmp_path)) < 40
+    assert len(saved) == 1 and int(saved[0].name) == len(rows(tmp_path)) <= asked + 2, (
+        "a step that was under way, and one that began meanwhile"
+    )
