@@ -1,58 +1,17 @@
-"""Reads plain files and hashes them; links and devices are refused."""
+"""Hashes of plain files; links and devices are refused."""
 
 from __future__ import annotations
 
-import os
-import stat
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
-from rats.pipeline.files import places
 from rats.pipeline.files.places import Place
-from rats.schemas.errors import DataError, StorageError
+from rats.schemas.errors import StorageError
 
 _CHUNK = 1 << 20
 """Read at once: small enough that a second hash of a piece finds it in the processor's cache."""
-
-
-def read_regular(path: Place) -> bytes:
-    """All bytes of a plain file; links and devices are refused."""
-    if not isinstance(path, Path):
-        return places.read(path)
-    with open_regular(path) as file:
-        try:
-            return file.read()
-        except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror}") from None
-
-
-def open_regular(path: Place) -> Any:
-    """An unbuffered binary reader of a plain file that is no link (a link could lead out of the folder)."""
-    if not isinstance(path, Path):
-        with places.reading(path):
-            return path.fs.open(path.path, "rb")
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise DataError(f"{path} is missing") from None
-    except OSError as error:
-        raise DataError(f"cannot open {path}: {error.strerror} (a link is refused)") from None
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise DataError(f"{path} is not a plain file")
-    return os.fdopen(handle, "rb", buffering=0)
-
-
-def refuse_linked_folders(root: Place) -> None:
-    """DataError when a folder of a set is a link: `open_regular` looks at a path's last part only."""
-    if not isinstance(root, Path):
-        return
-    for path in [*root.glob("*"), *root.glob("scores/*")]:
-        if path.is_symlink() and path.is_dir():
-            raise DataError(f"{path} is a link to another folder (a link is refused)")
 
 
 def hash_bytes(data: bytes) -> str:
@@ -94,7 +53,7 @@ def hash_ranges(path: Place, ranges: Sequence[tuple[int, int]]) -> tuple[str, li
 def _pieces(path: Place) -> Iterator[memoryview]:
     """A file's bytes in order, in one buffer that is used again: allocating would cost as much as hashing."""
     buffer = memoryview(bytearray(_CHUNK))
-    with open_regular(path) as file:
+    with path.open_plain() as file:
         while count := _read_into(file, buffer, path):
             yield buffer[:count]
 

@@ -8,10 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rats.pipeline.files import places
-from rats.pipeline.files.atomic import atomic_write, create
 from rats.pipeline.files.places import Place
-from rats.pipeline.files.reading import hash_bytes, read_regular
+from rats.pipeline.files.reading import hash_bytes
 from rats.schemas.canonical import canonical_json
 from rats.schemas.errors import DataError, brief, reason
 
@@ -20,12 +18,12 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def write_sealed(path: Place, document: BaseModel) -> None:
     """Write a document atomically, with its seal."""
-    atomic_write(path, _sealed(document))
+    path.write(_sealed(document))
 
 
 def create_sealed(path: Place, document: BaseModel) -> bool:
-    """As `write_sealed`, unless there is one already; says whether it wrote (`atomic.create`)."""
-    return create(path, _sealed(document))
+    """As `write_sealed`, unless there is one already; says whether it wrote (`Place.create`)."""
+    return path.create(_sealed(document))
 
 
 def _sealed(document: BaseModel) -> bytes:
@@ -37,7 +35,7 @@ def read_all_sealed(paths: Sequence[Place], model: type[_Model]) -> list[_Model]
     """Many documents, in order; from a remote place many at once."""
     if not paths:
         return []
-    return places.concurrently(paths[0], lambda path: read_sealed(path, model), paths)
+    return paths[0].concurrently(lambda path: read_sealed(path, model), paths)
 
 
 def read_sealed(path: Place, model: type[_Model]) -> _Model:
@@ -46,7 +44,7 @@ def read_sealed(path: Place, model: type[_Model]) -> _Model:
     Raises:
         DataError: missing, damaged, of an unknown format, or not what its seal says.
     """
-    data = read_regular(path)
+    data = path.read()
     try:
         content = json.loads(data)
         if canonical_json(content) != data:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from rats.pipeline.files.places import Place
-from rats.pipeline.files.reading import hash_bytes, read_regular
+from rats.pipeline.files.reading import hash_bytes
 from rats.schemas.errors import DataError, reason
 from rats.schemas.manifest import IndexRow, ScoreRow
 
@@ -54,7 +54,7 @@ def read_rows(path: Place, model: type[_Row], blake3: str) -> list[_Row]:
     Raises:
         DataError: missing, damaged, or of another schema.
     """
-    data = read_regular(path)
+    data = path.read()
     if (found := hash_bytes(data)) != blake3:
         raise DataError(f"{path} is damaged (blake3 {found[:12]}, recorded {blake3[:12]})")
     try:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rats.pipeline.files.atomic import atomic_folder, link_or_copy
-from rats.pipeline.files.places import Place, concurrently, download, is_remote, read, sizes
+from rats.pipeline.files.atomic import atomic_folder
+from rats.pipeline.files.places import Place
 from rats.pipeline.store.scores import scores_done
 from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
 from rats.pipeline.store.shards import verify_shard
@@ -32,8 +31,8 @@ def publish(shards: ShardSet, snapshot: Snapshot, out: Path, reward_fps: Sequenc
     if _same(shards.root, out, files):
         return
     with atomic_folder(out) as folder:
-        concurrently(shards.root, lambda name: _link(shards.root / name, folder / name), files)
-        if is_remote(shards.root):
+        shards.root.concurrently(lambda name: (shards.root / name).copy_to(folder / name), files)
+        if shards.root.local is None:  # a download may be damaged, a link is the file itself
             _verify(ShardSet.open(folder), snapshot)
 
 
@@ -51,9 +50,9 @@ def _files(shards: ShardSet, snapshot: Snapshot, reward_fps: Sequence[str]) -> l
             raise DataError(f"{shards.shard_path(shard)} is not the shard of snapshot {snapshot.number}", ROLLOUT)
         names += [f"shards/{shard}.tar", f"shards/{shard}.done.json"]
     columns = [(fp, shard) for fp in reward_fps for shard in sorted(snapshot.shards)]
-    names += [name for part in concurrently(shards.root, lambda pair: _scores(shards, *pair), columns) for name in part]
+    names += [name for part in shards.root.concurrently(lambda pair: _scores(shards, *pair), columns) for name in part]
     names += [f"scores/{fp}/reward.json" for fp in reward_fps]
-    encoded = sizes(shards.root / "embeddings")
+    encoded = (shards.root / "embeddings").sizes()
     prompts = sorted({row.prompt_id for row in shards.index(snapshot)})
     names += [f"embeddings/{prompt}.safetensors" for prompt in prompts if f"{prompt}.safetensors" in encoded]
     return [*names, f"manifests/{snapshot.number:04d}.json"]
@@ -67,8 +66,8 @@ def _scores(shards: ShardSet, reward_fp: str, shard: str) -> list[str]:
 
 def _check_out(shards: ShardSet, out: Path) -> None:
     """Never replace a folder that is not ours."""
-    if isinstance(shards.root, Path):
-        here, root = out.resolve(), shards.root.resolve()
+    if shards.root.local:
+        here, root = out.resolve(), shards.root.local.resolve()
         if here.is_relative_to(root) or root.is_relative_to(here):
             raise CannotCreateError(f"cannot publish {root} into {out}: one holds the other", "choose another folder")
     if out.exists() and not (out / "recipe.json").exists() and (not out.is_dir() or any(out.iterdir())):
@@ -80,21 +79,4 @@ def _same(root: Place, out: Path, files: Sequence[str]) -> bool:
     found = (
         {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else set()
     )
-    return found == set(files) and all(concurrently(root, lambda name: _is_copy(root / name, out / name), files))
-
-
-def _is_copy(source: Place, target: Path) -> bool:
-    if isinstance(source, Path):
-        return os.path.samefile(source, target)
-    if source.suffix != ".json":
-        return target.stat().st_size == source.stat().st_size
-    # the documents hold the hashes of all that is larger
-    return target.read_bytes() == read(source)
-
-
-def _link(source: Place, target: Path) -> None:
-    if isinstance(source, Path):
-        link_or_copy(source, target)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    download(source, target)
+    return found == set(files) and all(root.concurrently(lambda name: (root / name).is_copied_to(out / name), files))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rats.pipeline.files.atomic import atomic_write
-from rats.pipeline.files.places import Place, concurrently, matching
+from rats.pipeline.files.places import Place, matching
 from rats.pipeline.files.reading import hash_bytes
 from rats.pipeline.store.documents import read_all_sealed, read_sealed, write_sealed
 from rats.pipeline.store.parquet import encode_rows, read_rows
@@ -57,7 +56,7 @@ def write_scores(shards: ShardSet, reward_fp: str, shard: str, rows: Sequence[Sc
         raise DataError(f"the scores for {shard} are not for its samples", REMEDY)
     table, vouched = _paths(shards, reward_fp, shard)
     data = encode_rows(ScoreRow, sorted(rows, key=lambda row: row.key))
-    atomic_write(table, data)
+    table.write(data)
     write_sealed(vouched, ScoresDone(shard=shard, shard_blake3=done.blake3, rows=len(rows), blake3=hash_bytes(data)))
 
 
@@ -86,7 +85,7 @@ def read_scores(shards: ShardSet, reward_fp: str, keys: Iterable[str]) -> dict[s
     """Score by key; failed samples are left out, a key that was never scored is an error."""
     wanted = set(keys)
     names = [path.name.partition(".")[0] for path in matching(shards.scores_folder(reward_fp), "rollout-*.done.json")]
-    parts = concurrently(shards.root, lambda name: score_rows(shards, reward_fp, name), names)
+    parts = shards.root.concurrently(lambda name: score_rows(shards, reward_fp, name), names)
     found = {row.key: row for rows in parts for row in rows if row.key in wanted}
     if missing := sorted(wanted - set(found)):
         raise DataError(f"{len(missing)} samples have no score, {missing[0]} first", "run `rats stage rollout`")

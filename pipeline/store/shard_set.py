@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from rats.pipeline.files.atomic import atomic_write, create, file_lock
-from rats.pipeline.files.places import Place, concurrently, is_remote, matching, open_place, sizes
-from rats.pipeline.files.reading import hash_bytes, read_regular, refuse_linked_folders
+from rats.pipeline.files.places import Place, matching, open_place
+from rats.pipeline.files.reading import hash_bytes
 from rats.pipeline.store.documents import check_version, create_sealed, read_all_sealed, read_sealed
 from rats.pipeline.store.parquet import encode_rows, read_rows
 from rats.pipeline.store.plans import distinct, needed, packed
@@ -49,16 +48,16 @@ class ShardSet:
         """Read the recipe; see `open`."""
         self.root = root
         with remedy("name a folder that `rats stage rollout` has published"):
-            data = read_regular(self.root / "recipe.json")
+            data = (self.root / "recipe.json").read()
         with remedy("copy it to where the link is"):
-            refuse_linked_folders(self.root)
+            self.root.refuse_links()
         self.recipe = _parse_recipe(self.root / "recipe.json", data)
         self.fingerprint = sha256(data)
         if len(self.root.name) == 64 and self.root.name != self.fingerprint:
             raise DataError(f"{self.root} holds recipe {self.fingerprint[:12]}, not the one of its name", REMAKE)
 
     @classmethod
-    def open(cls, folder: Place | str) -> ShardSet:
+    def open(cls, folder: Place | Path | str) -> ShardSet:
         """Open a store's `<fingerprint>` folder or a published one; a text may be a URL.
 
         Raises:
@@ -67,11 +66,11 @@ class ShardSet:
         return cls(open_place(folder))
 
     @classmethod
-    def open_or_create(cls, store: Place | str, recipe: Recipe) -> ShardSet:
+    def open_or_create(cls, store: Place | Path | str, recipe: Recipe) -> ShardSet:
         """The set of `recipe` in `store`, made if it is new."""
         root = open_place(store) / fingerprint(recipe)
         if not (root / "recipe.json").exists():
-            atomic_write(root / "recipe.json", canonical_json(recipe.model_dump(mode="json")))
+            (root / "recipe.json").write(canonical_json(recipe.model_dump(mode="json")))
         return cls(root)
 
     def shard_path(self, shard: str) -> Place:
@@ -111,9 +110,7 @@ class ShardSet:
         return self._held(f"{shard}.claim", 0.0)
 
     def _held(self, name: str, seconds: float) -> AbstractContextManager[bool]:
-        if not isinstance(self.root, Path):
-            return nullcontext(True)
-        return file_lock(self.root / "locks" / f"{name}.lock", seconds)
+        return (self.root / "locks" / f"{name}.lock").lock(seconds)
 
     def plan(self, wanted: Sequence[PlannedSample], shard_samples: int) -> list[ShardPlan]:
         """The shards that hold `wanted`; samples that no shard was ever planned for get new ones.
@@ -152,7 +149,7 @@ class ShardSet:
     @remedy(REMAKE)
     def finished(self) -> list[ShardDone]:
         """`done` of every finished shard, by name."""
-        found = sizes(self.root / "shards")
+        found = (self.root / "shards").sizes()
         names = sorted(name.removesuffix(".done.json") for name in found if name.endswith(".done.json"))
         names = [name for name in names if f"{name}.tar" in found]
         documents = read_all_sealed([self.done_path(name) for name in names], ShardDone)
@@ -176,7 +173,7 @@ class ShardSet:
             rows, shards = self._rows_of(set(wanted))
             name = snapshot_hash(rows)
             while True:
-                old = concurrently(self.root, self.snapshot, self.snapshots())
+                old = self.root.concurrently(self.snapshot, self.snapshots())
                 if same := [snapshot for snapshot in old if snapshot.hash == name and snapshot.shards == shards]:
                     return same[-1]
                 if new := self._new_snapshot(rows, shards, 1 + self._last_number()):
@@ -194,15 +191,15 @@ class ShardSet:
             index=index.name,
             index_blake3=hash_bytes(data),
         )
-        if is_remote(index) and not create(index, data):
+        if self.root.has_locks:
+            index.write(data)  # under the lock, what lies there is of a killed writer
+        elif not index.create(data):
             return None
-        if not is_remote(index):
-            atomic_write(index, data)  # under the lock, what lies there is of a killed writer
         return snapshot if create_sealed(self._manifest_path(number), snapshot) else None
 
     def _last_number(self) -> int:
-        """Of all snapshots, and in a remote store of all indexes: there one may be of a snapshot that is to come."""
-        indexes = matching(self.root / "index", f"{_NUMBER}.parquet") if is_remote(self.root) else ()
+        """Of all snapshots, and without locks of all indexes: there one may be of a snapshot that is to come."""
+        indexes = () if self.root.has_locks else matching(self.root / "index", f"{_NUMBER}.parquet")
         return max([*self.snapshots(), *(int(path.stem) for path in indexes)], default=0)
 
     def _rows_of(self, wanted: set[str]) -> tuple[list[IndexRow], dict[str, str]]:

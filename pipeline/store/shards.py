@@ -10,7 +10,6 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +18,8 @@ from safetensors.numpy import load, save
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from rats.pipeline.files import cache, places
-from rats.pipeline.files.atomic import put, storage_errors, temporary_path
-from rats.pipeline.files.places import Place
-from rats.pipeline.files.reading import hash_bytes, hash_file, hash_ranges, open_regular
+from rats.pipeline.files.local import LocalPlace
+from rats.pipeline.files.reading import hash_bytes, hash_file, hash_ranges
 from rats.pipeline.store.documents import write_sealed
 from rats.pipeline.store.shard_set import REMAKE, ShardSet
 from rats.schemas.canonical import canonical_json
@@ -49,14 +46,13 @@ def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[Sample]) ->
     """
     if done := shards.done(plan.shard):
         return done
-    path = shards.shard_path(plan.shard)
-    with storage_errors(path), temporary_path(path) as temporary:
+    with shards.shard_path(plan.shard).temporary() as temporary:
         hashes = _write_tar(temporary, shards.recipe.horizons, plan, samples)
         done = _read_back(temporary, plan, hashes)
         return _finish(shards, temporary, done)
 
 
-def _finish(shards: ShardSet, temporary: Path, done: ShardDone) -> ShardDone:
+def _finish(shards: ShardSet, temporary: LocalPlace, done: ShardDone) -> ShardDone:
     """Give the shard its name; of two writers the first wins, so that tar and document belong together.
 
     In a remote store nothing keeps two that finish in one moment apart: of one recipe they wrote the same bytes, and
@@ -65,7 +61,7 @@ def _finish(shards: ShardSet, temporary: Path, done: ShardDone) -> ShardDone:
     with shards.lock(done.shard):
         if earlier := shards.done(done.shard):
             return earlier
-        put(temporary, shards.shard_path(done.shard))
+        shards.shard_path(done.shard).put(temporary)
         write_sealed(shards.done_path(done.shard), done)
     return done
 
@@ -117,7 +113,7 @@ def _checked(key: str, arrays: dict[str, np.ndarray], rows: int) -> dict[str, np
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def _read_back(path: Path, plan: ShardPlan, hashes: list[str]) -> ShardDone:
+def _read_back(path: LocalPlace, plan: ShardPlan, hashes: list[str]) -> ShardDone:
     """Hash what the disk gives back and note where each sample's latents lie."""
     rows = []
     with tarfile.open(path, "r:") as tar:
@@ -152,23 +148,16 @@ def read_sample(shards: ShardSet, row: IndexRow) -> dict[str, np.ndarray]:
     Raises:
         DataError: the shard is missing, cut or changed, or a link.
     """
-    data = _bytes_of(shards.shard_path(row.shard), row)
+    path = shards.shard_path(row.shard)
+    read = partial(path.read_range, row.offset, row.offset + row.length)
+    data = path.cached(row.blake3, read, partial(_is_whole, row))
     if not _is_whole(row, data):
-        path = shards.shard_path(row.shard)
         raise DataError(f"{path} is damaged at sample {row.key} ({len(data)} of {row.length} bytes)")
     return _parse(shards, row, data)
 
 
 def _is_whole(row: IndexRow, data: bytes) -> bool:
     return len(data) == row.length and hash_bytes(data) == row.blake3
-
-
-def _bytes_of(path: Place, row: IndexRow) -> bytes:
-    if isinstance(path, Path):
-        with open_regular(path) as file:
-            return _pread(file, row)
-    fetch = partial(places.read, path, row.offset, row.offset + row.length)
-    return cache.shared().get(row.blake3, fetch, partial(_is_whole, row))
 
 
 @remedy(REMAKE)
@@ -190,20 +179,6 @@ def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> i
         if part != row.blake3:
             raise DataError(f"{path} is damaged at sample {row.key}")
     return done.bytes
-
-
-def _pread(file: Any, row: IndexRow) -> bytes:
-    """The row's bytes, fewer at the end of a truncated file (never more memory than the file has)."""
-    try:
-        file.seek(0, 2)
-        length = max(0, min(row.length, file.tell() - row.offset))
-        file.seek(row.offset)
-        pieces = [file.read(length)]  # a plain file gives all at once, save beyond 2 GiB or after a signal
-        while pieces[-1] and (left := length - sum(map(len, pieces))):
-            pieces.append(file.read(left))
-    except (OSError, OverflowError) as error:
-        raise StorageError(f"cannot read {file.name}: {error}", "check the disk") from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def _parse(shards: ShardSet, row: IndexRow, data: bytes) -> dict[str, np.ndarray]:

@@ -6,9 +6,8 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rats.pipeline.files.atomic import put, storage_errors, temporary_path
-from rats.pipeline.files.places import Place, sizes
-from rats.pipeline.files.reading import hash_file, open_regular
+from rats.pipeline.files.places import Place
+from rats.pipeline.files.reading import hash_file
 from rats.pipeline.store.documents import create_sealed, write_sealed
 from rats.pipeline.store.scores import record_reward, scores_done, write_scores
 from rats.pipeline.store.shard_set import ShardSet
@@ -78,7 +77,7 @@ def _names(shards: ShardSet, parts: Sequence[ShardDone]) -> dict[str, str]:
     """Name in the store of each shard by its own, planned as a rollout plans them."""
     with shards.lock("plan"):
         while True:
-            names, new = choose_names(parts, shards.plans(), sizes(shards.root / "shards"))
+            names, new = choose_names(parts, shards.plans(), (shards.root / "shards").sizes())
             # a number that another driver of a remote store has just taken: look again
             if all(create_sealed(shards.plan_path(plan.shard), plan) for plan in new):
                 return names
@@ -167,12 +166,12 @@ def _take_scores(shards: ShardSet, foreign: Foreign) -> int:
 
 def _copy(source: Place, target: Place, blake3: str) -> None:
     """A file, under its name once it reads back as what was found good."""
-    with storage_errors(target), temporary_path(target) as temporary:
-        with remedy(FETCH), open_regular(source) as file, temporary.open("wb") as copy:
+    with target.temporary() as temporary:
+        with remedy(FETCH), source.open_plain() as file, temporary.open("wb") as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
         if _hash(temporary) != blake3:
             raise DataError(f"{source} was changed while it was being imported", AGAIN)
-        put(temporary, target)
+        target.put(temporary)
 
 
 @remedy(AGAIN)

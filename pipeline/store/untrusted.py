@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from rats.pipeline.files.atomic import link_or_copy, storage_errors
-from rats.pipeline.files.reading import hash_file, open_regular
+from rats.pipeline.files.reading import hash_file
 from rats.pipeline.noise import noise
 from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.scores import reward_columns, score_rows, scores_done
@@ -93,7 +93,7 @@ def _part(shards: ShardSet, shard: str, digest: str) -> ShardDone:
         raise DataError(f"{path} holds a sample twice")
     for row in done.rows:
         _check_sample(shards, row)
-    with open_regular(path) as file:
+    with path.open_plain() as file:
         _check_members(file, path, done, list(shards.recipe.horizons))
     return done
 

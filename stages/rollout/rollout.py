@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from rats.pipeline.families.open import open_outline
-from rats.pipeline.files import places
 from rats.pipeline.files.places import open_place
 from rats.pipeline.prompts import planned, read_prompts
 from rats.pipeline.rewards.open import pin_reward
@@ -64,7 +63,7 @@ def rollout_stage(
     wanted = wanted_samples(params, split) if samples is None else samples
     recipe, vae = read_recipe(params)
     hashes = column_hashes(params, vae)
-    shards = ShardSet.open_or_create(places.absolute(open_place(params.store.path)), recipe)
+    shards = ShardSet.open_or_create(open_place(params.store.path).absolute(), recipe)
     columns = {name: record_reward(shards, name, parts) for name, parts in hashes.items()}
     plans = shards.plan(wanted, params.store.shard_samples)
     finished = {done.shard for done in shards.finished()}
@@ -117,7 +116,7 @@ def _missing(
         there = plan.shard in finished and encoded.issuperset(sample.prompt_id for sample in plan.samples)
         return there and not missing_columns(shards, plan.shard, columns)
 
-    there = places.concurrently(shards.root, complete, plans)
+    there = shards.root.concurrently(complete, plans)
     return [Task(shard=p.shard, plan=p, columns=columns) for p, done in zip(plans, there, strict=True) if not done]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from rats.pipeline.files.places import Place, is_remote, sizes
+from rats.pipeline.files.places import Place
 from rats.pipeline.store.documents import read_sealed
 from rats.pipeline.store.embeddings import verify_embedding
 from rats.pipeline.store.parquet import read_rows
@@ -93,7 +93,7 @@ class Audit:
         except DataError as error:
             self.report(str(error))
         except StorageError as error:
-            if is_remote(self.shards.root):  # a network that is down is no damage
+            if self.shards.root.local is None:  # a network that is down is no damage
                 raise
             self.report(str(error))
         finally:
@@ -259,7 +259,7 @@ def _listing(root: Place) -> dict[str, int]:
     folders += sorted(f"scores/{path.name}" for path in columns.iterdir()) if columns.is_dir() else []
     found = {}
     for folder in folders:
-        for name, size in sizes(root / folder if folder else root).items():
+        for name, size in (root / folder if folder else root).sizes().items():
             if not name.startswith(".") and (folder or name == "recipe.json"):
                 found[f"{folder}/{name}".lstrip("/")] = size
     return found

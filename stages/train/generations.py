@@ -19,7 +19,7 @@ from torch import Tensor
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import open_live_teacher, rebuilt_network
 from rats.pipeline.files.atomic import atomic_folder, atomic_write, link_or_copy, remove
-from rats.pipeline.files.places import open_place, sizes
+from rats.pipeline.files.places import open_place
 from rats.pipeline.protocols import Reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.weights.loading import save_component
@@ -165,8 +165,8 @@ class Generations:
     def _link_embeddings(self, shards: ShardSet) -> None:
         """The same prompts by the same encoders: neither the work nor the space is spent twice."""
         for prompt in {sample.prompt_id for sample in self.samples}:
-            there, here = self.source.shards.embedding_path(prompt), shards.embedding_path(prompt)
-            if isinstance(there, Path) and isinstance(here, Path) and there.exists() and not here.exists():
+            there, here = self.source.shards.embedding_path(prompt).local, shards.embedding_path(prompt).local
+            if there and here and there.exists() and not here.exists():
                 link_or_copy(there, here)
 
     def _write(self, step: int, source: Source, accepted: bool) -> None:
@@ -209,7 +209,7 @@ def mean_reward(source: Source, parts: Sequence[Part]) -> float:
 
 def shard_bytes(source: Source) -> int:
     """What the set's shards take on disk, embeddings left out."""
-    return sum(sizes(source.shards.root / "shards").values())
+    return sum((source.shards.root / "shards").sizes().values())
 
 
 def describe(

@@ -100,13 +100,12 @@ def read_documents(contents: Contents, shards: ShardSet) -> None:
     Raises:
         DataError: a damaged one.
     """
-    root = contents.root
     contents.snapshots = {number: shards.snapshot(number) for number in shards.snapshots()}
     contents.columns = reward_columns(shards)
     contents.plans = {plan.shard: plan for plan in shards.plans()}
     names = [name for name in contents.of("shards/") if name.endswith(".done.json")]
     with remedy(ROLLOUT):
-        documents = [read_sealed(root / name, ShardDone) for name in names]
+        documents = [read_sealed(shards.root / name, ShardDone) for name in names]
     contents.done = {done.shard: done for done in documents}
 
 
