@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from upath import UPath
 
+from rats.pipeline.files.places import open_place
 from rats.pipeline.store.documents import read_sealed, write_sealed
 from rats.pipeline.store.embeddings import read_embedding, verify_embedding, write_embedding
 from rats.pipeline.store.publish import publish
@@ -159,11 +159,9 @@ def test_the_recipe_alone_is_named_when_nothing_else_can_be_judged(folder: Path)
 
 
 def test_a_remote_set_is_verified_as_a_local_one(whole: Path) -> None:
-    place = UPath("memory://verify/out")
+    place = open_place("memory://verify/out")
     for path in files(whole / "out"):
-        target = place / path.relative_to(whole / "out").as_posix()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
+        (place / path.relative_to(whole / "out").as_posix()).write(path.read_bytes())
     assert {**verify(place), "seconds": 0, "gb_per_second": 0} == {
         **verify(whole / "out"),
         "seconds": 0,
