@@ -73,13 +73,13 @@ class RetryLaterError(RatsError):
 
 @contextmanager
 def remedy(text: str) -> Iterator[None]:
-    """The way out of what is raised within and names none: who calls a reader knows it, the reader does not.
+    """The way out of damage that is found within and has none yet: who calls a reader knows it, the reader does not.
 
-    A context or a decorator. Of two, one in the other, the inner one counts.
+    A context or a decorator. Of two, one in the other, the inner one counts. Other errors say what to do in `what`.
     """
     try:
         yield
-    except RatsError as error:
+    except (DataError, StorageError) as error:
         error.remedy = error.remedy or text
         raise
 

@@ -86,10 +86,11 @@ class Audit:
         stems = (name[len(folder) : -len(suffix)] for name in found)
         return sorted(stem for stem in stems if "/" not in stem)
 
-    def look(self, check: Callable[[], Found], *names: str) -> Found | None:
+    def look(self, check: Callable[[], Found], *names: str, way_out: str = "") -> Found | None:
         """What `check` returns, or None when it finds damage; `names` are the files it reads."""
         try:
-            return check()
+            with remedy(way_out):
+                return check()
         except DataError as error:
             self.report(str(error))
         except StorageError as error:
@@ -152,7 +153,7 @@ def _snapshot(audit: Audit, number: int) -> Snapshot | None:
 
 def _plan(audit: Audit, shard: str) -> ShardPlan | None:
     name = f"shards/{shard}.plan.json"
-    plan = audit.look(remedy(RESTORE)(lambda: read_sealed(audit.shards.root / name, ShardPlan)), name)
+    plan = audit.look(lambda: read_sealed(audit.shards.root / name, ShardPlan), name, way_out=RESTORE)
     if plan and plan.shard != shard:
         audit.report(f"{audit.shards.root / name} plans {plan.shard}, not the shard of its name; {RESTORE}")
     return plan
@@ -222,7 +223,7 @@ def _column(audit: Audit, column: str, done: dict[str, ShardDone]) -> None:
 
 def _record(audit: Audit, name: str, column: str) -> None:
     path = audit.shards.root / name
-    record = audit.look(remedy(RESCORE)(lambda: read_sealed(path, RewardRecord)), name)
+    record = audit.look(lambda: read_sealed(path, RewardRecord), name, way_out=RESCORE)
     if record and record.fingerprint != column:
         audit.report(f"{path} is the record of {record.fingerprint[:12]}, not of its folder; {RESCORE}")
 
@@ -231,11 +232,11 @@ def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> No
     """One shard's scores: the table as recorded, of the shard as it is now, a row for each of its samples."""
     folder = audit.shards.scores_folder(column)
     names = [f"scores/{column}/{shard}{suffix}" for suffix in (".done.json", ".parquet")]
-    seal = audit.look(remedy(RESCORE)(lambda: read_sealed(folder / f"{shard}.done.json", ScoresDone)), names[0])
+    seal = audit.look(lambda: read_sealed(folder / f"{shard}.done.json", ScoresDone), names[0], way_out=RESCORE)
     if seal is None:
         return
     table = folder / f"{shard}.parquet"
-    rows = audit.look(remedy(RESCORE)(lambda: read_rows(table, ScoreRow, seal.blake3)), names[1])
+    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3), names[1], way_out=RESCORE)
     if rows is None or done is None:
         return
     same = (seal.shard, seal.shard_blake3, seal.rows) == (shard, done.blake3, len(rows))

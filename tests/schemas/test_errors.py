@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from rats.schemas.errors import DataError, RetryLaterError, one_line, reason, remedy
+from rats.schemas.errors import ConfigError, DataError, RetryLaterError, one_line, reason, remedy
 
 
 def test_a_caller_names_the_way_out_that_a_reader_does_not_know() -> None:
@@ -25,6 +25,11 @@ def test_the_innermost_way_out_counts_and_the_raiser_s_own_most_of_all() -> None
     for own, told in (("", "b.json is damaged; inner"), ("own", "b.json is damaged; own")):
         with pytest.raises(DataError, match=f"^{told}$"):
             fail(own)
+
+
+def test_a_wrong_setting_is_no_damage_and_stays_as_it_is() -> None:
+    with pytest.raises(ConfigError, match="^RATS_X is 'y': give a number$"), remedy("make it again"):
+        raise ConfigError("RATS_X is 'y': give a number")
 
 
 def test_another_way_out_takes_the_place_of_the_first_and_the_kind_stays() -> None:
