@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rats.pipeline.files.atomic import atomic_folder
-from rats.schemas.errors import DataError
+from rats.schemas.errors import DataError, one_line
 
 FORMAT = 2
 STATE = "state.json"
@@ -173,8 +173,7 @@ def read(path: Path) -> Saved:
         state, identity = _STATE.validate_python(record["state"]), _IDENTITY.validate_python(record["identity"])
         return Saved(path, state, int(record["snapshot"]), identity)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise DataError(f"checkpoint {path} is damaged ({reason}): delete it, use --resume latest") from error
+        raise DataError(f"checkpoint {path} is damaged ({one_line(error)}): delete it, use --resume latest") from error
 
 
 def _verify(path: Path, record: dict) -> None:

@@ -14,7 +14,7 @@ def distinct(wanted: Sequence[PlannedSample]) -> set[str]:
     keys: set[str] = set()
     for sample in wanted:
         if sample.key in keys:
-            raise ConfigError(f"sample {sample.key} ({sample.prompt!r}) is wanted twice; remove the repeated prompt")
+            raise ConfigError(f"sample {sample.key} ({sample.prompt!r}) is wanted twice", "remove the repeated prompt")
         keys.add(sample.key)
     return keys
 

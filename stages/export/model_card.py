@@ -16,7 +16,7 @@ from rats.pipeline.families.open import family_class, open_scheduler
 from rats.pipeline.weights.hashes import read_json
 from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
 from rats.pipeline.weights.lora import WEIGHTS
-from rats.schemas.errors import DataError
+from rats.schemas.errors import DataError, reason
 from rats.schemas.params import Params
 from rats.schemas.reports import Cell, EvaluateReport
 from rats.schemas.run import RunRecord
@@ -67,8 +67,7 @@ def own_cells(record: RunRecord, evaluation: Path) -> list[Cell]:
     try:
         report = EvaluateReport.model_validate_json(evaluation.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{evaluation} is no evaluation ({reason}): run `rats stage evaluate` again") from None
+        raise DataError(f"{evaluation} is no evaluation ({reason(error)}): run `rats stage evaluate` again") from None
     if report.students.get(record.variant) != record.student:
         log.warning("%s is not of this student and stays off the card: run `rats stage evaluate`", evaluation)
         return []

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import open_outline
@@ -138,7 +136,7 @@ def plan_stage(
         bytes_to_write=_bytes(found, latents, len(params.rewards)) + work.embeddings_to_make * embedding,
         bytes_per_sample=latents,
         bytes_per_prompt=embedding,
-        bytes_free=free_bytes(found.root),
+        bytes_free=found.root.free(),
         rollout_memory=rollout_memory(params),
         train_memory=train_memory(params),
         comparison=compare(params, len(found.wanted), experiments, flops / rate, price),
@@ -185,10 +183,3 @@ def _measured(params: Params) -> float:
 
 def _usd(worker_seconds: float, price: float | None) -> float | None:
     return None if price is None else worker_seconds / 3600 * price
-
-
-def free_bytes(root: Place) -> int | None:
-    """Bytes free where the set will lie; None where that cannot be known."""
-    if not isinstance(root, Path):
-        return None
-    return shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import open_outline
-from rats.pipeline.files.places import concurrently
 from rats.pipeline.rewards.open import reward_fingerprint
 from rats.pipeline.store.scores import reward_columns, score_rows
 from rats.pipeline.store.shard_set import ShardSet
@@ -123,7 +122,7 @@ def check_failed(
     for name, column in columns.items():
         # of a key that lies in two shards the first one counts
         tars = sorted(snapshot.shards.items(), reverse=True)
-        tables = concurrently(shards.root, partial(_scored, shards, column), tars)
+        tables = shards.root.concurrently(partial(_scored, shards, column), tars)
         rows = {row.key: row for table in tables for row in table}
         bad = [rows[key] for key in sorted(wanted) if rows[key].status == "failed"]
         check_share(name, bad, len(wanted), max_bad)

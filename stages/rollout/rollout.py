@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rats.pipeline.families.open import open_outline
-from rats.pipeline.files import places
 from rats.pipeline.files.places import open_place
 from rats.pipeline.prompts import planned, read_prompts
 from rats.pipeline.rewards.open import pin_reward
@@ -64,7 +63,7 @@ def rollout_stage(
     wanted = wanted_samples(params, split) if samples is None else samples
     recipe, vae = read_recipe(params)
     hashes = column_hashes(params, vae)
-    shards = ShardSet.open_or_create(places.absolute(open_place(params.store.path)), recipe)
+    shards = ShardSet.open_or_create(open_place(params.store.path).absolute(), recipe)
     columns = {name: record_reward(shards, name, parts) for name, parts in hashes.items()}
     done = shards.finished()
     plans = shards.plan(wanted, params.store.shard_samples, done)
@@ -120,7 +119,7 @@ def _missing(
             return False
         return not missing_columns(shards, finished[plan.shard], columns)
 
-    there = places.concurrently(shards.root, complete, plans)
+    there = shards.root.concurrently(complete, plans)
     return [Task(shard=p.shard, plan=p, columns=columns) for p, done in zip(plans, there, strict=True) if not done]
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rats.pipeline.files import places
 from rats.pipeline.files.places import Place, open_place
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward, scores_done
@@ -48,7 +47,7 @@ class Source:
     def done(self, snapshot: Snapshot) -> list[ShardDone]:
         """The snapshot's shards, which must all be there."""
         found = sorted(snapshot.shards.items())
-        return places.concurrently(self.shards.root, lambda item: _whole(self.shards, *item), found)
+        return self.shards.root.concurrently(lambda item: _whole(self.shards, *item), found)
 
 
 def score_stage(
@@ -149,7 +148,7 @@ def _open(params: Params, split: Split | None, shards: Place | str | None) -> So
         return _open_split(params, split or "train")
     if split is not None:
         raise ConfigError(f"--split {split} and --shards {shards} name two sets: give one of them")
-    found = ShardSet.open(places.absolute(open_place(shards)))
+    found = ShardSet.open(open_place(shards).absolute())
     folder = resolve(params.model.path, params.model.revision, DECODER_PATTERNS)
     if not (folder / DECODER).is_dir():
         raise ConfigError(f"no folder {DECODER!r} in {folder}: model.path must hold the decoder of these shards")
@@ -159,7 +158,7 @@ def _open(params: Params, split: Split | None, shards: Place | str | None) -> So
 def _open_split(params: Params, split: Split) -> Source:
     keys = frozenset(sample.key for sample in wanted_samples(params, split))
     recipe, vae = read_recipe(params)
-    root = places.absolute(open_place(params.store.path)) / fingerprint(recipe)
+    root = open_place(params.store.path).absolute() / fingerprint(recipe)
     if not is_set(root):
         raise DataError(f"{root} is not there: nothing is rolled out with these parameters; run `rats stage rollout`")
     return Source(ShardSet.open(root), params, vae, keys)
@@ -206,7 +205,7 @@ def _tasks(shards: ShardSet, done: Sequence[ShardDone], columns: dict[str, str],
     def missing(part: ShardDone) -> dict[str, str]:
         return missing_columns(shards, part, columns, retry)
 
-    found = zip(done, places.concurrently(shards.root, missing, done), strict=True)
+    found = zip(done, shards.root.concurrently(missing, done), strict=True)
     return [ScoreTask(shard=part.shard, columns=columns, retry=retry) for part, some in found if some]
 
 

@@ -19,12 +19,12 @@ from rats.pipeline.families.models import FamilyDecoder
 from rats.pipeline.families.open import family_class, open_decoder
 from rats.pipeline.files.places import Place
 from rats.pipeline.protocols import Decoder, Reward
-from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask, one_line
+from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.store.scores import reward_columns, score_rows, scores_done, write_scores
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, one_line
 from rats.schemas.manifest import IndexRow, ScoreRow, ShardDone
 from rats.schemas.params import Params
 from rats.stages.workers.tasks import Busy, Made, ShardTask, claimed

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
 
-from rats.pipeline.files.places import Place, is_remote, sizes
+from rats.pipeline.files.places import Place
 from rats.pipeline.store import layout
 from rats.pipeline.store.documents import read_sealed
 from rats.pipeline.store.embeddings import verify_embedding
@@ -17,7 +17,7 @@ from rats.pipeline.store.parquet import read_rows
 from rats.pipeline.store.scores import REMEDY as RESCORE
 from rats.pipeline.store.shard_set import REMAKE, ROLLOUT, ShardSet
 from rats.pipeline.store.shards import verify_shard
-from rats.schemas.errors import DataError, StorageError
+from rats.schemas.errors import DataError, StorageError, remedy
 from rats.schemas.manifest import IndexRow, RewardRecord, ScoreRow, ScoresDone, ShardDone, ShardPlan, Snapshot
 from rats.stages.progress import progress
 
@@ -87,14 +87,15 @@ class Audit:
         names = [parts for name in self.files if (parts := kind.parts_of_alike(name)) is not None]
         return sorted(parts[part] for parts in names if parts.items() >= known.items())
 
-    def look(self, check: Callable[[], Found], *names: str) -> Found | None:
+    def look(self, check: Callable[[], Found], *names: str, way_out: str = "") -> Found | None:
         """What `check` returns, or None when it finds damage; `names` are the files it reads."""
         try:
-            return check()
+            with remedy(way_out):
+                return check()
         except DataError as error:
             self.report(str(error))
         except StorageError as error:
-            if is_remote(self.shards.root):  # a network that is down is no damage
+            if self.shards.root.local is None:  # a network that is down is no damage
                 raise
             self.report(str(error))
         finally:
@@ -107,10 +108,10 @@ class Audit:
             log.error("%s", text)
         self.damage[text] = None
 
-    def missing(self, name: str, remedy: str) -> bool:
+    def missing(self, name: str, way_out: str) -> bool:
         """Report a file that is not there."""
         if name not in self.files:
-            self.report(f"{self.shards.root / name} is missing; {remedy}")
+            self.report(f"{self.shards.root / name} is missing; {way_out}")
         return name not in self.files
 
     def _count(self, size: int) -> None:
@@ -154,7 +155,7 @@ def _snapshot(audit: Audit, number: int) -> Snapshot | None:
 
 def _plan(audit: Audit, shard: str) -> ShardPlan | None:
     name = layout.PLAN.name(shard=shard)
-    plan = audit.look(lambda: read_sealed(audit.shards.root / name, ShardPlan, RESTORE), name)
+    plan = audit.look(lambda: read_sealed(audit.shards.root / name, ShardPlan), name, way_out=RESTORE)
     if plan and plan.shard != shard:
         audit.report(f"{audit.shards.root / name} plans {plan.shard}, not the shard of its name; {RESTORE}")
     return plan
@@ -224,7 +225,7 @@ def _column(audit: Audit, column: str, done: dict[str, ShardDone]) -> None:
 
 def _record(audit: Audit, name: str, column: str) -> None:
     path = audit.shards.root / name
-    record = audit.look(lambda: read_sealed(path, RewardRecord, RESCORE), name)
+    record = audit.look(lambda: read_sealed(path, RewardRecord), name, way_out=RESCORE)
     if record and record.fingerprint != column:
         audit.report(f"{path} is the record of {record.fingerprint[:12]}, not of its folder; {RESCORE}")
 
@@ -232,11 +233,11 @@ def _record(audit: Audit, name: str, column: str) -> None:
 def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> None:
     """One shard's scores: the table as recorded, of the shard as it is now, a row for each of its samples."""
     vouched, scores = (kind.name(reward=column, shard=shard) for kind in (layout.SCORES_DONE, layout.SCORES))
-    seal = audit.look(lambda: read_sealed(audit.shards.root / vouched, ScoresDone, RESCORE), vouched)
+    seal = audit.look(lambda: read_sealed(audit.shards.root / vouched, ScoresDone), vouched, way_out=RESCORE)
     if seal is None:
         return
     table = audit.shards.root / scores
-    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3, RESCORE), scores)
+    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3), scores, way_out=RESCORE)
     if rows is None or done is None:
         return
     same = (seal.shard, seal.shard_blake3, seal.rows) == (shard, done.blake3, len(rows))
@@ -255,9 +256,9 @@ def _complete(audit: Audit, indexes: list[list[IndexRow] | None]) -> None:
 
 def _listing(root: Place) -> dict[str, int]:
     """Size by name of all that is read; hidden files (a writer's temporary ones) and locks are not."""
-    found = {layout.RECIPE.name(): sizes(root)[layout.RECIPE.name()]}
+    found = {layout.RECIPE.name(): root.sizes()[layout.RECIPE.name()]}
     for folder in _folders(root):
-        names = {f"{folder}/{name}": size for name, size in sizes(root / folder).items() if not name.startswith(".")}
+        names = {f"{folder}/{name}": size for name, size in (root / folder).sizes().items() if not name.startswith(".")}
         found.update(names)
     return found
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from rats.pipeline.files.atomic import file_lock, remove, storage_errors, sync
 from rats.pipeline.files.leftovers import is_dead, temporary_name
-from rats.pipeline.files.places import is_remote, open_place
+from rats.pipeline.files.places import open_place
 from rats.pipeline.store import layout
 from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.schemas.errors import CannotCreateError, ConfigError, RatsError, RetryLaterError
@@ -97,8 +97,8 @@ def refuse_busy(result: dict[str, Any]) -> None:
 
 
 def _local_store(text: str) -> Path:
-    place = open_place(text)
-    if is_remote(place) or not isinstance(place, Path):
+    place = open_place(text).local
+    if place is None:
         raise ConfigError(f"{text} is remote: gc works on local stores only, where links and locks say what is in use")
     if not place.is_dir():
         raise ConfigError(f"no folder {text}: name the store, such as `store`")

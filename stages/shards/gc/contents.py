@@ -18,6 +18,7 @@ from rats.pipeline.store import layout
 from rats.pipeline.store.documents import read_sealed
 from rats.pipeline.store.scores import reward_columns
 from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
+from rats.schemas.errors import remedy
 from rats.schemas.manifest import RewardRecord, ShardDone, ShardPlan, Snapshot
 from rats.stages.shards.gc.roots import Found, Held
 
@@ -119,8 +120,9 @@ def read_documents(contents: Contents, shards: ShardSet) -> None:
     contents.snapshots = {number: shards.snapshot(number) for number in shards.snapshots()}
     contents.columns = reward_columns(shards)
     contents.plans = {plan.shard: plan for plan in shards.plans()}
-    # of a shard whose tar is gone too, so that its document can go as well
-    documents = [read_sealed(contents.root / name, ShardDone, ROLLOUT) for name in contents.of(layout.DONE)]
+    with remedy(ROLLOUT):
+        # of a shard whose tar is gone too, so that its document can go as well
+        documents = [read_sealed(shards.root / name, ShardDone) for name in contents.of(layout.DONE)]
     contents.done = {done.shard: done for done in documents}
 
 

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from upath import UPath
 
+from rats.pipeline.files.places import open_place
 from rats.pipeline.store.documents import read_sealed, write_sealed
 from rats.pipeline.store.embeddings import read_embedding, verify_embedding
 from rats.pipeline.store.publish import publish
@@ -132,10 +132,10 @@ def test_a_shard_made_again_differently_is_found_by_the_documents_that_name_it(
 
 def test_a_document_under_another_documents_name_is_found(store: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
     plan = store.plan_path("rollout-000000")
-    write_sealed(plan, read_sealed(store.plan_path("rollout-000001"), ShardPlan, ""))
+    write_sealed(plan, read_sealed(store.plan_path("rollout-000001"), ShardPlan))
     manifests = store.root / "manifests"
     shutil.copy(manifests / "0001.json", manifests / "0003.json")
-    first, second = read_sealed(manifests / "0001.json", Snapshot, ""), next(iter(store.snapshot(2).shards))
+    first, second = read_sealed(manifests / "0001.json", Snapshot), next(iter(store.snapshot(2).shards))
     write_sealed(manifests / "0002.json", first.model_copy(update={"number": 2, "shards": {second: "0" * 64}}))
     with pytest.raises(DataError), caplog.at_level(logging.ERROR, logger="rats"):
         verify(store.root)
@@ -150,11 +150,9 @@ def test_the_recipe_alone_is_named_when_nothing_else_can_be_judged(folder: Path)
 
 
 def test_a_remote_set_is_verified_as_a_local_one(whole: Path) -> None:
-    place = UPath("memory://verify/out")
+    place = open_place("memory://verify/out")
     for path in files(whole / "out"):
-        target = place / path.relative_to(whole / "out").as_posix()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
+        (place / path.relative_to(whole / "out").as_posix()).write(path.read_bytes())
     assert {**verify(place), "seconds": 0, "gb_per_second": 0} == {
         **verify(whole / "out"),
         "seconds": 0,
