@@ -28,9 +28,9 @@ from rats.pipeline.files.leftovers import is_dead, temporary_name
 from rats.pipeline.files.places import open_place
 from rats.pipeline.store import layout
 from rats.pipeline.store.shard_set import ShardSet, is_set
-from rats.schemas.errors import CannotCreateError, ConfigError, RatsError, RetryLaterError
+from rats.schemas.errors import CannotCreateError, ConfigError, RetryLaterError
 from rats.stages.progress import progress
-from rats.stages.shards.gc.contents import Contents, Removal, read_documents, read_files
+from rats.stages.shards.gc.contents import Contents, Removal, read
 from rats.stages.shards.gc.contents import removals as parts_of
 from rats.stages.shards.gc.roots import Found, Held, hold, search
 
@@ -69,9 +69,9 @@ def collect(store: str, roots: Sequence[Path], delete: bool = False, older_than:
     """
     folder = _local_store(store)
     since = time.time() - older_than * HOUR
-    sets = {path.name: _read(path) for path in sorted(folder.iterdir()) if layout.is_fingerprint(path.name)}
+    sets = {path.name: read(path) for path in sorted(folder.iterdir()) if layout.is_fingerprint(path.name)}
     found, held = _reached(folder, roots, sets)
-    verdicts = [_verdict(name, each, held.get(name), found, since) for name, each in sets.items()]
+    verdicts = [_verdict(name, contents, held.get(name), found, since) for name, contents in sets.items()]
     if delete:
         if verdicts and not found.params and all(verdict.whole for verdict in verdicts):
             raise ConfigError(
@@ -107,43 +107,18 @@ def _local_store(text: str) -> Path:
     return place
 
 
-@dataclass
-class _Set:
-    contents: Contents
-    shards: ShardSet | None = None
-    problem: str = ""
-
-
-def _read(root: Path) -> _Set:
-    """A set as far as it can be read; what cannot be understood is not touched."""
-    if root.is_symlink() or not root.is_dir():
-        return _Set(Contents(root), problem="it is a link or a file")
-    with storage_errors(root):
-        contents = read_files(root)
-    if contents.strange:
-        return _Set(contents, problem=f"it holds {contents.strange[0]}, which is not rats' own")
-    try:
-        shards = ShardSet.open(root)
-        read_documents(contents, shards)
-    except RatsError as error:
-        return _Set(contents, problem=f"it cannot be read, see `rats shards verify`: {error}")
-    return _Set(contents, shards)
-
-
-def _reached(folder: Path, roots: Sequence[Path], sets: dict[str, _Set]) -> tuple[Found, dict[str, Held]]:
-    whole = {name: each for name, each in sets.items() if each.shards}
-    snapshots = {name: {s.hash for s in each.contents.snapshots.values()} for name, each in whole.items()}
-    columns = {column for each in whole.values() for column in each.contents.columns}
+def _reached(folder: Path, roots: Sequence[Path], sets: dict[str, Contents]) -> tuple[Found, dict[str, Held]]:
+    recipes = {name: contents.recipe for name, contents in sets.items() if contents.recipe}
+    snapshots = {name: {snapshot.hash for snapshot in sets[name].snapshots.values()} for name in recipes}
+    columns = {column for name in recipes for column in sets[name].columns}
     found = search(roots, folder, {*sets, *columns, *(word for words in snapshots.values() for word in words)})
-    recipes = {name: each.shards.recipe for name, each in whole.items() if each.shards}
     return found, hold(found, recipes, snapshots)
 
 
-def _verdict(name: str, each: _Set, held: Held | None, found: Found, since: float) -> Verdict:
+def _verdict(name: str, contents: Contents, held: Held | None, found: Found, since: float) -> Verdict:
     """What goes of one set."""
-    contents = each.contents
-    if each.problem or held is None:
-        return Verdict(name, [], f"left alone: {each.problem}")
+    if held is None:
+        return Verdict(name, [], f"left alone: {contents.problem}")
     if lock := _lock_held(contents):
         return Verdict(name, [], f"left alone: somebody works in it now ({lock})", busy=True)
     why = [*held.by, *(["linked from elsewhere"] if contents.linked(contents.files) else [])]
@@ -174,11 +149,10 @@ def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found,
     with ExitStack() as locks:
         for name in ("plan", "snapshot"):
             locks.enter_context(shards.lock(name))
-        contents = read_files(root)
-        read_documents(contents, shards)
+        contents = read(root)
+        if contents.problem or (verdict.whole and contents.in_use(contents.files, since)):
+            return Verdict(verdict.name, [], "left alone: it has changed since it was looked at")
         if verdict.whole:
-            if contents.in_use(contents.files, since) or contents.strange:
-                return Verdict(verdict.name, [], "left alone: it has changed since it was looked at")
             _delete_whole(root)
         else:
             verdict.going = parts_of(contents, held[verdict.name], found, since)

@@ -13,13 +13,15 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rats.pipeline.files.atomic import storage_errors
 from rats.pipeline.files.leftovers import is_dead, is_temporary
 from rats.pipeline.store import layout
 from rats.pipeline.store.documents import read_sealed
 from rats.pipeline.store.scores import reward_columns
 from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
-from rats.schemas.errors import remedy
+from rats.schemas.errors import RatsError, remedy
 from rats.schemas.manifest import RewardRecord, ShardDone, ShardPlan, Snapshot
+from rats.schemas.recipe import Recipe
 from rats.stages.shards.gc.roots import Found, Held
 
 
@@ -42,13 +44,16 @@ class Contents:
         root: The set's folder.
         files: All of them, as they are themselves (no link is followed).
         known: What each is, writers' temporary files left out.
-        strange: What is no file of a set, links included: such a set is left alone.
+        strange: What is no file of a set, links included.
+        recipe: None of a set that cannot be understood; it is left alone, and `problem` says why.
     """
 
     root: Path
     files: dict[str, os.stat_result] = field(default_factory=dict)
     known: dict[str, layout.File] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+    problem: str = ""
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     plans: dict[str, ShardPlan] = field(default_factory=dict)
     done: dict[str, ShardDone] = field(default_factory=dict)
@@ -89,6 +94,22 @@ class Contents:
         return Removal(what, why, files, self.size(files), shard)
 
 
+def read(root: Path) -> Contents:
+    """A set as far as it can be understood."""
+    if root.is_symlink() or not root.is_dir():
+        return Contents(root, problem="it is a link or a file")
+    with storage_errors(root):
+        contents = read_files(root)
+    if contents.strange:
+        contents.problem = f"it holds {contents.strange[0]}, which is not rats' own"
+        return contents
+    try:
+        _read_documents(contents, ShardSet.open(root))
+    except RatsError as error:
+        contents.problem = f"it cannot be read, see `rats shards verify`: {error}"
+    return contents
+
+
 def read_files(root: Path) -> Contents:
     """The files alone, which cannot fail over damage."""
     contents = Contents(root)
@@ -111,12 +132,8 @@ def _note(contents: Contents, name: str, about: os.stat_result) -> None:
         contents.known[name] = file
 
 
-def read_documents(contents: Contents, shards: ShardSet) -> None:
-    """Fill in what the documents say.
-
-    Raises:
-        DataError: a damaged one.
-    """
+def _read_documents(contents: Contents, shards: ShardSet) -> None:
+    """Fill in what the documents say (DataError: one is damaged), the recipe when all have been read."""
     contents.snapshots = {number: shards.snapshot(number) for number in shards.snapshots()}
     contents.columns = reward_columns(shards)
     contents.plans = {plan.shard: plan for plan in shards.plans()}
@@ -124,6 +141,7 @@ def read_documents(contents: Contents, shards: ShardSet) -> None:
         # of a shard whose tar is gone too, so that its document can go as well
         documents = [read_sealed(shards.root / name, ShardDone) for name in contents.of(layout.DONE)]
     contents.done = {done.shard: done for done in documents}
+    contents.recipe = shards.recipe
 
 
 def removals(contents: Contents, held: Held, found: Found, since: float) -> list[Removal]:
