@@ -16,7 +16,20 @@ from rats.trainer.loop import train
 from rats.trainer.metrics import CsvLog
 from rats.trainer.optim import rate
 from rats.trainer.witness import WatchedStream, WatchedStudent, Witness
-from tests.toy import IDENTITY, NFE, SAMPLES, ToyReward, ToyStream, ToyStudent, run_in, settings, stored, train_in
+from tests.toy import (
+    IDENTITY,
+    NFE,
+    SAMPLES,
+    ToyReward,
+    ToyStream,
+    ToyStudent,
+    objective,
+    run_of,
+    settings,
+    stored,
+    train_in,
+    train_on,
+)
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -89,10 +102,11 @@ def test_two_runs_are_equal_to_the_last_bit(tmp_path):
 
 
 def test_a_step_runs_the_students_n_evaluations_and_scores_no_teacher_sample(tmp_path):
-    student, reward, witness, chosen = ToyStudent(), ToyReward(), Witness(), settings(augment=1.0)
-    run, finals = run_in(tmp_path, chosen, student=student), [stored(i).x_HTC[-1:].float() for i in range(SAMPLES)]
+    student, reward, witness = ToyStudent(), ToyReward(), Witness()
+    given = objective(settings(augment=1.0), WatchedStudent(student, witness), reward)
+    run, finals = run_of(given, tmp_path), [stored(i).x_HTC[-1:].float() for i in range(SAMPLES)]
     with witness.watching(student.network):
-        train(WatchedStudent(student, witness), WatchedStream(ToyStream(), witness), [reward], chosen, run)
+        train(given, WatchedStream(ToyStream(), witness), run)
     assert witness.student_forwards == 3 * sum(NFE)
     assert (witness.teacher_forwards, witness.teacher_reward_calls, len(reward.seen)) == (0, 0, 2 * 6)
     decoded = {digest(student.decode(final)[0]) for final in finals}
@@ -129,28 +143,21 @@ def test_a_score_that_is_not_finite_costs_its_sample_and_nothing_else(tmp_path, 
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
-    run = run_in(tmp_path, settings())
+    given = objective(settings())
+    run = run_of(given, tmp_path)
     before = weights(run)
     run.learner.parameters[0].register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(DataError, match="step 0: the gradient"):
-        train(ToyStudent0(run), ToyStream(), [ToyReward()], settings(), run)
+        train_on(given, run)
     assert weights(run) == before
 
 
-class ToyStudent0(ToyStudent):
-    """A toy student around the network of a run."""
-
-    def __init__(self, run) -> None:
-        super().__init__()
-        self.network = run.learner.network
-
-
 def test_a_stop_saves_the_step_and_exits_143(tmp_path):
-    student = ToyStudent()
-    run = run_in(tmp_path, settings(), student=student)
-    run.stopping = lambda: run.state.step == 3
+    given = objective(settings())
+    run = run_of(given, tmp_path)
+    run.stop_when(lambda: run.state.step == 3)
     with pytest.raises(SystemExit) as stopped:
-        train(student, ToyStream(), [ToyReward()], settings(), run)
+        train_on(given, run)
     assert stopped.value.code == 143 and read(tmp_path / "checkpoints" / "000003").state.position == 12
 
 
@@ -217,7 +224,7 @@ def test_a_run_that_goes_on_has_the_rows_of_its_checkpoint_whatever_became_of_th
         file.write("4,2,0.1" + (",0" * 17 + "\n" if damage == "a step too many" else ""))
     if damage == "gone":
         (tmp_path / "metrics.csv").unlink()
-    run_in(tmp_path, settings(steps=4), resume=True)
+    run_of(objective(settings(steps=4)), tmp_path, resume=True)
     assert trace(tmp_path) == expected
 
 

@@ -109,6 +109,10 @@ class Checkpoints:
         self.limit = limit
         self.keep: int | None = None
 
+    def never_drop(self, step: int | None) -> None:
+        """The checkpoint of this step outlives its turn; the one that was named before no longer does."""
+        self.keep = step
+
     def save(
         self,
         state: State,

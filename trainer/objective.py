@@ -40,6 +40,12 @@ class Settings:
     parts: tuple[Part, ...] = (Part(),)
     """Weight and unit of each reward that trains."""
 
+    def moment(self, step: int) -> Moment:
+        """A step, counted from 0, before its batch is cut into micro-batches."""
+        train = self.train
+        nfe = train.nfe[step % len(train.nfe)]
+        return Moment(step, nfe, split=step % train.log_gradients_every == 0)
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -48,6 +54,25 @@ class Moment:
     step: int
     nfe: int
     first: int = 0
+    """Place of the micro-batch's first sample in the global batch."""
+    split: bool = False
+    """Whether the gradients of both terms are logged apart, which takes a backward pass for each."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training run is for: a student, the rewards that it climbs, and how; `ranks` share the work."""
+
+    student: Student
+    rewards: Sequence[Reward]
+    settings: Settings
+    ranks: Ranks
+
+    def sample(self, batch: Batch, nfe: int) -> Trajectory:
+        """The student's path from the batch's noise in `nfe` steps, in the ranks' precision, with gradient."""
+        sigmas = self.student.stock_sigmas(nfe)
+        with self.ranks.autocast():
+            return sample(self.student, batch.noise, sigmas, batch.conditioning, self.settings.train.last_k)
 
 
 @dataclass(frozen=True)
@@ -73,16 +98,9 @@ class Losses:
         return Losses(**{f.name: torch.cat([getattr(p, f.name).detach() for p in parts], -1) for f in fields(Losses)})
 
 
-def evaluate(
-    student: Student,
-    rewards: Sequence[Reward],
-    batch: Batch,
-    trajectory: Trajectory,
-    sigmas: Sequence[float],
-    settings: Settings,
-    moment: Moment,
-) -> Losses:
+def evaluate(objective: Objective, batch: Batch, trajectory: Trajectory, moment: Moment) -> Losses:
     """Both losses and the gate of one micro-batch: one decoding; with augmentation, two scorings by each reward."""
+    student, rewards, settings = objective.student, objective.rewards, objective.settings
     train, final_BTC = settings.train, rounded(trajectory.final)
     climbed = [train.reward_weight > 0 and is_differentiable(reward) for reward in rewards]
     with torch.set_grad_enabled(any(climbed)):
@@ -101,7 +119,7 @@ def evaluate(
             seen.append(
                 _estimated(student, reward, bare[-1], final_BTC, batch, train, moment) if estimate else bare[-1]
             )
-    return _losses(seen, bare, batch, shape(batch, trajectory, sigmas, settings), settings)
+    return _losses(seen, bare, batch, shape(batch, trajectory, settings), settings)
 
 
 @torch.no_grad()
@@ -142,9 +160,10 @@ def _losses(
     )
 
 
-def shape(batch: Batch, trajectory: Trajectory, sigmas: Sequence[float], settings: Settings) -> Tensor:
+def shape(batch: Batch, trajectory: Trajectory, settings: Settings) -> Tensor:
     """Shaping loss (N, B) of the student's path against the stored one, row by exact sigma."""
-    rows, space = rows_of(settings.horizons, sigmas), settings.train.shape.space
+    sigmas, space = trajectory.sigmas, settings.train.shape.space
+    rows = rows_of(settings.horizons, sigmas)
     student = compared(space, trajectory.states, trajectory.x0s, sigmas)
     teacher = compared(space, [*batch.x_HBTC[rows]], [*batch.x0_HBTC[rows[:-1]]], sigmas)
     return shape_loss(student, teacher, settings.train.shape.l2, settings.train.shape.cos)
@@ -176,19 +195,18 @@ def refusal(step: int, term: str, keys: Sequence[str]) -> DataError:
     return DataError(f"step {step}: {term} is not finite for {shown}; {way_out}")
 
 
-def gap_spread(student: Student, rewards: Sequence[Reward], batch: Batch, settings: Settings, ranks: Ranks) -> float:
+@torch.no_grad()
+def gap_spread(objective: Objective, batch: Batch) -> float:
     """Standard deviation of R_T - R_S over a batch sampled at each of the student's NFE: `gate.tau: gap`."""
-    gaps = []
-    for nfe in settings.train.grid:
-        with torch.no_grad(), ranks.autocast():
-            trajectory = sample(student, batch.noise, student.stock_sigmas(nfe), batch.conditioning)
-        with torch.no_grad():
-            images_B3HW = student.decode(rounded(trajectory.final))
-        scored = [scored_bare(reward, images_B3HW, batch.prompts) for reward in rewards]
+    parts, gaps = objective.settings.parts, []
+    for nfe in objective.settings.train.grid:
+        images_B3HW = objective.student.decode(rounded(objective.sample(batch, nfe).final))
+        scored = [score(reward, images_B3HW, batch.prompts) for reward in objective.rewards]
         good_B = torch.stack([one.good_B for one in scored]).all(0)
-        r_student_B = total(torch.stack([one.scores_B for one in scored]), settings.parts)
-        gaps.append((total(batch.r_teacher_RB, settings.parts) - r_student_B)[good_B])
-    return spread([gap for found in ranks.gather_objects(torch.cat(gaps).tolist()) for gap in found])
+        r_student_B = total(torch.stack([one.scores_B for one in scored]), parts)
+        gaps.append((total(batch.r_teacher_RB, parts) - r_student_B)[good_B])
+    found = objective.ranks.gather_objects(torch.cat(gaps).tolist())
+    return spread([gap for of_rank in found for gap in of_rank])
 
 
 Value = float | int | None

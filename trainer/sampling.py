@@ -46,11 +46,13 @@ class _Cross(torch.autograd.Function):
 class Trajectory:
     """A student's path: N + 1 states (the noise first) and the N clean latents predicted before each step.
 
-    `bridge` lies before the last k steps; None when the reward's gradient takes all of them.
+    `sigmas`: the N + 1 of the states. `bridge` lies before the last k steps; None when the reward's gradient takes all
+    of them.
     """
 
     states: list[Tensor]
     x0s: list[Tensor]
+    sigmas: Sequence[float]
     bridge: Bridge | None = field(default=None)
 
     @property
@@ -82,7 +84,7 @@ def sample(
         x0s.append(solver.x0_hat(x, v, sigmas[k]))
         x = solver.step(x, v, sigmas[k], sigmas[k + 1])
         states.append(x)
-    return Trajectory(states, x0s, bridge)
+    return Trajectory(states, x0s, sigmas, bridge)
 
 
 def rounded(x_BTC: Tensor) -> Tensor:
