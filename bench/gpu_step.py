@@ -24,6 +24,7 @@ from rats.schemas.train_params import LoraParams, TrainParams
 from rats.trainer.batches import Sample
 from rats.trainer.distributed import Accelerated
 from rats.trainer.loop import one_step
+from rats.trainer.methods import METHODS
 from rats.trainer.objective import Objective, Settings
 
 
@@ -77,7 +78,7 @@ def measure_step(size: Size, nfe: int, device: str, reward: Reward, repeats: int
     half = torch_dtype(size.dtype) if size.dtype != "float32" else None
     settings, ranks = Settings(train, tuple(horizons), tau=1.0), Accelerated(device, half)
     stream, clock = Stream(student, len(horizons)), Clock()
-    objective = Objective(student, [reward], settings, ranks)
+    objective = Objective(student, [reward], settings, ranks, METHODS["rats"])
     watched = replace(objective, student=_clocked(student, clock), rewards=[_clocked_reward(reward, clock)])
     with tempfile.TemporaryDirectory() as folder:
         run = fresh_run(objective, Path(folder))

@@ -22,6 +22,7 @@ from rats.stages.train_source import Source, open_source, read_settings
 from rats.trainer.checkpoint import Identity, State
 from rats.trainer.distributed import Ranks
 from rats.trainer.loop import one_step
+from rats.trainer.methods import METHODS
 from rats.trainer.objective import Objective
 from rats.trainer.optim import Learner
 from rats.trainer.run import Live, Run, nobody, open_run
@@ -59,7 +60,7 @@ def opened(path: Path, shards: Path, overrides: Sequence[str]) -> Iterator[Bench
     chosen, ranks = params.train, OneRank(params.compute.device)
     source = open_source(params, chosen, shards)
     student, rewards = open_trainable(params, chosen, ranks), open_rewards(params, chosen, ranks)
-    objective = Objective(student, rewards, read_settings(chosen, source), ranks)
+    objective = Objective(student, rewards, read_settings(chosen, source), ranks, METHODS["rats"])
 
     def follower(learner: Learner) -> Live | None:
         return open_follower(params, chosen, student, learner, source, rewards, student.decode)

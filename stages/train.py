@@ -42,8 +42,10 @@ from rats.trainer.batches import collate
 from rats.trainer.checkpoint import Identity
 from rats.trainer.distributed import Accelerated, Ranks
 from rats.trainer.loop import train
+from rats.trainer.methods import METHODS
+from rats.trainer.methods.rats import gap_spread
 from rats.trainer.metrics import Row
-from rats.trainer.objective import Objective, Settings, gap_spread
+from rats.trainer.objective import Objective, Settings
 from rats.trainer.optim import Learner
 from rats.trainer.randomness import seed_all
 from rats.trainer.run import Live, Run, checkpoints_in, open_run
@@ -77,7 +79,7 @@ def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: 
     identity = Identity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
     saved = belonging(saved, identity, resume)
     student, rewards = open_trainable(params, chosen, ranks), open_rewards(params, chosen, ranks)
-    objective, witness = Objective(student, rewards, settings, ranks), Witness()
+    objective, witness = Objective(student, rewards, settings, ranks, METHODS["rats"]), Witness()
     watched = WatchedStudent(student, witness)
 
     def follower(learner: Learner) -> Live | None:

@@ -12,19 +12,22 @@ from rats.stages.init import dvc_yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGES = {"pipeline", "schemas", "stages", "trainer"}
+LAYERS = {"pipeline", "schemas", "stages", "trainer"}
+PACKAGES = LAYERS | {"trainer/methods"}
 
 
 def test_the_package_list_is_the_folders_on_disk():
     setuptools = PROJECT["tool"]["setuptools"]
-    assert set(setuptools["packages"]) == {f"rats.{name}" for name in PACKAGES}
-    assert setuptools["package-dir"] == {f"rats.{name}": name for name in PACKAGES}
-    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "mini"} == PACKAGES
+    folders = {f"rats.{name.replace('/', '.')}": name for name in PACKAGES}
+    assert set(setuptools["packages"]) == set(folders)
+    assert setuptools["package-dir"] == folders
+    found = [path.parent for layer in LAYERS for path in (ROOT / layer).rglob("__init__.py")]
+    assert {path.relative_to(ROOT).as_posix() for path in found} == PACKAGES
 
 
-def test_the_four_packages_are_flat():
+def test_the_four_packages_are_flat_but_for_the_methods():
     below = [path for name in PACKAGES for path in (ROOT / name).iterdir() if path.is_dir()]
-    assert {path.name for path in below} <= {"__pycache__"}
+    assert {path.name for path in below} - {"__pycache__"} == {"methods"}
 
 
 def test_every_file_that_is_not_python_is_packaged():

@@ -18,7 +18,7 @@ from rats.trainer import randomness
 from rats.trainer.batches import collate
 from rats.trainer.checkpoint import read
 from rats.trainer.loop import train
-from rats.trainer.objective import gap_spread
+from rats.trainer.methods.rats import gap_spread
 from tests.toy import ToyReward, ToyStream, ToyStudent, objective, run_of, settings, train_in, train_on
 
 

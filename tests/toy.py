@@ -17,7 +17,8 @@ from rats.trainer.batches import Sample
 from rats.trainer.checkpoint import Identity
 from rats.trainer.distributed import Ranks
 from rats.trainer.loop import train
-from rats.trainer.objective import Objective, Settings
+from rats.trainer.methods import rats
+from rats.trainer.objective import Method, Objective, Settings
 from rats.trainer.optim import Learner
 from rats.trainer.run import Live, Run, checkpoints_in, nobody, open_run
 
@@ -118,10 +119,14 @@ def settings(**changes: object) -> Settings:
 
 
 def objective(
-    chosen: Settings, student: ToyStudent | None = None, reward: ToyReward | None = None, ranks: Ranks | None = None
+    chosen: Settings,
+    student: ToyStudent | None = None,
+    reward: ToyReward | None = None,
+    ranks: Ranks | None = None,
+    method: Method = rats.losses,
 ) -> Objective:
     """A toy student, a toy reward and these settings."""
-    return Objective(student or ToyStudent(), [reward or ToyReward()], chosen, ranks or Ranks())
+    return Objective(student or ToyStudent(), [reward or ToyReward()], chosen, ranks or Ranks(), method)
 
 
 def run_of(

@@ -11,7 +11,7 @@ from torch import Tensor
 from rats.pipeline.protocols import Conditioning, Student
 from rats.trainer.batches import Sample, SampleStream, collate
 from rats.trainer.checkpoint import State
-from rats.trainer.objective import Losses, Moment, Objective, check, evaluate, refusal, row_of, terms
+from rats.trainer.objective import Losses, Moment, Objective, check, refusal, row_of, terms
 from rats.trainer.optim import rate
 from rats.trainer.run import Run
 
@@ -65,9 +65,9 @@ def train(objective: Objective, stream: SampleStream, run: Run) -> State:
 
 
 def one_step(objective: Objective, stream: SampleStream, run: Run) -> None:
-    """One update: L = L_reward + alpha g L_shape over a batch, in micro-batches, on all ranks."""
+    """One update by the method's loss over a batch, in micro-batches, on all ranks."""
     started, step = time.perf_counter(), run.state.step
-    settings, moment = objective.settings, objective.settings.moment(step)
+    train, moment = objective.settings.train, objective.settings.moment(step)
     samples = stream.take()
     losses = accumulate(objective, samples, run, moment).gathered(run.ranks)
     norms = {}
@@ -77,9 +77,9 @@ def one_step(objective: Objective, stream: SampleStream, run: Run) -> None:
         if run.live is not None:
             run.live.follow(run.learner)
     run.learner.forget()
-    row = row_of(losses, norms, settings, settings.train.alpha_at(moment.nfe, step))
+    row = row_of(losses, norms)
     row |= {"step": step, "nfe": moment.nfe, "position": stream.position}
-    row |= {"lr": rate(settings.train.lr, settings.train.warmup, step), "teacher_age": run.teacher_age}
+    row |= {"lr": rate(train.lr, train.warmup, step), "teacher_age": run.teacher_age}
     row |= {"seconds": time.perf_counter() - started}
     gates = losses.gate_B[losses.good_B].tolist()
     run.advance(row, gates, len(losses.good_B) - len(gates), stream.position)
@@ -106,13 +106,12 @@ def _in_micro_batches(objective: Objective, samples: Sequence[Sample], run: Run,
 
 
 def micro_step(objective: Objective, samples: Sequence[Sample], run: Run, moment: Moment) -> Losses:
-    """Sample, decode, score, compare with the teacher, and add the gradients."""
-    train, batch = objective.settings.train, collate(samples, run.ranks.device)
+    """Ask the method for its losses, and add their gradients."""
+    batch = collate(samples, run.ranks.device)
     if run.live is not None:
         batch = run.live.trace(batch)
-    trajectory = objective.sample(batch, moment.nfe)
-    losses = evaluate(objective, batch, trajectory, moment)
-    check(losses, batch.keys, moment.step)
-    alpha = train.alpha_at(moment.nfe, moment.step)
-    run.learner.accumulate(*terms(losses, train, alpha), split=moment.split, bridge=trajectory.bridge)
+    losses = objective.method(objective, batch, moment)
+    check(losses, batch, moment.step)
+    loss_reward, loss_shape = terms(losses, objective.settings.train)
+    run.learner.accumulate(loss_reward, loss_shape, moment.split, losses.bridge)
     return losses
