@@ -113,23 +113,8 @@ def test_a_step_runs_the_students_n_evaluations_and_scores_no_teacher_sample(tmp
     assert not decoded & {digest(picture) for pictures in reward.seen for picture in pictures}
 
 
-def test_the_witness_sees_a_teacher_forward():
-    witness, teacher, student = Witness(), ToyStudent(seed=7), ToyStudent()
-    with witness.watching(student.network):
-        teacher.velocity(torch.zeros(1, 3, 4), 1.0, {"c": torch.zeros(1, 4)})
-    assert (witness.teacher_forwards, witness.student_forwards) == (1, 0)
-
-
 def digest(picture: torch.Tensor) -> str:
     return blake3(picture.numpy().tobytes()).hexdigest()
-
-
-def test_the_witness_sees_a_teacher_sample_that_is_scored():
-    witness = Witness()
-    student, stream = WatchedStudent(ToyStudent(), witness), WatchedStream(ToyStream(), witness)
-    sample = stream.take()[0]
-    student.decode(torch.stack([sample.x_HTC[-1].float(), sample.x_HTC[0].float()]))
-    assert witness.teacher_reward_calls == 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
