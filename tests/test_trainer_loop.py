@@ -14,7 +14,6 @@ from rats.schemas.errors import DataError
 from rats.trainer.checkpoint import Checkpoints, State, read
 from rats.trainer.loop import train
 from rats.trainer.metrics import CsvLog
-from rats.trainer.optim import rate
 from rats.trainer.witness import WatchedStream, WatchedStudent, Witness
 from tests.toy import (
     IDENTITY,
@@ -219,11 +218,6 @@ def test_metrics_never_write_through_a_hardlink_into_a_cache(tmp_path):
     before = (tmp_path / "cached.csv").read_bytes()
     CsvLog(tmp_path / "metrics.csv", ["step"], before).append({"step": 1})
     assert (tmp_path / "cached.csv").read_bytes() == before
-
-
-def test_the_learning_rate_warms_up_linearly_and_stays():
-    assert [rate(1.0, 4, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert rate(1.0, 0, 0) == 1.0
 
 
 def test_the_average_of_the_weights_is_what_is_saved_for_the_student(tmp_path):

@@ -12,7 +12,6 @@ from rats.pipeline.protocols import Conditioning, Student
 from rats.trainer.batches import Sample, SampleStream, collate
 from rats.trainer.checkpoint import State
 from rats.trainer.objective import Losses, Moment, Objective, check, refusal, row_of, terms
-from rats.trainer.optim import rate
 from rats.trainer.run import Run
 
 
@@ -67,7 +66,7 @@ def train(objective: Objective, stream: SampleStream, run: Run) -> State:
 def one_step(objective: Objective, stream: SampleStream, run: Run) -> None:
     """One update by the method's loss over a batch, in micro-batches, on all ranks."""
     started, step = time.perf_counter(), run.state.step
-    train, moment = objective.settings.train, objective.settings.moment(step)
+    moment = objective.settings.moment(step)
     samples = stream.take()
     losses = accumulate(objective, samples, run, moment).gathered(run.ranks)
     norms = {}
@@ -79,7 +78,7 @@ def one_step(objective: Objective, stream: SampleStream, run: Run) -> None:
     run.learner.forget()
     row = row_of(losses, norms)
     row |= {"step": step, "nfe": moment.nfe, "position": stream.position}
-    row |= {"lr": rate(train.lr, train.warmup, step), "teacher_age": run.teacher_age}
+    row |= {"lr": run.learner.schedule.at(step), "teacher_age": run.teacher_age}
     row |= {"seconds": time.perf_counter() - started}
     gates = losses.gate_B[losses.good_B].tolist()
     run.advance(row, gates, len(losses.good_B) - len(gates), stream.position)

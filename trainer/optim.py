@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,28 @@ from rats.trainer.sampling import Bridge
 NonFinite = Callable[[str], Exception]
 
 
-def rate(lr: float, warmup: int, step: int) -> float:
-    """Learning rate of a step (from 0): linear over the first `warmup` steps, then constant."""
-    return lr * min(1.0, (step + 1) / warmup) if warmup else lr
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each step: linear over the first `warmup` steps, then constant.
+
+    It sees its own fields and the step, nothing else. Each is a field of `params.train` that is in the settings' hash,
+    as a test holds: a rate that hung on `train.steps`, which is not, would change when a run is made longer, and the
+    run that goes on would not be told. A schedule that needs a length gets a field for it.
+    """
+
+    lr: float
+    warmup: int
+
+    @classmethod
+    def of(cls, settings: TrainParams) -> Schedule:
+        """Each field by its name."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+    def at(self, step: int) -> float:
+        """The rate of a step, counted from 0."""
+        if step >= self.warmup:
+            return self.lr
+        return self.lr * ((step + 1) / self.warmup)
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
@@ -33,6 +53,7 @@ class Learner:
         """Trains all of `network`'s parameters that ask for a gradient; `ranks` may shard them in place."""
         self.network = network
         self.settings = settings
+        self.schedule = Schedule.of(settings)
         self.ranks = ranks or Ranks()
         self.ranks.shard(network)
         self.named = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -84,7 +105,7 @@ class Learner:
                 raise refuse(f"the gradient ({term})")
         torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, torch.tensor(norms["total"]))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.settings.lr, self.settings.warmup, step)
+            group["lr"] = self.schedule.at(step)
         self.optimizer.step()
         self._follow()
         return norms
