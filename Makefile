@@ -11,8 +11,9 @@ REWARDS_PYTHON := $(abspath $(REWARDS_VENV))/bin/python
 BIN := $(abspath $(VENV))/bin
 RUN := PATH="$(BIN):$$PATH"
 PACKAGES := pipeline schemas stages trainer
-OLDER_CORE := tests/test_rewards.py tests/test_registry.py tests/test_pixels.py tests/test_aesthetic.py \
-	tests/test_flux.py tests/test_lora.py tests/test_export.py tests/test_golden.py tests/test_sd3.py
+OLDER_CORE := $(addprefix tests/pipeline/,rewards/test_rewards.py rewards/test_open.py rewards/test_preprocess.py \
+	rewards/test_aesthetic.py families/test_flux.py families/test_sd3.py weights/test_lora.py) \
+	tests/stages/export/test_export.py tests/stages/rollout/test_golden.py
 
 .PHONY: repro test test-rewards lint install clean
 
@@ -35,7 +36,7 @@ test: install
 # the packages' own numbers, then the core on the transformers and diffusers that they pin
 test-rewards: $(REWARDS_VENV)/.installed
 	$(REWARDS_PYTHON) -m pytest tests/rewards
-	$(REWARDS_PYTHON) -m pytest -p rats.pipeline -o addopts= -W default -m "not slow and not gpu" $(OLDER_CORE)
+	$(REWARDS_PYTHON) -m pytest -p tests.support.torchvision_guard -o addopts= -W default -m "not slow and not gpu" $(OLDER_CORE)
 
 $(REWARDS_VENV)/.installed: pyproject.toml constraints-rewards.txt
 	$(PYTHON) -m venv $(REWARDS_VENV)

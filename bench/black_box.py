@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rats.schemas.params import Params, load_params
-from rats.stages.evaluate import evaluate_stage
-from rats.stages.rollout import rollout_stage
-from rats.stages.score import score_stage
+from rats.stages.evaluate.evaluate import evaluate_stage
+from rats.stages.measure.bootstrap import paired
+from rats.stages.rollout.rollout import rollout_stage
+from rats.stages.rollout.score import score_stage
 from rats.stages.serve import RewardServer, open_callable
-from rats.stages.statistics import paired
-from rats.stages.train import train_stage
-from rats.stages.where import Where
+from rats.stages.train.train import train_stage
+from rats.stages.workers.target import Where
 
 NAME = "jpeg"
 QUALITY = 95

@@ -30,10 +30,10 @@ from torch import Tensor
 from bench.gpu_models import FULL, TINY, Size, open_random, open_random_hpsv2, random_conditioning
 from bench.gpu_step import measure_step
 from bench.harness import timed
-from rats.pipeline.loading import torch_dtype
 from rats.pipeline.solver import euler
+from rats.pipeline.weights.loading import torch_dtype
 from rats.schemas.params import ComputeParams
-from rats.stages.devices import devices, driver
+from rats.stages.doctor.devices import devices, driver
 
 Cell = dict[str, Any]
 ROLLOUT_HEADING = (

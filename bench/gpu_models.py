@@ -21,16 +21,16 @@ from transformers import CLIPConfig, CLIPModel
 
 from mini.formats import open_clip_state
 from mini.tokenizers import clip_tokenizer, save_clip
-from rats.pipeline.costs import conditioning_shapes, evaluation_flops
-from rats.pipeline.flux import Flux
-from rats.pipeline.hpsv2 import VIT_H_14, HPSv2, clip_config
-from rats.pipeline.loading import quiet_notices, torch_dtype
-from rats.pipeline.lora import add_lora
-from rats.pipeline.models import FamilyStudent, FamilyTeacher
-from rats.pipeline.opening import apply_kernels
+from rats.pipeline.families.flux import Flux
+from rats.pipeline.families.models import FamilyStudent, FamilyTeacher
+from rats.pipeline.families.open import apply_kernels
 from rats.pipeline.protocols import Conditioning
+from rats.pipeline.rewards.hpsv2 import VIT_H_14, HPSv2, clip_config
+from rats.pipeline.weights.loading import quiet_notices, torch_dtype
+from rats.pipeline.weights.lora import add_lora
 from rats.schemas.params import ComputeParams, TeacherParams
 from rats.schemas.train_params import TrainParams
+from rats.stages.plan.flops import conditioning_shapes, evaluation_flops
 
 PROMPT = "a small weathered lighthouse"
 SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
@@ -108,7 +108,7 @@ def open_random(size: Size, pixels: int, compute: ComputeParams) -> tuple[Family
 
 
 def open_random_student(size: Size, train: TrainParams, compute: ComputeParams) -> FamilyStudent:
-    """What `stages.train.open_trainable` gives, with random weights: adapters in float32 on a frozen network."""
+    """What `stages.train.train.open_trainable` gives, with random weights: adapters in float32 on a frozen network."""
     student, _ = open_random(size, size.pixels[0], compute)
     if train.lora is not None:
         add_lora(student.network, train.lora, student.family.lora_targets, train.seed)

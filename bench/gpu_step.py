@@ -15,13 +15,13 @@ import torch
 
 from bench.gpu_models import PROMPT, Size, open_random_student, random_conditioning
 from bench.harness import UNSPLIT_EVERY, fresh_run, timed
-from rats.pipeline.loading import torch_dtype
-from rats.pipeline.models import FamilyStudent
+from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.protocols import Reward
+from rats.pipeline.weights.loading import torch_dtype
 from rats.schemas.horizons import aligned
 from rats.schemas.params import ComputeParams
 from rats.schemas.train_params import LoraParams, TrainParams
-from rats.trainer.batches import Sample
+from rats.trainer.data import Sample
 from rats.trainer.distributed import Accelerated
 from rats.trainer.loop import one_step
 from rats.trainer.methods import METHODS

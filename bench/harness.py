@@ -14,19 +14,19 @@ from pathlib import Path
 
 import torch
 
-from rats.pipeline.models import FamilyStudent
+from rats.pipeline.families.models import FamilyStudent
 from rats.schemas.params import Params, load_params
-from rats.stages.generations import open_follower
-from rats.stages.train import open_rewards, open_trainable
-from rats.stages.train_source import Source, open_source, read_settings
+from rats.stages.train.generations import open_follower
+from rats.stages.train.source import Source, open_source, read_settings
+from rats.stages.train.train import open_rewards, open_trainable
 from rats.trainer.checkpoint import Identity, State
+from rats.trainer.data import StoredSamples
 from rats.trainer.distributed import Ranks
 from rats.trainer.loop import one_step
 from rats.trainer.methods import METHODS
 from rats.trainer.objective import Objective
 from rats.trainer.optim import Learner
 from rats.trainer.run import Live, Run, nobody, open_run
-from rats.trainer.stored import StoredSamples
 
 UNSPLIT_EVERY = 1_000_000
 UNSPLIT = f"train.log_gradients_every={UNSPLIT_EVERY}"

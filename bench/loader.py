@@ -20,10 +20,10 @@ from safetensors.torch import load
 
 from bench.rollout import where
 from bench.store import Rats, make_arrays, timed
-from rats.pipeline.embeddings import write_embedding
-from rats.pipeline.store import ShardSet
-from rats.pipeline.writer import LATENTS
-from rats.trainer.stored import StoredSamples
+from rats.pipeline.store.embeddings import write_embedding
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.shards import LATENTS
+from rats.trainer.data import StoredSamples
 
 NFE, CHANNELS, TOKENS = (3,), 64, 3511
 """Four states and three predictions a sample: at 3511 tokens of 64 channels 3.00 MiB."""

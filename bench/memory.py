@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from bench.harness import UNSPLIT, opened, where
-from rats.pipeline.opening import open_text
+from rats.pipeline.families.open import open_text
 from rats.schemas.params import load_params
-from rats.stages.plan_memory import train_memory
+from rats.stages.plan.memory import train_memory
 
 LORA = "train.lora={rank: 32}"
 LIVE = "train.teacher.mode=live-ema"

@@ -1,7 +1,7 @@
 """Stage one against a bare diffusers loop: `python -m bench.rollout`.
 
 The same weights, prompts, batch, steps and threads, in one process, by turns. Ours is what a worker does with one
-shard (`stages.rollout_worker.do_task`, no rewards): encode the prompts, sample, keep and check the horizons, hash,
+shard (`stages.rollout.worker.do_task`, no rewards): encode the prompts, sample, keep and check the horizons, hash,
 write, fsync and read back. Theirs is `FluxPipeline(..., output_type="latent")`, whose result is thrown away.
 """
 
@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rats.pipeline.flux import FluxPipeline
-from rats.pipeline.loading import quiet_loading
+from rats.pipeline.families.flux import FluxPipeline
 from rats.pipeline.prompts import planned, read_prompts
-from rats.pipeline.store import ShardSet
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.weights.loading import quiet_loading
 from rats.schemas.manifest import ShardPlan
 from rats.schemas.params import Params, load_params
-from rats.stages.rollout import read_recipe
-from rats.stages.rollout_worker import Setup, Task, do_task
+from rats.stages.rollout.rollout import read_recipe
+from rats.stages.rollout.worker import Setup, Task, do_task
 
 
 def bare(params: Params) -> Callable[[ShardPlan], None]:

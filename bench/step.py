@@ -22,13 +22,13 @@ import torch
 
 from bench.harness import Bench, Cost, opened, timed, where
 from bench.memory import LIVE, peak
-from rats.pipeline.pixels import Draws, augment
-from rats.pipeline.store import ShardSet
+from rats.pipeline.store.scores import record_reward
+from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.manifest import PlannedSample
-from rats.stages.plan import evaluations_per_sample
-from rats.stages.rollout import read_recipe
-from rats.stages.rollout_worker import Setup, Task, do_task
-from rats.stages.score_checks import column_hashes
+from rats.stages.rollout.columns import column_hashes
+from rats.stages.rollout.rollout import read_recipe
+from rats.stages.rollout.worker import Setup, Task, do_task
+from rats.trainer.augment import Draws, augment
 from rats.trainer.randomness import generator
 from rats.trainer.sampling import rounded
 
@@ -50,7 +50,7 @@ def compare(params: Path, shards: Path, overrides: Sequence[str], nfe: int, roun
             sides.append(
                 [astuple(timed(lambda: pictures(stored, True))), astuple(timed(lambda: pictures(live, False)))]
             )
-        evaluations = evaluations_per_sample(live.params)
+        evaluations = live.params.teacher.evaluations
     # rounds x (stored, live) x (wall, cpu)
     steps, aside = np.array(pairs[1:]), np.array(sides[1:])
     networks = steps - np.stack([aside[:, 0], aside.sum(1)], 1)
@@ -96,7 +96,7 @@ def rollout_cost(params: Path, shards: Path, overrides: Sequence[str], tasks: in
         rows = bench.source.shards.index(bench.source.snapshot)
         size = bench.params.store.shard_samples
         wanted = [PlannedSample(**row.model_dump(include=fields)) for row in rows[: (tasks + 1) * size]]
-        columns = {n: made.record_reward(n, parts) for n, parts in column_hashes(bench.params, vae).items()}
+        columns = {n: record_reward(made, n, parts) for n, parts in column_hashes(bench.params, vae).items()}
         context, costs = Setup(bench.params, made.root)(), []
         for plan in made.plan(wanted, size):
             task = Task(shard=plan.shard, plan=plan, columns=columns)

@@ -23,16 +23,15 @@ import webdataset
 from safetensors.numpy import load, save
 
 from bench.rollout import where
-from rats.pipeline.order import row_at
 from rats.pipeline.prompts import Prompt, planned
-from rats.pipeline.reader import read_sample, verify_shard
-from rats.pipeline.store import ShardSet
-from rats.pipeline.writer import LATENTS, write_shard
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.shards import LATENTS, read_sample, verify_shard, write_shard
 from rats.schemas.canonical import canonical_json
 from rats.schemas.horizons import snap, union
 from rats.schemas.manifest import ShardPlan
 from rats.schemas.params import Params
 from rats.schemas.recipe import make_recipe
+from rats.trainer.data import row_at
 
 SIZES = {"flux-512": ((3,), 1024, 64), "miniature": ((3, 5, 8), 16, 64)}
 """By name: the student grids whose horizons are kept, latent tokens, channels."""

@@ -16,8 +16,8 @@ from mini import formats, prompts, rewards, samples
 from mini.concepts import CONCEPTS, STYLES
 from mini.scorers import TEXT_LENGTH, BlipScorer, ClipScorer, clip_config
 from mini.tokenizers import bert_tokenizer, clip_tokenizer
-from rats.pipeline.judge import Judge
-from rats.stages.quality import write_real
+from rats.stages.measure.judge import Judge
+from rats.stages.measure.kid import write_real
 
 
 @dataclass(frozen=True)

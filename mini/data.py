@@ -1,6 +1,6 @@
 """Drawings and prompts: emoji by three designers, with unprompted variety.
 
-The sources are npm packages (licences in assets/NOTICE): `npm pack` fetches them once into a cache.
+The sources are npm packages (licences in NOTICE): `npm pack` fetches them once into a cache.
 Every picture is a function of (drawing, variant index), so that two builds see the same pixels.
 """
 

@@ -29,7 +29,7 @@ MLP_POSITIONS = (0, 2, 4, 6, 7)
 
 
 def open_clip_state(model: CLIPModel) -> dict[str, Tensor]:
-    """The model's tensors under open_clip's names: `rats.pipeline.hpsv2.convert`, the other way round."""
+    """The model's tensors under open_clip's names: `rats.pipeline.rewards.hpsv2.convert`, the other way round."""
     state, theirs = model.state_dict(), {}
     depths = {"vision_model": model.config.vision_config, "text_model": model.config.text_config}
     for ours, tower in (("vision_model", "visual."), ("text_model", "")):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from rats.stages.pictures import Column, load_pictures
+from rats.stages.measure.pictures import Column, load_pictures
 
 ROWS = (("teacher", 50, ""), ("base_guided", 3, ""), ("base_unguided", 3, ""), ("student", 3, "rats"))
 NAMES = {"teacher": "teacher", "base_guided": "base, guided", "base_unguided": "base", "student": "student"}

@@ -12,9 +12,9 @@ from mini.concepts import CONCEPTS, STYLES
 from mini.prompts import named, styled
 from mini.teacher import MAX_LENGTH
 from rats.pipeline import solver
-from rats.pipeline.models import FamilyTeacher
+from rats.pipeline.families.models import FamilyTeacher
+from rats.pipeline.families.open import open_teacher
 from rats.pipeline.noise import noise
-from rats.pipeline.opening import open_teacher
 from rats.schemas.identity import prompt_id
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
 

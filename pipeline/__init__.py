@@ -1,5 +1,1 @@
-"""The blocks a sample passes through, one file each: model families, rewards, solver, store."""
-
-from rats.pipeline.torchvision_guard import mend_torchvision
-
-mend_torchvision()
+"""What a sample meets: prompts, noise, solver, and a folder each for families, rewards, weights, store and files."""

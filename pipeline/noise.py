@@ -1,4 +1,7 @@
-"""The noise of a sample: a function of (root seed, prompt id, noise index) and of nothing else."""
+"""The noise of a sample: a function of (root seed, prompt id, noise index) and of nothing else.
+
+See docs/design.md#identity-of-a-sample.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The Euler solver of flow matching on pure tensors: sigma in [0, 1], 1 = noise, v = eps - x0.
 
-It knows no model: `velocity` may be a network, a guided pair of networks or a formula in a test.
-When a change here moves latents, `schemas.recipe.SOLVER_VERSION` is raised: tests/test_golden.py says when.
+State and velocity are docs/design.md, equations 1 and 2. The solver knows no model: `velocity` may be a network,
+a guided pair of networks or a formula in a test.
+When a change here moves latents, `schemas.recipe.SOLVER_VERSION` is raised; tests/stages/rollout/test_golden.py tells.
 """
 
 from __future__ import annotations
@@ -14,17 +15,20 @@ Velocity = Callable[[Tensor, float], Tensor]
 
 
 def step(x: Tensor, v: Tensor, sigma: float, sigma_next: float) -> Tensor:
-    """State at `sigma_next`: x' = x + (sigma' - sigma) v (DESIGN.md section 1). Shapes of `x` and `v` agree."""
+    """State at `sigma_next`: x' = x + (sigma' - sigma) v (docs/design.md, equation 3), of the shape of `x` and `v`."""
     return x + (sigma_next - sigma) * v
 
 
 def x0_hat(x: Tensor, v: Tensor, sigma: float) -> Tensor:
-    """Predicted clean latent x - sigma v, of the shape of `x`."""
+    """Predicted clean latent x - sigma v, of the shape of `x` (docs/design.md, equation 4)."""
     return x - sigma * v
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance, uncond + scale (cond - uncond), in FluxPipeline's order of operations."""
+    """Classifier-free guidance, uncond + scale (cond - uncond), in FluxPipeline's order of operations.
+
+    docs/design.md, equation 5.
+    """
     return uncond + scale * (cond - uncond)
 
 

@@ -1,4 +1,4 @@
-"""Errors that a user can act on, each with the exit code of DESIGN.md section 4."""
+"""Errors that a user can act on, each with its exit code (docs/design.md#exit-codes)."""
 
 from __future__ import annotations
 

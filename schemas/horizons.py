@@ -1,4 +1,7 @@
-"""Sigma-aligned horizons: the teacher's grid takes over the students' sigmas, so that alignment is exact."""
+"""Sigma-aligned horizons: the teacher's grid takes over the students' sigmas, so that alignment is exact.
+
+The paper is arXiv 2604.14910; see docs/design.md#sigma-aligned-horizons.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def snap(teacher: Sequence[float], students: Sequence[Sequence[float]]) -> list[
     """The teacher's grid with each student sigma in place of the nearest of its own; length and ends stay.
 
     Where two student sigmas are nearest to one slot, one takes the neighbour: the total shift is the least
-    of all assignments in order, which is also why the result falls strictly.
+    of all assignments in order (docs/design.md, equation 6), which is also why the result falls strictly.
 
     Raises:
         ConfigError: a grid that does not fall strictly from 1.0 to 0.0, or more student sigmas than slots.

@@ -1,4 +1,7 @@
-"""Who a sample is: the normalised prompt and a noise index, and nothing about how it was made."""
+"""Who a sample is: the normalised prompt and a noise index, and nothing about how it was made.
+
+See docs/design.md#identity-of-a-sample.
+"""
 
 from __future__ import annotations
 

@@ -77,6 +77,11 @@ class PromptParams(Block):
     test: Prompts | None = None
 
 
+def evaluations_per_step(true_cfg_scale: float) -> int:
+    """Classifier-free guidance evaluates the network twice a step: with the prompt and against the negative one."""
+    return 2 if true_cfg_scale > 1 else 1
+
+
 class TeacherParams(Block):
     """How the teacher samples. `nfe`: the student grids whose sigmas are snapped into its own.
 
@@ -98,6 +103,11 @@ class TeacherParams(Block):
     scored_frames: Positive = 4
     noises_per_prompt: Positive = 1
     seed: int = 0
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one teacher sample."""
+        return self.steps * evaluations_per_step(self.true_cfg_scale)
 
     @property
     def seen_frames(self) -> int:

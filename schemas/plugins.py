@@ -12,7 +12,7 @@ from typing import Any
 from rats.schemas.errors import ConfigError, nearest
 
 FAMILIES, REWARDS, OFFICIAL = "rats.families", "rats.rewards", "rats.rewards.official"
-"""Entry-point groups: a name stands for a class (`pipeline.family.Family`, `pipeline.protocols.RewardAdapter`).
+"""Entry-point groups: a name stands for a class (`pipeline.families.base.Family`, `pipeline.protocols.RewardAdapter`).
 
 The last one has, under the same names, the rewards that run in a package of their own (`backend: official`).
 """

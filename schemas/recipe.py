@@ -1,21 +1,25 @@
 """The recipe: everything that decides a sample's bytes. Its hash is the shard set's address.
 
 Every field of `params.yaml` is on one of two lists below; a test flips each and proves which.
+See docs/design.md#the-recipe.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from rats.schemas.canonical import canonical_json, sha256
 from rats.schemas.manifest import FORMAT_VERSION, Record
-from rats.schemas.params import Params, Positive
+from rats.schemas.params import Params, Positive, evaluations_per_step
 
 SOLVER_VERSION = 1
-"""Raised when the golden-latents test (tests/test_golden.py) says that the same recipe gives other latents."""
+"""Raised when the golden-latents test (tests/stages/rollout) says that the same recipe gives other latents."""
+
+LATENT_DTYPE: Final = "float16"
+"""How states and predictions are stored. At equal size its rounding is 8 times finer than bfloat16's."""
 
 IN_RECIPE = (
     "model.family",
@@ -97,9 +101,14 @@ class Recipe(Record):
     width: int
     frames: int = 1
     dtype: str
-    latent_dtype: Literal["float16"] = "float16"
+    latent_dtype: Literal["float16"] = LATENT_DTYPE
     seed: int
     compute: ComputeRecipe
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations of one sample."""
+        return (len(self.sigmas) - 1) * evaluations_per_step(self.true_cfg_scale)
 
     @model_serializer(mode="wrap")
     def _without_one_frame(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from rats.schemas.blocks import Block, NonNegative, Positive
 
 
 class GateParams(Block):
-    """The gate of DESIGN.md section 1.
+    """The gate (docs/design.md#gate).
 
     `tau`: a number in the reward's units; null, the spread of R_T in the shards; "gap", the spread of R_T - R_S of the
     untrained student. `teacher_reward`: R_T of the sample itself, or the mean over its prompt's noises.

@@ -1,1 +1,1 @@
-"""Which blocks, in which order, run where; the command line."""
+"""What one types: a folder for each verb of the command line."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +15,17 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rats.pipeline.atomic import atomic_write
-from rats.pipeline.loading import quiet_imports, quiet_loading, torch_device, torch_dtype
-from rats.pipeline.lora import is_lora, load_lora
-from rats.pipeline.opening import family_class, open_scheduler
-from rats.pipeline.weights import PIPELINE_PATTERNS, network_folder, resolve
+from rats.pipeline.families.open import family_class, open_scheduler
+from rats.pipeline.files.atomic import atomic_write
+from rats.pipeline.weights.hashes import network_folder
+from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
+from rats.pipeline.weights.loading import quiet_imports, quiet_loading, torch_device, torch_dtype
+from rats.pipeline.weights.lora import is_lora, load_lora
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
 from rats.schemas.params import Params
-from rats.stages.runs import pipeline_call, read_record, student_folder
+from rats.stages.measure.pictures import encode, grid
+from rats.stages.train.record import pipeline_call, read_record, student_folder
 
 with quiet_imports():  # they ask for torchvision, which we do without
     from diffusers import AutoModel, DiffusionPipeline
@@ -115,16 +116,6 @@ def draw(pipeline: Any, params: Params, prompt: str, nfe: int, seed: int, count:
     return drawn.frames if is_video else [[picture] for picture in drawn.images]
 
 
-def grid(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One picture as it is; several in rows of nearly a square."""
-    width, height = pictures[0].size
-    columns = math.ceil(math.sqrt(len(pictures)))
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    return sheet
-
-
 def encode_videos(videos: Sequence[Sequence[Image.Image]], suffix: str, shown: int) -> bytes:
     """The file's bytes: all videos moving in a grid, or a strip of `shown` frames a video, one below the other."""
     if suffix not in ANIMATED:
@@ -137,13 +128,6 @@ def encode_videos(videos: Sequence[Sequence[Image.Image]], suffix: str, shown: i
     first, *others = [grid(at_once) for at_once in zip(*videos, strict=True)]
     buffer = io.BytesIO()
     first.save(buffer, suffix[1:].upper(), save_all=True, append_images=others, duration=FRAME_MS, loop=0)
-    return buffer.getvalue()
-
-
-def encode(picture: Image.Image, suffix: str) -> bytes:
-    """The file's bytes."""
-    buffer = io.BytesIO()
-    picture.save(buffer, {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(suffix, "PNG"))
     return buffer.getvalue()
 
 

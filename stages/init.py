@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from rats.pipeline.atomic import atomic_write
+from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.prompts import Prompt, read_prompts
-from rats.pipeline.weights import read_json
+from rats.pipeline.weights.hashes import read_json
 from rats.schemas.errors import CannotCreateError, ConfigError
 from rats.schemas.params import Params, PromptSource, TeacherParams, load_params
 from rats.schemas.plugins import FAMILIES, REWARDS, found, load_plugin
+from rats.stages.templates.render import render
 
 HUB_REWARDS = (
     ("hpsv2", "xswu/HPSv2"),
@@ -84,7 +83,7 @@ def init_project(
         "rewards": [{"adapter": adapter, "path": _seen_from(folder, path)} for adapter, path in pairs],
     }
     files = {f"prompts/{split}.csv": _csv(part) for split, part in splits.items()}
-    files |= {"params.yaml": _render("init_params.yaml.j2", values), ".gitignore": IGNORED}
+    files |= {"params.yaml": render("init_params.yaml.j2", values), ".gitignore": IGNORED}
     files |= {".dvc/config": DVC_CONFIG, ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n"}
     files[".dvcignore"] = "__pycache__/\n*.pyc\n"
     _refuse_to_replace(folder, [*files, "dvc.yaml"], force)
@@ -102,7 +101,7 @@ def dvc_yaml(params: Params, folder: Path) -> str:
     places = {"model.path": params.model.path}
     places |= {f"rewards[{i}].path": reward.path for i, reward in enumerate(params.rewards)}
     features = params.evaluate.real_features
-    bound = [(name, source) for name in params.evaluate.variants if (source := _source(params, name))]
+    bound = {name: source for name in params.evaluate.variants if (source := _source(params, name))}
     judged = "test" if params.prompts.test else "train"
     values = {
         "splits": {split: _prompts_dep(params, split, folder) for split in sorted({"train", judged}, reverse=True)},
@@ -111,11 +110,11 @@ def dvc_yaml(params: Params, folder: Path) -> str:
         "models": [f"${{{name}}}" for name, path in places.items() if (folder / path).exists()],
         "features": ["${evaluate.real_features}"] if features and (folder / features).exists() else [],
         "variants": params.evaluate.variants,
-        "free": [name for name in params.evaluate.variants if name not in dict(bound)],
-        "bound": bound,
+        "free": [_word(name) for name in params.evaluate.variants if name not in bound],
+        "bound": [(_word(name), source) for name, source in bound.items()],
         "plots": PLOTS,
     }
-    return _render("init_dvc.yaml.j2", values)
+    return render("init_dvc.yaml.j2", values)
 
 
 def _prompts_dep(params: Params, split: str, folder: Path) -> str:
@@ -149,7 +148,7 @@ def family_of(model: str) -> str:
     Raises:
         ConfigError: there is no such file or id, or it is of no family here.
     """
-    from rats.pipeline.opening import fitting_family  # seconds of imports, which `--dvc` does without
+    from rats.pipeline.families.open import fitting_family  # seconds of imports, which `--dvc` does without
 
     if Path(model).exists():
         index = read_json(Path(model) / "model_index.json")
@@ -203,15 +202,6 @@ def _csv(prompts: Sequence[Prompt]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([("prompt", "concept", "kind"), *((p.text, p.concept, p.kind) for p in prompts)])
     return text.getvalue()
-
-
-def _render(template: str, values: dict[str, Any]) -> str:
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["word"] = _word
-    return environment.get_template(template).render(values)
 
 
 def _refuse_to_replace(folder: Path, names: Sequence[str], force: bool) -> None:

@@ -19,7 +19,7 @@ collect_ignore = ["rewards"]  # these need the official packages: `make test-rew
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random models in the real formats: `flux`, `pickscore`, `hpsv2`, `image-reward`."""
-    from tests import tiny
+    from tests.support import tiny
 
     folder = tmp_path_factory.mktemp("models")
     tiny.write_flux(folder / "flux")
@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache of this test's own for what is read from remote stores."""
-    from rats.pipeline import cache
+    from rats.pipeline.files import cache
 
     monkeypatch.setenv("RATS_CACHE_DIR", str(tmp_path / "cache"))
     cache.shared.cache_clear()

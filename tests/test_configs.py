@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rats.schemas.params import PromptSource, load_params, with_variant
-from tests.full_size import write_pipeline
-from tests.project import ROOT, rats
+from tests.support.full_size import write_pipeline
+from tests.support.project import ROOT, rats
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 

@@ -12,9 +12,9 @@ import yaml
 from typer.main import get_command
 
 from rats.schemas.params import load_params
-from rats.stages.cli import app
-from tests.project import PROMPTS, ROOT, rats
-from tests.tiny import write_flux
+from rats.stages.cli.main import app
+from tests.support.project import PROMPTS, ROOT, rats
+from tests.support.tiny import write_flux
 
 PAGE = ROOT / "docs" / "flux-dev.md"
 CONFIG = ROOT / "configs" / "flux-dev.yaml"

@@ -12,32 +12,55 @@ from rats.stages.init import dvc_yaml
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-LAYERS = {"pipeline", "schemas", "stages", "trainer"}
-PACKAGES = LAYERS | {"trainer/methods"}
+PACKAGES = {"pipeline", "schemas", "stages", "trainer"}
+
+
+def folders() -> list[Path]:
+    """Every folder with modules below the four packages."""
+    return sorted(path.parent for name in PACKAGES for path in (ROOT / name).rglob("__init__.py"))
+
+
+def modules() -> list[Path]:
+    return [path for folder in folders() for path in folder.glob("*.py")]
+
+
+def dotted(folder: Path) -> str:
+    return ".".join(["rats", *folder.relative_to(ROOT).parts])
 
 
 def test_the_package_list_is_the_folders_on_disk():
     setuptools = PROJECT["tool"]["setuptools"]
-    folders = {f"rats.{name.replace('/', '.')}": name for name in PACKAGES}
-    assert set(setuptools["packages"]) == set(folders)
-    assert setuptools["package-dir"] == folders
-    found = [path.parent for layer in LAYERS for path in (ROOT / layer).rglob("__init__.py")]
-    assert {path.relative_to(ROOT).as_posix() for path in found} == PACKAGES
+    assert setuptools["packages"] == sorted(map(dotted, folders()))
+    assert setuptools["package-dir"] == {f"rats.{name}": name for name in PACKAGES}
+    assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == PACKAGES
 
 
-def test_the_four_packages_are_flat_but_for_the_methods():
-    below = [path for name in PACKAGES for path in (ROOT / name).iterdir() if path.is_dir()]
-    assert {path.name for path in below} - {"__pycache__"} == {"methods"}
+def test_a_folder_has_at_most_ten_modules():
+    counts = {dotted(folder): len(list(folder.glob("*.py"))) - 1 for folder in folders()}
+    flat = {"rats.schemas", "rats.trainer"}  # one kind of thing each: what is on disk, the arithmetic of a step
+    assert {name: count for name, count in counts.items() if count > 10 and name not in flat} == {}
+
+
+def test_every_folder_says_what_it_is_for():
+    assert [dotted(f) for f in folders() if not ast.get_docstring(ast.parse((f / "__init__.py").read_text()))] == []
+
+
+def test_tests_lie_in_the_folders_of_what_they_test():
+    ours = {folder.relative_to(ROOT) for folder in folders()}
+    beside = {Path(name) for name in (".", "bench", "fixtures", "rewards", "support")}
+    found = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("*.py")}
+    assert found <= ours | beside
 
 
 def test_every_file_that_is_not_python_is_packaged():
-    patterns = PROJECT["tool"]["setuptools"]["package-data"].get("rats.stages", [])
-    others = [p for name in PACKAGES for p in (ROOT / name).iterdir() if p.is_file() and p.suffix != ".py"]
-    assert [p.name for p in others if not any(p.match(pattern) for pattern in patterns)] == []
+    packaged = PROJECT["tool"]["setuptools"]["package-data"]
+    others = [path for folder in folders() for path in folder.iterdir() if path.is_file() and path.suffix != ".py"]
+    left_out = [p for p in others if not any(p.match(pattern) for pattern in packaged.get(dotted(p.parent), []))]
+    assert left_out == []
 
 
 def test_files_stay_under_300_lines():
-    sizes = {path: len(path.read_text().splitlines()) for name in PACKAGES for path in (ROOT / name).glob("*.py")}
+    sizes = {path: len(path.read_text().splitlines()) for path in modules()}
     assert {str(path.relative_to(ROOT)): size for path, size in sizes.items() if size > 300} == {}
 
 
@@ -57,9 +80,9 @@ def test_dev_installs_what_the_main_job_needs():
     assert set(extras["dvc"] + extras["judge"]) <= set(extras["dev"])
 
 
-def test_dask_is_imported_by_the_executor_only_and_typer_by_the_command_line_only():
-    assert importers("dask") | importers("distributed") == {"stages/executor.py", "stages/executor_cluster.py"}
-    assert {name.partition("_")[0].removesuffix(".py") for name in importers("typer")} == {"stages/cli"}
+def test_dask_is_imported_by_the_workers_only_and_typer_by_the_command_line_only():
+    assert importers("dask") | importers("distributed") == {"stages/workers"}
+    assert importers("typer") == {"stages/cli"}
 
 
 def test_dvc_yaml_is_what_init_writes_for_params_yaml():
@@ -72,9 +95,8 @@ def test_the_dvc_cache_links_instead_of_copying():
 
 
 def importers(module: str) -> set[str]:
-    """Files whose code imports `module`."""
-    paths = [path for name in PACKAGES for path in (ROOT / name).glob("*.py")]
-    return {path.relative_to(ROOT).as_posix() for path in paths if module in imports(path)}
+    """Folders whose code imports `module`."""
+    return {path.parent.relative_to(ROOT).as_posix() for path in modules() if module in imports(path)}
 
 
 def imports(path: Path) -> set[str]:

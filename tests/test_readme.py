@@ -7,11 +7,11 @@ import shlex
 import shutil
 from pathlib import Path
 
-from tests.project import rats
-from tests.test_dvc import shrink
-from tests.tiny import PROMPTS
+from tests.stages.test_dvc import shrink
+from tests.support.project import rats
+from tests.support.tiny import PROMPTS
 
-README = Path(__file__).parent.parent / "README.md"
+README = Path(__file__).parents[1] / "README.md"
 
 
 def commands() -> list[list[str]]:

@@ -1,1 +1,1 @@
-"""Stage two: losses, gate, checkpoint and the loop, which is handed its stream and its reward."""
+"""The arithmetic of stage two. The loop is handed its stream and its rewards and opens neither."""

@@ -1,4 +1,4 @@
-"""The gradient of a reward that has none, estimated at the student's final latent.
+"""The gradient of a reward that has none, estimated at the student's final latent (docs/design.md, equation 15).
 
 The student's last step ends in x. Around it lies a Gaussian policy N(x, s^2 I), s = `spread`, whose expected reward
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rats.pipeline.atomic import atomic_folder
+from rats.pipeline.files.atomic import atomic_folder
 from rats.schemas.errors import DataError
 
 FORMAT = 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from rats.pipeline.loading import torch_device
+from rats.pipeline.weights.loading import torch_device
 from rats.schemas.errors import DataError
 
 

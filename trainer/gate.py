@@ -1,6 +1,7 @@
-"""The gate of DESIGN.md section 1: how much of the shaping loss each sample feels.
+"""The gate of the paper (arXiv 2604.14910; docs/design.md#gate): how much of the shaping loss each sample feels.
 
-Every form has one signature, so that adding one touches no other line. B samples.
+Every form has one signature. A new one is a function, its line in `FORMS`, and its name in
+`GateParams.form` of `schemas/train_params.py`. B samples.
 """
 
 from __future__ import annotations
@@ -29,18 +30,21 @@ class Part:
 
 
 def total(r_RB: Tensor, parts: Sequence[Part]) -> Tensor:
-    """The weighted sum (B,) of R rewards, each in its unit."""
+    """The weighted sum (B,) of R rewards, each in its unit (docs/design.md, equation 12)."""
     factors_R1 = torch.tensor([[part.weight / part.spread] for part in parts]).to(r_RB)
     return (factors_R1 * r_RB).sum(0)
 
 
 def _rats(gap_B: Tensor, tau: float, value: float | None) -> Tensor:
-    """Gate sigmoid((R_T - R_S) / tau): strong where the teacher is better, 0.5 at a tie (the paper's text)."""
+    """Gate sigmoid((R_T - R_S) / tau): strong where the teacher is better, 0.5 at a tie.
+
+    docs/design.md, equation 9: the direction of the paper's text and caption.
+    """
     return torch.sigmoid(gap_B / tau)
 
 
 def _figure(gap_B: Tensor, tau: float, value: float | None) -> Tensor:
-    """The opposite sign, as the paper's figure prints it: an ablation."""
+    """The opposite sign, as the paper's figure prints it: an ablation (docs/design.md, equation 10)."""
     return torch.sigmoid(-gap_B / tau)
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from rats.pipeline.protocols import Conditioning, Student
-from rats.trainer.batches import Sample, SampleStream, collate
 from rats.trainer.checkpoint import State
+from rats.trainer.data import Sample, SampleStream, collate
 from rats.trainer.objective import Losses, Moment, Objective, check, refusal, row_of, terms
 from rats.trainer.run import Run
 

@@ -1,4 +1,4 @@
-"""The two losses of DESIGN.md section 1, per sample and in float32.
+"""The two losses of the paper (arXiv 2604.14910; docs/design.md#the-method), per sample and in float32.
 
 B samples, T latent tokens, C channels, N student steps; k runs over 1..N.
 """
@@ -20,13 +20,13 @@ def _state(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[flo
 
 
 def _velocity(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
-    """Average velocity of each step, (x_k - x_k-1) / (sigma_k - sigma_k-1)."""
+    """Average velocity of each step, (x_k - x_k-1) / (sigma_k - sigma_k-1) (docs/design.md, equation 7)."""
     pairs = zip(states, states[1:], sigmas, sigmas[1:], strict=False)
     return torch.stack([(after - before) / (s_after - s_before) for before, after, s_before, s_after in pairs])
 
 
 def _x0(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
-    """Predicted clean latent *before* each step: the paper's choice as told, kept as an ablation."""
+    """Predicted clean latent *before* each step (docs/design.md, equation 4): said to be the paper's, an ablation."""
     return torch.stack(list(x0s))
 
 
@@ -48,7 +48,7 @@ def compared(space: str, states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas
 def shape_loss(student_NBTC: Tensor, teacher_NBTC: Tensor, l2: float = 1.0, cos: float = 1.0) -> Tensor:
     """Shaping loss (N, B): l2 * MSE + cos * (1 - cosine) at every horizon; L_shape is its mean over N.
 
-    The mean runs over a sample's elements, the cosine over the flattened sample.
+    The mean runs over a sample's elements, the cosine over the flattened sample (docs/design.md, equation 8).
     """
     student = _wide(student_NBTC).flatten(2)
     teacher = _wide(teacher_NBTC).detach().flatten(2)
@@ -59,7 +59,10 @@ def shape_loss(student_NBTC: Tensor, teacher_NBTC: Tensor, l2: float = 1.0, cos:
 
 
 def reward_loss(scores_B: Tensor, weight: float, margin: float | None = None) -> Tensor:
-    """Reward loss (B,): -w R, or w relu(m - R), which stops pushing a sample at the margin m."""
+    """Reward loss (B,): -w R, or w relu(m - R), which stops pushing a sample at the margin m.
+
+    docs/design.md, equation 13.
+    """
     scores_B = _wide(scores_B)
     return -weight * scores_B if margin is None else weight * F.relu(margin - scores_B)
 

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rats.pipeline.atomic import atomic_write, storage_errors
+from rats.pipeline.files.atomic import atomic_write, storage_errors
 from rats.schemas.errors import DataError
 
 Row = Mapping[str, float | int | str | None]

@@ -15,7 +15,7 @@ from torch import Tensor
 from rats.pipeline.protocols import Reward, Student
 from rats.schemas.errors import DataError
 from rats.schemas.train_params import TrainParams
-from rats.trainer.batches import Batch
+from rats.trainer.data import Batch
 from rats.trainer.distributed import Ranks
 from rats.trainer.gate import Part
 from rats.trainer.sampling import Bridge, Trajectory, sample
@@ -123,7 +123,10 @@ Method = Callable[[Objective, Batch, Moment], Losses]
 
 
 def terms(losses: Losses, train: TrainParams) -> tuple[Tensor, Tensor]:
-    """The two scalars whose sum is the loss: sums over the good samples, as shares of the whole global batch."""
+    """The two scalars whose sum is the loss: sums over the good samples, as shares of the whole global batch.
+
+    docs/design.md, equation 14.
+    """
     good = losses.good_B
     climbed = losses.reward_B[good].sum() / train.batch
     shaped = losses.weight * (losses.shape_B[good].sum() / train.batch)

@@ -90,12 +90,14 @@ class Learner:
             p.grad = grad
 
     def forget(self) -> None:
-        """Drop the gradients of a step that is not taken."""
+        """Drop all gradients: after a step, and of a step that is not taken."""
         self._reward_gradient = []
         self.optimizer.zero_grad(set_to_none=True)
 
     def update(self, step: int, split: bool, refuse: NonFinite) -> dict[str, float]:
-        """Clip, step, forget the gradients; norms before clipping (`reward` and `shape` only with `split`).
+        """Clip and step; gives the norms before clipping (`reward` and `shape` only with `split`).
+
+        The gradients stay: `forget` drops them.
 
         `refuse(term)` makes the error to raise, before any weight has changed, when a norm is not finite.
         """

@@ -16,8 +16,8 @@ from torch import Tensor
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.train_params import TrainParams
 from rats.trainer import randomness
-from rats.trainer.batches import Batch
 from rats.trainer.checkpoint import RNG, Checkpoints, Identity, Saved, State, read
+from rats.trainer.data import Batch
 from rats.trainer.distributed import Ranks
 from rats.trainer.metrics import CsvLog, Row, columns
 from rats.trainer.objective import Objective

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rats.pipeline import solver
 from rats.pipeline.protocols import Conditioning, Student
+from rats.pipeline.store.shards import as_stored
+from rats.trainer.data import Batch
 
 
 @dataclass
@@ -70,6 +72,8 @@ def sample(
 ) -> Trajectory:
     """Euler steps of the student along `sigmas` (N + 1 values), one evaluation a step, differentiable throughout.
 
+    Each step is docs/design.md, equation 3, and its prediction before it equation 4.
+
     The shaping loss reaches every step. The reward shall reach only the last `last_k` (None: all): the forward
     pass is the same, with a bridge before those steps that is closed for the reward's backward pass.
     """
@@ -88,8 +92,25 @@ def sample(
 
 
 def rounded(x_BTC: Tensor) -> Tensor:
-    """The latents as the store keeps the teacher's (float16), with the gradient of the identity.
+    """The latents as the store keeps the teacher's, with the gradient of the identity.
 
-    So the gate's R_S is scored exactly as R_T was, and the reward's gradient shares its decoding.
+    So the gate's R_S is scored exactly as R_T was, and the reward's gradient shares its decoding (docs/design.md,
+    equation 11).
     """
-    return x_BTC + (x_BTC.detach().half().to(x_BTC.dtype) - x_BTC.detach())
+    return x_BTC + (as_stored(x_BTC.detach()).to(x_BTC.dtype) - x_BTC.detach())
+
+
+Draw = Callable[[Batch], Tensor]
+
+
+def few_steps(
+    model: Student, nfe: int, velocity: Callable[[Tensor, float, Conditioning], Tensor] | None = None
+) -> Draw:
+    """Euler steps over the family's stock grid, rounded as the store rounds the teacher's final."""
+    sigmas, field = model.stock_sigmas(nfe), velocity or model.velocity
+
+    def draw(batch: Batch) -> Tensor:
+        states, _ = solver.euler(lambda x, sigma: field(x, sigma, batch.conditioning), batch.noise, sigmas)
+        return as_stored(states[-1]).float()
+
+    return draw

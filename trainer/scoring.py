@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from rats.pipeline.ask import NOT_THE_SAMPLES_FAULT, ask, one_line
 from rats.pipeline.protocols import Reward
+from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask, one_line
 
 log = logging.getLogger(__name__)
 

@@ -8,4 +8,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import rats.pipeline  # noqa: F401  # before transformers: it mends a torchvision that does not fit this torch
+from tests.support.torchvision_guard import mend_torchvision
+
+mend_torchvision()  # before transformers is imported: it looks for torchvision

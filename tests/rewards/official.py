@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rats.pipeline.official import _import_hpsv2, _importing
-from rats.pipeline.registry import open_reward
+from rats.pipeline.rewards.official import _import_hpsv2, _importing
+from rats.pipeline.rewards.open import open_reward
 from rats.schemas.params import RewardParams
-from tests.drawn import as_tensor, photograph
+from tests.support.drawn import as_tensor, photograph
 
 PROMPTS = ["a red fox, 4k, highly detailed", "An astronaut's horse & 2 moons in the style of Caf\u00e9 M\u00fcller"]
 

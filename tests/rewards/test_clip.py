@@ -12,10 +12,10 @@ from official import PROMPTS, write_clip_vocabulary
 from torch import Tensor
 from transformers import AutoModel, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from rats.pipeline.hpsv2 import clip_config, convert
-from rats.pipeline.registry import open_reward
+from rats.pipeline.rewards.hpsv2 import clip_config, convert
+from rats.pipeline.rewards.open import open_reward
 from rats.schemas.params import RewardParams
-from tests.drawn import as_tensor, photograph
+from tests.support.drawn import as_tensor, photograph
 
 PICTURES = [photograph(224, 224, seed) for seed in (0, 1)]
 ARCHITECTURE = {

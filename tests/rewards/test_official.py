@@ -10,7 +10,7 @@ import torch
 from official import TINY_CLIP, Answer, compared, write_hpsv2, write_image_reward
 
 from rats.pipeline.protocols import Reward
-from rats.pipeline.registry import open_reward, reward_fingerprint
+from rats.pipeline.rewards.open import open_reward, reward_fingerprint
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import RewardParams
 

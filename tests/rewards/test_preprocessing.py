@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rats.pipeline.official import _import_hpsv2, _importing
-from rats.pipeline.pixels import CLIP_MEAN, CLIP_STD, Fit, Overshoot, resize_normalise
-from tests.drawn import as_tensor, photograph
+from rats.pipeline.rewards.official import _import_hpsv2, _importing
+from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, Fit, Overshoot, resize_normalise
+from tests.support.drawn import as_tensor, photograph
 
 SIZES = [(512, 512), (1024, 1024), (832, 480), (512, 775), (768, 1360), (225, 229), (160, 201), (224, 224)]
 LEVEL = 1.0001 / 255

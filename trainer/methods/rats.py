@@ -1,6 +1,6 @@
 """RATS (arXiv 2604.14910): climb the rewards, and follow the teacher's path where the teacher is better.
 
-L = L_reward + alpha g L_shape, with g = stopgrad(sigmoid((R_T - R_S) / tau)): DESIGN.md section 1.
+L = L_reward + alpha g L_shape, with g = stopgrad(sigmoid((R_T - R_S) / tau)): docs/design.md#the-method.
 B samples, R rewards that train, N student steps, T latent tokens, C channels.
 """
 
@@ -13,12 +13,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rats.pipeline.ask import is_differentiable
-from rats.pipeline.pixels import Draws, augment
 from rats.pipeline.protocols import Reward
+from rats.pipeline.rewards.base import is_differentiable
 from rats.schemas.horizons import rows_of
-from rats.trainer.batches import Batch
+from rats.trainer.augment import Draws, augment
 from rats.trainer.black_box import estimated
+from rats.trainer.data import Batch
 from rats.trainer.gate import Part, gate_all, spread, total
 from rats.trainer.losses import compared, reward_loss, shape_loss
 from rats.trainer.objective import Losses, Moment, Objective, Settings

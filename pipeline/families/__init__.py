@@ -1,0 +1,8 @@
+"""Model families: what each published architecture has to say, and the models that are opened through it.
+
+A family in a package of its own needs these three names (docs/families.md).
+"""
+
+from rats.pipeline.families.base import PATCH, Family, PatchedFamily
+
+__all__ = ["PATCH", "Family", "PatchedFamily"]

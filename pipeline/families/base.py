@@ -1,0 +1,194 @@
+"""What sets one model family apart from another: the one file that a new family needs is a subclass of this.
+
+Opening, guidance, training, scoring and planning are the same for all and live in `models.py`, `open.py` and
+`stages/plan/`. A subclass says what its diffusers pipeline calls things and repeats, in the pipeline's own
+arithmetic, how it packs, conditions, evaluates and decodes. It is found by name, through the entry points of
+`rats.families`.
+Shapes: B samples, T latent tokens, C channels, K frames.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from rats.pipeline import solver
+from rats.pipeline.protocols import Conditioning
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import TeacherParams
+
+EULER = FlowMatchEulerDiscreteScheduler.__name__
+
+
+class Family(ABC):
+    """One family at one resolution. It holds no weights."""
+
+    pipeline_class: ClassVar[Any]
+    """The diffusers pipeline that a student must draw in, and be told apart from in nothing."""
+    network_class: ClassVar[Any]
+    vae_class: ClassVar[Any]
+    encoders: ClassVar[Mapping[str, Any]]
+    """Class by component, of all that encodes prompts."""
+    tokenizers: ClassVar[Mapping[str, Any]]
+    lora_targets: ClassVar[tuple[str, ...]]
+    """What `train.lora` adapts: ends of module names."""
+    depth: ClassVar[tuple[str, ...]]
+    """Fields of the network's configuration that count blocks, a kind each."""
+    embeds_guidance: ClassVar[bool] = False
+    """Whether networks of this family may take `teacher.guidance_scale` as an input."""
+    is_video: ClassVar[bool] = False
+    longest_text: ClassVar[int] = 512
+    """The largest `max_sequence_length` that the pipeline's call takes."""
+    published: ClassVar[tuple[str, ...]] = ()
+    """How the hub ids of its pipelines begin: by them `rats init` knows the family before anything is fetched."""
+    suggested: ClassVar[Mapping[str, Any]] = {}
+    """Fields of `teacher` in the params.yaml that `rats init` writes, where they are not the schema's own."""
+
+    def __init__(self, settings: TeacherParams, vae: Any) -> None:
+        """`vae`: the decoder, or an outline of it: its configuration is read.
+
+        Raises:
+            ConfigError: a resolution, a number of frames or a guidance that the family cannot have.
+        """
+        self.settings = settings
+        self.vae_config: Any = vae.config
+        _check_settings(self, settings)
+
+    @property
+    @abstractmethod
+    def pixel_multiple(self) -> int:
+        """What height and width must be multiples of."""
+
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int]:
+        """(T, C) of one state, without the batch."""
+
+    @abstractmethod
+    def conditioning_shapes(self, network_config: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's embeddings, by the names that `encode` gives them, without the batch."""
+
+    @abstractmethod
+    def encode(self, pipeline: Any, prompt: str) -> Conditioning:
+        """One prompt's embeddings (batch 1), padded to `max_sequence_length`, by the pipeline's own encoders."""
+
+    @abstractmethod
+    def evaluate(
+        self, network: Any, x_BTC: Tensor, timestep_B: Tensor, conditioning: Conditioning, guidance_B: Tensor | None
+    ) -> Tensor:
+        """Velocity eps - x0 (B, T, C): one evaluation of the network, called as the pipeline calls it.
+
+        Args:
+            network: Of `network_class`.
+            x_BTC: States, in the network's dtype.
+            timestep_B: float32 in [0, 1000], before any rounding.
+            conditioning: What `encode` gave, on the network's device, floating point in its dtype.
+            guidance_B: float32, the embedded scale; None where the network has no such input.
+        """
+
+    @abstractmethod
+    def to_vae(self, vae: Any, x_BTC: Tensor) -> Tensor:
+        """What the decoder takes, of clean latents in its dtype: unpacked, with scaling and shift undone."""
+
+    def from_vae(self, decoded: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of the decoder's output; of a video its scored frames (B, K, 3, H, W)."""
+        return decoded
+
+    def schedule(self, scheduler_config: Any, steps: int) -> dict[str, Any]:
+        """What the pipeline calls `scheduler.set_timesteps` with for so many steps."""
+        return {"num_inference_steps": steps}
+
+    def guide(self, cond_BTC: Tensor, uncond_BTC: Tensor) -> Tensor:
+        """Classifier-free guidance at `true_cfg_scale`, in the pipeline's order of operations."""
+        return solver.guide(cond_BTC, uncond_BTC, self.settings.true_cfg_scale)
+
+    @classmethod  # noqa: B027  (most families have nothing to refuse)
+    def check_index(cls, index: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a pipeline, by its model_index.json, that would be sampled as another model."""
+
+    @classmethod
+    def scheduler(cls, config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:
+        """The Euler scheduler of a scheduler_config.json. Raises ConfigError for another one, a different sampler."""
+        if (name := config.get("_class_name", EULER)) != EULER:
+            raise ConfigError(
+                f"the pipeline's scheduler is {name}: rats samples by {EULER}; "
+                "put such a scheduler_config.json into its scheduler folder"
+            )
+        if config.get("stochastic_sampling"):
+            raise ConfigError(f"the pipeline's {name} has stochastic_sampling, which adds noise: set it to false")
+        scheduler: FlowMatchEulerDiscreteScheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        return scheduler
+
+    @classmethod
+    def call(cls, settings: TeacherParams) -> dict[str, int | float]:
+        """What the pipeline is called with, besides prompt and steps, to draw as a student: without true guidance."""
+        sizes = {"height": settings.height, "width": settings.width}
+        return {**sizes, "max_sequence_length": settings.max_sequence_length}
+
+
+def _check_settings(family: Family, settings: TeacherParams) -> None:
+    name, multiple = type(family).__name__, family.pixel_multiple
+    for side in ("height", "width"):
+        if (value := getattr(settings, side)) % multiple:
+            near = max(multiple, round(value / multiple) * multiple)
+            raise ConfigError(f"teacher.{side} is {value}, no multiple of {multiple} (this VAE's patch): use {near}")
+    if (length := settings.max_sequence_length) > family.longest_text:
+        raise ConfigError(f"teacher.max_sequence_length is {length}, {name} takes at most {family.longest_text}")
+    if settings.frames > 1 and not family.is_video:
+        raise ConfigError(f"teacher.frames is {settings.frames}, but {name} draws pictures: leave it out")
+    if "guidance_scale" in settings.model_fields_set and not family.embeds_guidance:
+        raise ConfigError(
+            f"teacher.guidance_scale is guidance as a network's input, which {name} has not: leave it out, and set "
+            "teacher.true_cfg_scale to what its pipeline calls guidance_scale"
+        )
+
+
+PATCH = 2
+"""Latent positions of a network's patch a side, in every published network of these families."""
+
+
+class PatchedFamily(Family):
+    """Pictures in patches. A family with another autoencoder says so in `vae_class` and `factor`."""
+
+    vae_class = AutoencoderKL
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent position has a side."""
+        return 2 ** (len(self.vae_config.block_out_channels) - 1)
+
+    @property
+    def pixel_multiple(self) -> int:
+        return PATCH * self.factor
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.settings.height // self.pixel_multiple, self.settings.width // self.pixel_multiple
+
+    def dynamic_mu(self, scheduler_config: Any, max_shift: float) -> float:
+        """`mu` of a shift that grows with the resolution: linear in the number of patches.
+
+        `max_shift`: what the pipeline takes where the scheduler's configuration does not say.
+        """
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
+        low, high, at_low, at_high = (scheduler_config.get(name, default) for name, default in defaults.items())
+        slope = (at_high - at_low) / (high - low)
+        rows, columns = self.grid
+        return float(rows * columns * slope + (at_low - slope * low))
+
+    @staticmethod
+    def even_grid(scheduler_config: Any, steps: int, mu: float) -> dict[str, Any]:
+        """1 to 1 / steps in even steps for the scheduler to shift by `mu`, unless it makes a grid of its own."""
+        if scheduler_config.get("use_flow_sigmas"):
+            return {"num_inference_steps": steps, "mu": mu}
+        return {"sigmas": list(np.linspace(1.0, 1 / steps, steps)), "mu": mu}
+
+    @staticmethod
+    def unscaled(vae: Any, z: Tensor) -> Tensor:
+        """What an AutoencoderKL's decoder takes: z / scaling + shift."""
+        return z / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)

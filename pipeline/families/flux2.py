@@ -1,0 +1,99 @@
+"""The FLUX.2 [klein] family: the undistilled bases of FLUX.2 [klein] and anything in their format.
+
+Every number follows `diffusers.Flux2KleinPipeline`: packing, sigmas, timestep rounding, guidance and decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
+from torch import Tensor
+from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
+
+from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.protocols import Conditioning
+from rats.pipeline.weights.loading import quiet_imports
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import TeacherParams
+
+with quiet_imports():  # the pipeline's module asks for torchvision, which we do without
+    from diffusers import Flux2KleinPipeline
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+
+class Flux2Klein(PatchedFamily):
+    """2 x 2 patches of the VAE's latent are the tokens; three of Qwen3's layers, side by side, condition them."""
+
+    pipeline_class = Flux2KleinPipeline
+    network_class = Flux2Transformer2DModel
+    vae_class = AutoencoderKLFlux2
+    encoders = {"text_encoder": Qwen3ForCausalLM}
+    tokenizers = {"tokenizer": Qwen2TokenizerFast}
+    # what FLUX's list adapts, and the joint projection of the single blocks; "attn.to_out", their other one, would
+    # also name what holds "attn.to_out.0" in the double blocks, which peft cannot adapt
+    lora_targets = (
+        *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+        *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+        *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "attn.to_qkv_mlp_proj"),
+    )
+    depth = ("num_layers", "num_single_layers")
+    published = ("black-forest-labs/FLUX.2-klein",)
+    suggested = {"true_cfg_scale": 4.0, "height": 1024, "width": 1024}
+
+    @classmethod
+    def check_index(cls, index: Mapping[str, Any]) -> None:
+        """Raises ConfigError for a network distilled to a few steps, whose pipeline passes over any guidance."""
+        if index.get("is_distilled"):
+            raise ConfigError(
+                "this pipeline says is_distilled: it is a few-step student already, and takes no guidance; "
+                "name its undistilled base (FLUX.2-klein-base-...)"
+            )
+        super().check_index(index)
+
+    def latent_shape(self) -> tuple[int, int]:
+        rows, columns = self.grid
+        return rows * columns, PATCH**2 * int(self.vae_config.latent_channels)
+
+    def conditioning_shapes(self, network_config: Any) -> dict[str, tuple[int, ...]]:
+        return {"prompt_embeds": (self.settings.max_sequence_length, int(network_config.joint_attention_dim))}
+
+    def encode(self, pipeline: Any, prompt: str) -> Conditioning:
+        length, device = self.settings.max_sequence_length, pipeline.text_encoder.device
+        embeds, _ = pipeline.encode_prompt(prompt, max_sequence_length=length, device=device)
+        return {"prompt_embeds": embeds}
+
+    def evaluate(
+        self, network: Any, x_BTC: Tensor, timestep_B: Tensor, conditioning: Conditioning, guidance_B: Tensor | None
+    ) -> Tensor:
+        """Raises ConfigError for a network with embedded guidance, FLUX.2 [dev]'s, which this pipeline leaves unset."""
+        if guidance_B is not None:
+            raise ConfigError("the network's guidance_embeds is true, as in FLUX.2 [dev]: this family is [klein] alone")
+        prompt, device = conditioning["prompt_embeds"], x_BTC.device
+        output = network(
+            hidden_states=x_BTC,
+            timestep=timestep_B.to(x_BTC.dtype) / 1000,
+            encoder_hidden_states=prompt,
+            txt_ids=Flux2KleinPipeline._prepare_text_ids(prompt[:1]).to(device),
+            img_ids=Flux2KleinPipeline._prepare_latent_ids(x_BTC.new_empty(1, 1, *self.grid)).to(device),
+            return_dict=False,
+        )
+        return cast(Tensor, output[0])
+
+    def to_vae(self, vae: Any, x_BTC: Tensor) -> Tensor:
+        """Unpacked, with the VAE's batch-norm statistics undone, which count channels by patches."""
+        z = x_BTC.transpose(1, 2).unflatten(2, self.grid)
+        deviation = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        mean, deviation = (values.view(1, -1, 1, 1).to(z) for values in (vae.bn.running_mean, deviation))
+        return cast(Tensor, Flux2KleinPipeline._unpatchify_latents(z * deviation + mean))
+
+    def schedule(self, scheduler_config: Any, steps: int) -> dict[str, Any]:
+        """1 to 1 / steps, shifted by the number of tokens and of steps: few steps stay at more noise."""
+        return self.even_grid(scheduler_config, steps, compute_empirical_mu(self.latent_shape()[0], steps))
+
+    @classmethod
+    def call(cls, settings: TeacherParams) -> dict[str, int | float]:
+        """`guidance_scale` is this pipeline's classifier-free guidance: off."""
+        return {**super().call(settings), "guidance_scale": 1.0}

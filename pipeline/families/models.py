@@ -1,0 +1,153 @@
+"""A family's parts put together: decoder, student, teacher, text encoders. B samples, T latent tokens, C channels."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+
+from rats.pipeline.families.base import Family
+from rats.pipeline.protocols import Conditioning
+from rats.schemas.errors import ConfigError
+from rats.schemas.horizons import aligned
+from rats.schemas.params import evaluations_per_step
+
+SAMPLING = ("transformer", "vae", "scheduler")
+"""Components of a pipeline that encoding a prompt does without."""
+
+
+class FamilyDecoder:
+    """The VAE alone: all that a stored final needs to become a picture."""
+
+    def __init__(self, family: Family, vae: nn.Module) -> None:
+        """Takes a loaded VAE, and freezes it."""
+        self.family, self.settings = family, family.settings
+        self.vae: Any = vae.requires_grad_(False).eval()
+
+    def latent_shape(self) -> tuple[int, ...]:
+        """(T, C) of one state."""
+        return self.family.latent_shape()
+
+    def decode(self, x_BTC: Tensor) -> Tensor:
+        """Images (B, 3, H, W), float32 in [0, 1], or frames (B, K, 3, H, W) of videos; differentiable."""
+        z = self.family.to_vae(self.vae, x_BTC.to(self.vae.device, self.vae.dtype))
+        decoded = self.family.from_vae(self.vae.decode(z, return_dict=False)[0])
+        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+
+
+class FamilyStudent(FamilyDecoder):
+    """Network, VAE and scheduler: all that sampling from stored embeddings needs."""
+
+    def __init__(
+        self, family: Family, network: nn.Module, vae: nn.Module, scheduler: FlowMatchEulerDiscreteScheduler
+    ) -> None:
+        """Takes loaded parts. Evaluations are in the dtype that the network has now, whatever is trained in later."""
+        super().__init__(family, vae)
+        self.network = cast(Any, network)
+        self.scheduler = scheduler
+        self._dtype: torch.dtype = self.network.dtype
+        self._embeds_guidance = bool(self.network.config.get("guidance_embeds"))
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations of the network and of the decoder in the backward pass: less memory, a third slower."""
+        self.network.enable_gradient_checkpointing()
+        self.vae.enable_gradient_checkpointing()
+
+    def velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        """Velocity eps - x0 (B, T, C), in the dtype of `x_BTC`: one evaluation, at the embedded guidance scale."""
+        return self._evaluate(x_BTC, sigma, conditioning, self.settings.guidance_scale)
+
+    def _evaluate(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning, guidance_scale: float) -> Tensor:
+        count, device, dtype = len(x_BTC), x_BTC.device, self._dtype
+        timestep_B = torch.full((count,), sigma, device=device) * self.scheduler.config["num_train_timesteps"]
+        guidance_B = torch.full((count,), guidance_scale, device=device) if self._embeds_guidance else None
+        given = {k: v.to(device, dtype if v.is_floating_point() else v.dtype) for k, v in conditioning.items()}
+        return self.family.evaluate(self.network, x_BTC.to(dtype), timestep_B, given, guidance_B).to(x_BTC.dtype)
+
+    def stock_sigmas(self, steps: int) -> list[float]:
+        """The pipeline's own grid for so many steps, shifted once (statically or by resolution), then 0.
+
+        `steps` + 1 values. Raises ConfigError when the scheduler's grid does not fall from 1.0 to 0.0.
+        """
+        self.scheduler.set_timesteps(**self.family.schedule(self.scheduler.config, steps))
+        sigmas = [float(sigma) for sigma in self.scheduler.sigmas]
+        if len(sigmas) != steps + 1 or sigmas[0] != 1.0 or sigmas[-1] != 0.0 or sorted(set(sigmas))[::-1] != sigmas:
+            raise ConfigError(
+                f"the scheduler's grid for {steps} steps is {sigmas}, which does not fall from 1.0 to 0.0: "
+                "use a FlowMatchEulerDiscreteScheduler without karras or inverted sigmas"
+            )
+        return sigmas
+
+    def grids(self) -> tuple[list[float], list[float]]:
+        """The teacher's sigmas, snapped to the students', and those whose states are kept."""
+        settings = self.settings
+        return aligned(self.stock_sigmas, settings.steps, settings.nfe, settings.horizons)
+
+
+class FamilyText:
+    """The text encoders and tokenizers alone, used as the family's pipeline uses them."""
+
+    def __init__(self, family: Family, parts: dict[str, Any]) -> None:
+        """`parts`: the components of `family.encoders` and `family.tokenizers`, loaded."""
+        self.family = family
+        self._pipeline = family.pipeline_class(**dict.fromkeys(SAMPLING), **parts)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """The prompts' embeddings, batch first. One at a time: an embedding has the same bits in any company."""
+        each = [self.family.encode(self._pipeline, prompt) for prompt in prompts]
+        return {name: torch.cat([one[name] for one in each]) for name in each[0]}
+
+
+class FamilyTeacher(FamilyStudent):
+    """The student's parts, the text encoders and classifier-free guidance. All parts are frozen."""
+
+    def __init__(
+        self,
+        family: Family,
+        network: nn.Module,
+        vae: nn.Module,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        text: FamilyText | None,
+    ) -> None:
+        """Takes loaded parts; without `text` it cannot encode, nor guide against a negative prompt."""
+        super().__init__(family, network, vae, scheduler)
+        self.network.requires_grad_(False).eval()
+        scale = self.settings.true_cfg_scale
+        self.evaluations_per_step = evaluations_per_step(scale)
+        self.is_guided = scale > 1 or (self._embeds_guidance and self.settings.guidance_scale != 1)
+        self._text = text
+        self._negative: Conditioning | None = None
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """`FamilyText.encode`."""
+        assert self._text is not None, "its encoders were not loaded, or let go"
+        return self._text.encode(prompts)
+
+    @torch.no_grad()
+    def guided_velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        """Velocity (B, T, C) with true CFG against the negative prompt: two evaluations, one where the scale is 1."""
+        conditional = self.velocity(x_BTC, sigma, conditioning)
+        if self.evaluations_per_step == 1:
+            return conditional
+        return self.family.guide(conditional, self.velocity(x_BTC, sigma, self._negatives(len(x_BTC))))
+
+    @torch.no_grad()
+    def unguided_velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
+        """Velocity (B, T, C) without true CFG, which is the untrained student; at embedded scale 1 if that is all."""
+        embedded = self.settings.guidance_scale if self.evaluations_per_step > 1 else 1.0
+        return self._evaluate(x_BTC, sigma, conditioning, embedded)
+
+    def forget_encoders(self) -> None:
+        """Encode the negative prompt, if it is asked for in sampling, and let the text encoders go."""
+        if self.evaluations_per_step > 1:
+            self._negatives(1)
+        self._text = None
+
+    def _negatives(self, batch: int) -> Conditioning:
+        """The negative prompt's embeddings, encoded once, for a batch."""
+        if self._negative is None:
+            self._negative = self.encode([self.settings.negative_prompt])
+        return {name: value.expand(batch, *value.shape[1:]) for name, value in self._negative.items()}

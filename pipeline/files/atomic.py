@@ -1,0 +1,225 @@
+"""Files and folders that are there whole or not at all: temporary name, fsync, rename.
+
+A final name never holds a part of a file; what a killed process left under a temporary name is removed
+when the same file is written next. In a remote place one upload is what the rename is here (`places`).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from rats.pipeline.files import places
+from rats.pipeline.files.places import Place
+from rats.schemas.errors import CannotCreateError, RatsError, StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.EISDIR, errno.EEXIST)
+
+
+def atomic_write(path: Place, data: bytes) -> None:
+    """Write a whole file.
+
+    Raises:
+        StorageError: the disk is full or fails; what was at `path` is still there.
+        CannotCreateError: the folder cannot be written.
+    """
+    if not isinstance(path, Path):
+        places.write(path, data)
+        return
+    with storage_errors(path, len(data)), atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def create(path: Place, data: bytes) -> bool:
+    """As `atomic_write`, unless something is there already; says whether it wrote.
+
+    A remote store decides between two at once; on a local one the caller holds a lock.
+    """
+    if not isinstance(path, Path):
+        return places.create(path, data)
+    if path.exists():
+        return False
+    atomic_write(path, data)
+    return True
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary file name beside `path`; what the body wrote there takes `path`'s place when it succeeds.
+
+    Raises:
+        StorageError: the disk is full or fails; what was at `path` is still there.
+        CannotCreateError: the folder cannot be written.
+    """
+    with storage_errors(path), temporary_path(path) as temporary:
+        yield temporary
+        put(temporary, path)
+
+
+@contextmanager
+def temporary_path(path: Place) -> Iterator[Path]:
+    """A local name to write under, beside `path` if that is local; removed at the end unless `put` has moved it."""
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(prefix="rats-") as folder:
+            yield Path(folder) / path.name
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def put(temporary: Path, path: Place) -> None:
+    """Make a written temporary file the one at `path`, on the disk when this returns."""
+    if not isinstance(path, Path):
+        places.upload(temporary, path)
+        return
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` that takes its place, synced, when the body succeeds.
+
+    An old folder is moved aside first: for a moment there is none at `path`, never a mixed one.
+    """
+    with storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(path)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for entry in [*temporary.rglob("*"), temporary]:
+                sync(entry)
+            _swap(temporary, path)
+            sync(path.parent)
+        finally:
+            remove(temporary)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hardlink, its folder made where needed; a copy where the file system differs or has no links."""
+    with storage_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+            shutil.copyfile(source, target)
+
+
+def _swap(temporary: Path, path: Path) -> None:
+    if not path.is_dir():
+        os.rename(temporary, path)
+        return
+    old = _temporary(path)
+    os.rename(path, old)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        os.rename(old, path)
+        raise
+    remove(old)
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def storage_errors(path: Place, size: int | None = None) -> Iterator[None]:
+    """Turn the operating system's errors while writing `path` (`size` bytes) into ours."""
+    try:
+        yield
+    except RatsError:
+        raise
+    except Exception as error:
+        number = _errno(error)
+        if number in _FULL:
+            raise StorageError(f"disk full writing {path}; {_free(size)}, run the same command again") from error
+        if number in _CANNOT:
+            raise CannotCreateError(f"cannot create {path}: {os.strerror(number)}; choose another folder") from error
+        if isinstance(error, OSError):
+            raise StorageError(f"cannot write {path}: {error}; run the same command again") from error
+        raise
+
+
+def _errno(error: BaseException) -> int:
+    """The system's error number; safetensors (Rust) has it in its text only."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    text = str(error)
+    known = [number for number in (*_FULL, *_CANNOT) if f"os error {number})" in text]
+    return known[0] if known else 0
+
+
+def _free(size: int | None) -> str:
+    return f"free {size} bytes" if size else "free some space"
+
+
+def _temporary(path: Path) -> Path:
+    """A hidden name in the same folder that says who writes it; dead writers' leftovers go first."""
+    mine = f".{path.name}.{socket.gethostname()}-"
+    for stale in path.parent.glob(f"{_escape(mine)}*.tmp"):
+        owner = stale.name[len(mine) :].split("-")[0]
+        if owner.isdigit() and not _alive(int(owner)):
+            remove(stale)
+    return path.parent / f"{mine}{os.getpid()}-{os.urandom(4).hex()}.tmp"
+
+
+def _escape(text: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+@contextmanager
+def file_lock(path: Path, seconds: float) -> Iterator[bool]:
+    """Whether the lock was got within `seconds`.
+
+    Raises:
+        CannotCreateError: the lock's folder cannot be written.
+    """
+    lock = FileLock(path)
+    with storage_errors(path), suppress(Timeout):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=seconds)
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()

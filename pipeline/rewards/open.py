@@ -1,0 +1,56 @@
+"""Rewards by adapter name; a reward's module is imported when it is asked for, and not before.
+
+What a reward *is* is the content of its files (`identify`), never their path or revision: those say where to look.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rats.pipeline.protocols import Reward, RewardAdapter
+from rats.pipeline.weights.hub import absolute_if_local, resolve_checkpoint
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import RewardParams
+from rats.schemas.plugins import OFFICIAL, REWARDS, found, load_plugin
+
+NEEDED = ("checkpoints", "identify", "score")
+
+
+def open_reward(reward: RewardParams, device: str = "cpu") -> Reward:
+    """The reward, loaded on `device`, under the name that `params.yaml` gives it."""
+    adapter = _adapter(reward)
+    return adapter(_located(reward, adapter)[0], name=reward.name, device=device)
+
+
+def reward_fingerprint(reward: RewardParams) -> str:
+    """`open_reward(reward).fingerprint` without loading the model: it reads and hashes the files."""
+    adapter = _adapter(reward)
+    return adapter.identify(_located(reward, adapter)[0])
+
+
+def pin_reward(reward: RewardParams) -> RewardParams:
+    """The same with an absolute path or the hub's commit of now, so that every worker, whenever, reads one content."""
+    _, revision = _located(reward, _adapter(reward))
+    return reward.model_copy(update={"path": absolute_if_local(reward.path), "revision": revision})
+
+
+def _adapter(reward: RewardParams) -> type[RewardAdapter]:
+    if reward.backend == "official" and reward.adapter not in found(OFFICIAL):
+        raise ConfigError(
+            f"reward '{reward.name}': {reward.adapter!r} has no package of its own, so no official backend "
+            f"({', '.join(sorted(found(OFFICIAL)))} have): leave backend out"
+        )
+    adapter: type[RewardAdapter] = load_plugin(OFFICIAL if reward.backend == "official" else REWARDS, reward.adapter)
+    if missing := [name for name in NEEDED if not hasattr(adapter, name)]:
+        raise ConfigError(f"rewards: {reward.adapter!r} lacks {missing[0]!r}, which docs/rewards.md asks of a reward")
+    return adapter
+
+
+def _located(reward: RewardParams, adapter: type[RewardAdapter]) -> tuple[Path | str, str | None]:
+    """Where the reward lies on this machine, and the hub's commit that it is of."""
+    if not adapter.checkpoints:
+        return reward.path, reward.revision
+    try:
+        return resolve_checkpoint(reward.path, reward.revision, adapter.checkpoints)
+    except ConfigError as error:
+        raise ConfigError(f"reward '{reward.name}': {error}") from error

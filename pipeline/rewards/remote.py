@@ -1,0 +1,212 @@
+"""A reward in another process or on another host: the client of `rats serve`, or of any server of the same protocol.
+
+A remote reward trains as a local one: if it has a gradient, the server sends d score / d image along. This is how
+packages that cannot live in one environment are kept apart. B samples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import logging
+import random
+import time
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from rats.pipeline.rewards.remote_protocol import Answer, Question, ServedReward, pack_question, unpack_answer
+from rats.schemas.errors import ConfigError, DataError, NoWorkerError, RetryLaterError
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = 120.0
+"""Seconds that a server may be silent in one request: a judge may take long over a full batch."""
+PATIENCE, FIRST_PATIENCE = 300.0, 10.0
+"""Seconds over which a busy or lost server is asked again: while a run lasts, and when it starts."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+BUSY = (429, 502, 503, 504)
+"""Statuses that pass: too many requests, or a server that is full, starting or behind a proxy that waits for it."""
+SMALL = 1 << 20
+"""Bytes of a reply beyond its tensors."""
+
+_jitter = random.Random()  # of its own: a run's randomness is in its checkpoints, and how often we wait is not
+
+
+class _Again(Exception):
+    """A request that may do better later; `after`: the seconds that the server asks for."""
+
+    def __init__(self, reason: str, after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.after = after
+
+
+class Server:
+    """One server, asked one request at a time, again with growing pauses while it is away or full."""
+
+    def __init__(self, url: str, timeout: float = TIMEOUT, patience: float = PATIENCE) -> None:
+        """`url`: http://host:port, or https, with a path before /score if there is one."""
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+            raise ConfigError(f"{url!r} is no reward server: write http://HOST:PORT, without a name and password")
+        self.url, self.timeout, self.patience = url.rstrip("/"), timeout, patience
+        self._parts = parts
+
+    def call(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        """The reply's body.
+
+        Raises:
+            RetryLaterError: nobody answers, or the server stays full.
+            ConfigError: the server refuses the request (4xx), in its words.
+            NoWorkerError: the server fails (5xx), in its words.
+        """
+        started, pause = time.monotonic(), FIRST_PAUSE
+        while True:
+            try:
+                return self._once(method, path, body)
+            except _Again as again:
+                wait = max(again.after, pause * _jitter.uniform(0.5, 1.0))
+                if time.monotonic() - started + wait > self.patience:
+                    raise RetryLaterError(self._gave_up(str(again))) from None
+                log.log(logging.WARNING if pause > 1.0 else logging.DEBUG, "%s: %s; asking again", self.url, again)
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _gave_up(self, reason: str) -> str:
+        return (
+            f"the reward server {self.url} gives no answer ({reason}; asked for {self.patience:.0f} s): start it with "
+            "`rats serve`, or give its url as the reward's path, then run the same command again"
+        )
+
+    def _once(self, method: str, path: str, body: bytes | None) -> bytes:
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(str(self._parts.hostname), self._parts.port, timeout=self.timeout)
+        try:
+            response = _exchange(connection, method, self._parts.path.rstrip("/") + path, body)
+            content = _read(response, len(body or b"") + SMALL)
+        except (OSError, http.client.HTTPException) as error:
+            raise _Again(f"{type(error).__name__}: {error}") from error
+        finally:
+            connection.close()
+        return self._accepted(response, content)
+
+    def _accepted(self, response: http.client.HTTPResponse, content: bytes) -> bytes:
+        if response.status == 200:
+            return content
+        said = f"{response.status} {' '.join(content.decode(errors='replace').split())[:300]}"
+        if response.status in BUSY:
+            raise _Again(said, _seconds(response.getheader("Retry-After")))
+        if response.status >= 500:
+            raise NoWorkerError(f"the reward server {self.url} has failed: {said}; look at its log, then go on")
+        raise ConfigError(f"the reward server {self.url} refuses: {said}; is this the url of a `rats serve`?")
+
+
+def _exchange(
+    connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None
+) -> http.client.HTTPResponse:
+    # a server that refuses may say so before it has read all: its reply is still to be read
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.request(method, path, body, {"Content-Type": "application/octet-stream"} if body else {})
+    return connection.getresponse()
+
+
+def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
+    """The body; an error if it is longer than any right one, or shorter than the server said."""
+    declared, content = response.length, response.read(limit + 1)
+    if len(content) > limit:
+        raise DataError(f"a reward server's reply is longer than {limit} bytes: is this the url of a `rats serve`?")
+    if declared is not None and len(content) < declared:
+        raise http.client.IncompleteRead(content, declared - len(content))
+    return content
+
+
+def _seconds(header: str | None) -> float:
+    """A Retry-After header, in seconds or as a date; 0 when there is none or it cannot be read."""
+    try:
+        return max(0.0, float(header or 0.0))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(str(header)).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def served(server: Server) -> ServedReward:
+    """What the server says of itself. Raises DataError when that is not what a reward server says."""
+    reply = server.call("GET", "/identity")
+    try:
+        return ServedReward.model_validate_json(reply)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc'])) or 'the reply'}: {first['msg']}"
+        raise DataError(
+            f"{server.url}/identity is not what a reward server says ({what}); see docs/rewards.md"
+        ) from None
+
+
+class UrlReward:
+    """The reward behind a url, one request of at most the server's batch at a time."""
+
+    checkpoints = ()
+    """No file: the url is handed over as it is."""
+
+    @classmethod
+    def identify(cls, url: str) -> str:
+        """The reward's fingerprint, as its server gives it."""
+        return served(Server(url, patience=FIRST_PATIENCE)).fingerprint
+
+    def __init__(self, url: str, name: str = "url", device: str = "cpu", timeout: float = TIMEOUT) -> None:
+        """Asks the server who it is. `device` is the pictures', whatever the server computes on."""
+        self.about = served(Server(url, timeout, FIRST_PATIENCE))
+        self.server = Server(url, timeout)
+        self.name, self.fingerprint, self.differentiable = name, self.about.fingerprint, self.about.differentiable
+
+    def score(self, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
+        """Scores (B,), float32, NaN where the server has none; with gradient where the reward has one."""
+        gradient = self.differentiable and torch.is_grad_enabled() and images_B3HW.requires_grad
+        size = self.about.max_batch
+        starts = range(0, len(prompts), size)
+        answers = [self._ask(images_B3HW[i : i + size], prompts[i : i + size], gradient) for i in starts]
+        scores_B = torch.cat([answer.scores_B for answer in answers]).to(images_B3HW.device)
+        if not gradient:
+            return scores_B
+        found = torch.cat([answer.gradient_B3HW for answer in answers if answer.gradient_B3HW is not None])
+        return _Remote.apply(images_B3HW, scores_B, found.to(images_B3HW))
+
+    def _ask(self, images_B3HW: Tensor, prompts: list[str], gradient: bool) -> Answer:
+        question = Question(as_sent(images_B3HW, self.about.pixels), list(prompts), gradient)
+        reply = self.server.call("POST", "/score", pack_question(question))
+        try:
+            answer = unpack_answer(reply, question)
+        except ValueError as error:
+            raise DataError(f"{self.server.url}/score gives no answer to the question: {error}") from error
+        if answer.fingerprint != self.fingerprint:
+            now, before = answer.fingerprint[:12], self.fingerprint[:12]
+            raise DataError(f"{self.server.url} serves another reward now ({now}, before {before}): serve that one")
+        return answer
+
+
+def as_sent(images_B3HW: Tensor, pixels: str) -> Tensor:
+    """Images in [0, 1] as float32, or rounded to uint8."""
+    images = images_B3HW.detach().float()
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8) if pixels == "uint8" else images
+
+
+class _Remote(torch.autograd.Function):
+    """Scores whose derivative by the pixels came over the wire."""
+
+    @staticmethod
+    def forward(ctx: Any, images_B3HW: Tensor, scores_B: Tensor, gradient_B3HW: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient_B3HW)
+        return scores_B.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (gradient_B3HW,) = ctx.saved_tensors
+        return grads[0].view(-1, 1, 1, 1).to(gradient_B3HW) * gradient_B3HW, None, None

@@ -1,0 +1,1 @@
+"""A shard set on disk: plans, shards, index, scores, embeddings, snapshots, and what is published of it."""

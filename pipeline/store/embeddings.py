@@ -1,0 +1,107 @@
+"""Prompt embeddings, stored once a prompt: `embeddings/<prompt id>.safetensors`, sealed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from rats.pipeline.files import cache
+from rats.pipeline.files.atomic import atomic_write
+from rats.pipeline.files.places import Place
+from rats.pipeline.files.reading import hash_bytes, read_regular
+from rats.pipeline.store.shard_set import ShardSet
+from rats.schemas.errors import DataError
+
+_DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, RecursionError)
+_REMEDY = "delete it and run `rats stage rollout`, which encodes the prompt again"
+
+
+def has_embedding(shards: ShardSet, prompt_id: str) -> bool:
+    """Whether the prompt is encoded already."""
+    return shards.embedding_path(prompt_id).exists()
+
+
+def write_embedding(shards: ShardSet, prompt_id: str, tensors: dict[str, Tensor]) -> None:
+    """Store one prompt's conditioning: by name, without the batch axis, in its own dtype."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(shards.embedding_path(prompt_id), save(plain, {"seal": _seal(prompt_id, plain)}))
+
+
+def read_embedding(shards: ShardSet, prompt_id: str) -> dict[str, Tensor]:
+    """One prompt's conditioning, without the batch axis.
+
+    Raises:
+        DataError: missing, damaged, or another prompt's.
+    """
+    path = shards.embedding_path(prompt_id)
+    data = _bytes_of(path, prompt_id)
+    try:
+        return _parse(data, prompt_id)
+    except _DAMAGE as error:
+        raise DataError(f"{path} is damaged ({str(error)[:120]}); {_REMEDY}") from None
+
+
+def _bytes_of(path: Place, prompt_id: str) -> bytes:
+    """From a remote place through the local cache."""
+    if isinstance(path, Path):
+        return read_regular(path, _REMEDY)
+    name = hash_bytes(str(path).encode())
+    return cache.shared().get(name, lambda: read_regular(path, _REMEDY), lambda data: _is_whole(data, prompt_id))
+
+
+def _is_whole(data: bytes, prompt_id: str) -> bool:
+    try:
+        _parse(data, prompt_id)
+    except _DAMAGE:
+        return False
+    return True
+
+
+def _parse(data: bytes, prompt_id: str) -> dict[str, Tensor]:
+    _check_seal(data, prompt_id)
+    return load(data)
+
+
+def verify_embedding(shards: ShardSet, prompt_id: str) -> int:
+    """As `read_embedding`, but past any cache and without making tensors; returns how many bytes were read."""
+    path = shards.embedding_path(prompt_id)
+    data = read_regular(path, _REMEDY)
+    try:
+        _check_seal(data, prompt_id)
+    except _DAMAGE as error:
+        raise DataError(f"{path} is damaged ({str(error)[:120]}); {_REMEDY}") from None
+    return len(data)
+
+
+def _check_seal(data: bytes, prompt_id: str) -> None:
+    """Raise ValueError and its like unless the bytes are what was sealed for this prompt.
+
+    The seal is over the file as it is without its seal, which is taken out of the header here: to have safetensors
+    write the tensors again takes several times as long as the hash.
+    """
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    seal = header["__metadata__"]["seal"]
+    if _header(header) != data[:start] or list(header["__metadata__"]) != ["seal"]:
+        raise ValueError("its header was changed by hand")
+    del header["__metadata__"]
+    digest = blake3(prompt_id.encode()).update(_header(header)).update(memoryview(data)[start:])
+    if digest.hexdigest() != seal:
+        raise ValueError("its content does not match its seal")
+
+
+def _header(content: dict[str, Any]) -> bytes:
+    """A safetensors header as the library writes it: its length, then JSON, filled up with spaces to 8 bytes."""
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _seal(prompt_id: str, tensors: dict[str, Tensor]) -> str:
+    return blake3(prompt_id.encode() + save(tensors)).hexdigest()

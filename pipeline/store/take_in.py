@@ -1,0 +1,175 @@
+"""Takes a shard set that was found good (`untrusted`) into a store, under its fingerprint."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from rats.pipeline.files.atomic import put, storage_errors, temporary_path
+from rats.pipeline.files.places import Place, sizes
+from rats.pipeline.files.reading import hash_file, open_regular
+from rats.pipeline.store.documents import create_sealed, write_sealed
+from rats.pipeline.store.scores import record_reward, scores_done, write_scores
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.untrusted import FETCH, Advance, Foreign
+from rats.schemas.errors import DataError, RetryLaterError
+from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan, Snapshot
+
+AGAIN = "run the same command again"
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What an import did: `added` shards by the name they had and the one they have; the rest was there."""
+
+    shards: ShardSet
+    snapshot: Snapshot
+    added: dict[str, str]
+    embeddings: int
+    scores: int
+
+
+def take_in(foreign: Foreign, store: Place, advance: Advance = lambda count: None) -> Taken:
+    """Add what the store lacks of a set, and a snapshot of its samples; killed, the same call goes on.
+
+    Every file is compared with what was found good after it was copied and before it gets its name. A shard keeps its
+    number unless that is taken; its tar's bytes never change. Samples that lie in the store already stay where they
+    are; a shard that brings new ones beside them comes whole.
+
+    Args:
+        foreign: The set.
+        store: Where sets lie by fingerprint, local or remote.
+        advance: Told of each shard's samples.
+
+    Raises:
+        DataError: the store has a sample or an embedding of this recipe with other bytes, or the folder was changed.
+        RetryLaterError: another process is making one of the shards.
+    """
+    shards = ShardSet.open_or_create(store, foreign.shards.recipe)
+    missing = _missing(shards, foreign)
+    embeddings = _take_embeddings(shards, foreign)
+    names = _names(shards, missing)
+    for part in foreign.parts:
+        if part in missing:
+            _take_shard(foreign.shards, shards, part, names[part.shard])
+        advance(len(part.rows))
+    scores = _take_scores(shards, foreign)
+    snapshot = shards.write_snapshot(row.key for row in foreign.index)
+    if snapshot.hash != foreign.snapshot.hash:
+        raise DataError(f"{shards.root} does not hold what was imported (snapshot {snapshot.number}); {AGAIN}")
+    return Taken(shards, snapshot, names, embeddings, scores)
+
+
+def _missing(shards: ShardSet, foreign: Foreign) -> list[ShardDone]:
+    """Shards with a sample that the store lacks."""
+    there = {row.key: row.blake3 for part in shards.finished() for row in part.rows}
+    for row in (row for part in foreign.parts for row in part.rows):
+        if there.get(row.key, row.blake3) != row.blake3:
+            raise DataError(
+                f"one recipe gave different bytes: sample {row.key} is {there[row.key][:12]} in {shards.root} and "
+                f"{row.blake3[:12]} in {foreign.shards.root}; they come from machines of different kinds, keep them "
+                "in two stores"
+            )
+    return [part for part in foreign.parts if not {row.key for row in part.rows} <= set(there)]
+
+
+def _names(shards: ShardSet, parts: Sequence[ShardDone]) -> dict[str, str]:
+    """Name in the store of each shard by its own, planned as a rollout plans them."""
+    with shards.lock("plan"):
+        while True:
+            names, new = choose_names(parts, shards.plans(), sizes(shards.root / "shards"))
+            # a number that another driver of a remote store has just taken: look again
+            if all(create_sealed(shards.plan_path(plan.shard), plan) for plan in new):
+                return names
+
+
+def choose_names(
+    parts: Sequence[ShardDone], plans: Sequence[ShardPlan], files: Iterable[str]
+) -> tuple[dict[str, str], list[ShardPlan]]:
+    """Where shards of another store go: their names here, and the plans that are to be written first.
+
+    A shard that is planned here with the same samples fulfils that plan; else it keeps its name if that is free, or
+    takes the number after the last.
+
+    Args:
+        parts: The shards.
+        plans: All plans of the store.
+        files: Names of the files in its `shards/`.
+    """
+    planned = {plan.samples: plan.shard for plan in plans}
+    taken = {plan.shard for plan in plans} | {name.partition(".")[0] for name in files}
+    # names that other shards keep are not given away
+    kept = {part.shard for part in parts}
+    last = max((int(name[-6:]) for name in taken | kept if name.startswith("rollout-")), default=-1)
+    names, new = {}, []
+    for part in parts:
+        samples = tuple(
+            PlannedSample.model_validate(row.model_dump(include=set(PlannedSample.model_fields))) for row in part.rows
+        )
+        name = planned.get(samples) or (part.shard if part.shard not in taken else None)
+        if name is None:
+            last += 1
+            name = f"rollout-{last:06d}"
+        names[part.shard] = name
+        if samples not in planned:
+            new.append(ShardPlan(shard=name, samples=samples))
+    return names, new
+
+
+def _take_shard(source: ShardSet, shards: ShardSet, part: ShardDone, name: str) -> None:
+    """The tar first, the document that vouches for it after it."""
+    done = ShardDone(
+        shard=name,
+        bytes=part.bytes,
+        blake3=part.blake3,
+        rows=tuple(row.model_copy(update={"shard": name}) for row in part.rows),
+    )
+    with shards.claim(name) as mine:
+        if not mine:
+            raise RetryLaterError(f"{shards.shard_path(name)} is being made by another process; {AGAIN} later")
+        if shards.done(name) is None:
+            _copy(source.shard_path(part.shard), shards.shard_path(name), part.blake3)
+            write_sealed(shards.done_path(name), done)
+
+
+def _take_embeddings(shards: ShardSet, foreign: Foreign) -> int:
+    """Before the shards: a rollout encodes a prompt only where it makes one. Returns how many were new."""
+    count = 0
+    for prompt, digest in foreign.embeddings.items():
+        target = shards.embedding_path(prompt)
+        if not target.exists():
+            _copy(foreign.shards.embedding_path(prompt), target, digest)
+            count += 1
+        elif hash_file(target, AGAIN)[0] != digest:
+            raise DataError(
+                f"one recipe gave different bytes: {target} is not {foreign.shards.embedding_path(prompt)}; "
+                "keep the two in two stores"
+            )
+    return count
+
+
+def _take_scores(shards: ShardSet, foreign: Foreign) -> int:
+    """Rows for every shard that lacks them and all of whose samples are scored; returns how many tables."""
+    count = 0
+    keys = {row.key for part in foreign.parts for row in part.rows}
+    for column, record in foreign.records.items():
+        rows = foreign.scores[column]
+        for part in shards.finished():
+            own = [row.key for row in part.rows]
+            if keys.isdisjoint(own) or not rows.keys() >= set(own) or scores_done(shards, column, part.shard):
+                continue
+            record_reward(shards, record.name, record.hashes)
+            write_scores(shards, column, part.shard, [rows[key] for key in own])
+            count += 1
+    return count
+
+
+def _copy(source: Place, target: Place, blake3: str) -> None:
+    """A file, under its name once it reads back as what was found good."""
+    with storage_errors(target), temporary_path(target) as temporary:
+        with open_regular(source, FETCH) as file, temporary.open("wb") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
+        if hash_file(temporary, AGAIN)[0] != blake3:
+            raise DataError(f"{source} was changed while it was being imported; {AGAIN}")
+        put(temporary, target)

@@ -1,0 +1,221 @@
+"""A shard set that somebody else wrote, looked at to its last byte before anything of it is believed.
+
+Seals and hashes only say that a set is whole: whoever writes a lie can seal it too. So what a reader relies on is
+checked by itself: names, identities, each member of each tar, every array, and the noise each sample starts from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rats.pipeline.files.atomic import link_or_copy, storage_errors
+from rats.pipeline.files.reading import hash_file, open_regular
+from rats.pipeline.noise import noise
+from rats.pipeline.store.embeddings import read_embedding
+from rats.pipeline.store.scores import reward_columns, score_rows, scores_done
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.shards import LATENTS, read_sample, verify_shard
+from rats.schemas.errors import DataError, StorageError
+from rats.schemas.identity import prompt_id, sample_key
+from rats.schemas.manifest import IndexRow, RewardRecord, ScoreRow, ShardDone, Snapshot
+from rats.schemas.recipe import fingerprint
+
+Advance = Callable[[int], None]
+
+FETCH = "fetch the set again; nothing was imported"
+PARTS = ("recipe.json", "shards", "index", "embeddings", "scores", "manifests")
+"""What a set consists of; anything else in its folder is not looked at."""
+
+_BLOCK = tarfile.BLOCKSIZE
+_LONGEST_TEXT = 1 << 20
+_ROUNDING = 0.01
+"""Of half precision at the largest noise, and of another machine's logarithm."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A set found good: `parts` its shards, `scores` rows by column and key, `embeddings` blake3 by prompt id."""
+
+    shards: ShardSet
+    snapshot: Snapshot
+    index: list[IndexRow]
+    parts: list[ShardDone]
+    records: dict[str, RewardRecord]
+    scores: dict[str, dict[str, ScoreRow]]
+    embeddings: dict[str, str]
+
+
+def examine(folder: Path, advance: Advance = lambda count: None) -> Foreign:
+    """Read all that the newest snapshot of a local folder needs; `advance` is told of each shard's samples.
+
+    Raises:
+        DataError: something is damaged, missing, or not what a rollout of this recipe writes.
+    """
+    try:
+        return _examine(ShardSet.open(folder), advance)
+    except (DataError, StorageError) as error:
+        # what the store advises, to roll out again, is no help to somebody who has only the folder
+        raise type(error)(f"{str(error).rpartition('; ')[0] or error}; {FETCH}") from None
+
+
+def _examine(shards: ShardSet, advance: Advance) -> Foreign:
+    if fingerprint(shards.recipe) != shards.fingerprint:
+        raise DataError(f"{shards.root / 'recipe.json'} is not spelled as rats spells it; {FETCH}")
+    snapshot = shards.snapshot()
+    index = shards.index(snapshot)
+    parts = []
+    for shard, digest in sorted(snapshot.shards.items()):
+        parts.append(_part(shards, shard, digest))
+        advance(len(parts[-1].rows))
+    _check_index(shards, index, parts)
+    records = reward_columns(shards)
+    scores = {column: _scores(shards, column, parts) for column in records}
+    return Foreign(shards, snapshot, index, parts, records, scores, _embeddings(shards, parts))
+
+
+def _part(shards: ShardSet, shard: str, digest: str) -> ShardDone:
+    """A shard's document, after every byte of its tar was compared with it."""
+    verify_shard(shards, shard, digest)
+    done = shards.done(shard)
+    path = shards.shard_path(shard)
+    assert done is not None  # verify_shard has read it
+    if len({row.key for row in done.rows}) != len(done.rows):
+        raise DataError(f"{path} holds a sample twice; {FETCH}")
+    for row in done.rows:
+        _check_sample(shards, row)
+    with open_regular(path, FETCH) as file:
+        _check_members(file, path, done, list(shards.recipe.horizons))
+    return done
+
+
+def _check_sample(shards: ShardSet, row: IndexRow) -> None:
+    """Its name is its prompt's and noise's, its values are finite, and it starts from the recipe's noise."""
+    if row.prompt_id != prompt_id(row.prompt) or row.key != sample_key(row.prompt_id, row.noise_index):
+        raise DataError(f"{row.shard}: sample {row.key} is not named after its prompt {row.prompt!r}; {FETCH}")
+    arrays = read_sample(shards, row)
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise DataError(f"{row.shard}: sample {row.key} has values that are not finite; {FETCH}")
+    start = noise(shards.recipe.seed, row.prompt_id, row.noise_index, arrays["x"].shape[1:]).numpy()
+    if not np.allclose(arrays["x"][0], start, rtol=0, atol=_ROUNDING):
+        raise DataError(f"{row.shard}: sample {row.key} does not start from the noise of its recipe; {FETCH}")
+
+
+def _check_members(file: Any, path: Any, done: ShardDone, horizons: list[float]) -> None:
+    """The tar is two plain members a sample, in the rows' order, and nothing else."""
+    position = 0
+    for row in done.rows:
+        described = {"key": row.key, "prompt_id": row.prompt_id, "prompt": row.prompt, "noise_index": row.noise_index}
+        for _ in range(2):
+            name, start, size = _member(file, path, position)
+            if name == f"{row.key}.{LATENTS}":
+                good = (start, size) == (row.offset, row.length)
+            else:
+                good = name == f"{row.key}.json" and _read_json(file, size) == described | {"sigmas": horizons}
+            if not good:
+                raise DataError(f"{path}: member {name!r} is not what is recorded of sample {row.key}; {FETCH}")
+            position = start + size + -size % _BLOCK
+    file.seek(position)
+    if done.bytes - position > _LONGEST_TEXT or any(file.read(_LONGEST_TEXT)):
+        raise DataError(f"{path} holds more than its samples; {FETCH}")
+
+
+def _member(file: Any, path: Any, position: int) -> tuple[str, int, int]:
+    """Name, offset and size of the plain file whose header lies at `position`."""
+    file.seek(position)
+    try:
+        header = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "strict")
+    except (tarfile.TarError, ValueError) as error:
+        raise DataError(f"{path} is no tar of samples at byte {position} ({error}); {FETCH}") from None
+    if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header.size < 0:
+        raise DataError(f"{path}: member {header.name!r} is no plain file; {FETCH}")
+    return header.name, position + _BLOCK, header.size
+
+
+def _read_json(file: Any, size: int) -> Any:
+    """None for what is no JSON: it equals no description."""
+    try:
+        return json.loads(file.read(min(size, _LONGEST_TEXT)))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _check_index(shards: ShardSet, index: list[IndexRow], parts: list[ShardDone]) -> None:
+    found: dict[str, str] = {}
+    for row in (row for part in parts for row in part.rows):
+        if found.setdefault(row.key, row.blake3) != row.blake3:
+            raise DataError(f"{shards.root} holds sample {row.key} with two contents; {FETCH}")
+    rows = {row for part in parts for row in part.rows}
+    if strangers := [row.key for row in index if row not in rows]:
+        raise DataError(f"the index of {shards.root} places sample {strangers[0]} where it is not; {FETCH}")
+
+
+def _scores(shards: ShardSet, column: str, parts: list[ShardDone]) -> dict[str, ScoreRow]:
+    """Rows by key, of the shards that have their scores."""
+    found = {}
+    for part in (part for part in parts if scores_done(shards, column, part.shard)):
+        rows = score_rows(shards, column, part.shard)
+        if sorted(row.key for row in rows) != sorted(row.key for row in part.rows):
+            raise DataError(f"{shards.scores_folder(column)} does not score the samples of {part.shard}; {FETCH}")
+        found.update({row.key: row for row in rows})
+    return found
+
+
+def _embeddings(shards: ShardSet, parts: list[ShardDone]) -> dict[str, str]:
+    """All of them: without one, a trainer would need the text encoders."""
+    found = {}
+    for prompt in sorted({row.prompt_id for part in parts for row in part.rows}):
+        read_embedding(shards, prompt)
+        found[prompt] = hash_file(shards.embedding_path(prompt), FETCH)[0]
+    return found
+
+
+@contextmanager
+def plain_view(folder: Path) -> Iterator[Path]:
+    """The folder itself; for the Hub's cache, whose files are links into its blobs, a folder of hardlinks.
+
+    Raises:
+        DataError: no folder, or a link that leads anywhere else.
+    """
+    folder = folder.resolve()
+    if not folder.is_dir():
+        raise DataError(f"no folder {folder}; name one that `rats shards export` wrote or the Hub's client fetched")
+    files = list(_files(folder))
+    if not any(path.is_symlink() for path in files):
+        yield folder
+        return
+    blobs = {path: _blob(folder, path) for path in files}
+    # beside the blobs: the only place where hardlinks are sure to work
+    with storage_errors(folder), tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".rats-import-") as view:
+        for path, blob in blobs.items():
+            link_or_copy(blob, Path(view) / path.relative_to(folder))
+        yield Path(view)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """Files and links of the set below a folder, no link followed."""
+    for part in PARTS:
+        if (folder / part).is_symlink() or not (folder / part).is_dir():
+            yield from [folder / part] if os.path.lexists(folder / part) else []
+            continue
+        for here, folders, names in os.walk(folder / part):
+            yield from (Path(here, name) for name in names)
+            yield from (Path(here, name) for name in folders if Path(here, name).is_symlink())
+
+
+def _blob(folder: Path, path: Path) -> Path:
+    """What a file of `<cache>/<repository>/snapshots/<commit>/` leads to: a blob of that repository or cache."""
+    target = path.resolve()
+    allowed = (folder, folder.parents[1] / "blobs", folder.parents[2] / "blobs") if len(folder.parents) > 2 else ()
+    if folder.parent.name != "snapshots" or not target.is_file() or not any(target.is_relative_to(p) for p in allowed):
+        raise DataError(f"{path} is a link to {target}, which is refused; fetch the set with `hf download --local-dir`")
+    return target

@@ -1,0 +1,1 @@
+"""Weights: where they lie, what they hash to, how they are loaded, and adapters (LoRA)."""

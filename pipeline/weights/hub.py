@@ -1,0 +1,114 @@
+"""Where weights lie and what they are: folders, hub revisions and content hashes. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from pathlib import Path
+
+from rats.pipeline.weights.hashes import SMALL_FILES
+from rats.schemas.errors import ConfigError
+
+_CACHED: ContextVar[bool] = ContextVar("cached", default=False)
+"""Whether the hub itself is left alone."""
+
+
+PIPELINE_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.jinja", "*/*.model")
+"""What a diffusers folder needs; leaves out the single-file copies at the top of hub repositories."""
+
+
+VARIANTS = ["*.fp16.*", "*.fp32.*", "*.non_ema.*"]
+"""Second copies of the same weights, which nothing here loads."""
+
+DECODER_PATTERNS = ("model_index.json", "vae/*.json", "vae/*.safetensors")
+"""What decoding stored latents needs of it."""
+
+
+def resolve(path: str | Path, revision: str | None = None, patterns: Sequence[str] | None = None) -> Path:
+    """A local file or folder as it is, or the snapshot of a hub repository, whose folder is named by its commit.
+
+    `patterns` limits what a hub download fetches. Raises ConfigError when there is neither.
+    """
+    local = Path(path)
+    if local.exists():
+        return local
+    if not is_hub_id(str(path)):
+        raise ConfigError(f"no model at '{path}' (looked in {Path.cwd()}): give a folder or a hub id like org/name")
+    return _download(str(path), revision, patterns)
+
+
+@contextmanager
+def only_cached() -> Iterator[None]:
+    """Nothing is fetched in this block: a hub repository is what the cache has of it, or a ConfigError."""
+    token = _CACHED.set(True)
+    try:
+        yield
+    finally:
+        _CACHED.reset(token)
+
+
+def find_checkpoint(path: Path, names: Sequence[str]) -> Path:
+    """The file itself, or the first of `names` that the folder has. Raises ConfigError when it has none of them."""
+    if path.is_file():
+        return path
+    found = [path / name for name in names if (path / name).is_file()]
+    if not found:
+        raise ConfigError(f"no {' or '.join(names)} in {path}: give the folder of such a checkpoint or the file itself")
+    return found[0]
+
+
+def resolve_checkpoint(path: str, revision: str | None, names: Sequence[str]) -> tuple[Path, str | None]:
+    """A local file or folder as it is, or a checkpoint of a hub repository; and the hub's commit.
+
+    On a hub, `path` is `org/name` or `org/name/file`: that file, else the first of `names` that is there, comes with
+    the small files beside it. Raises ConfigError when there is none.
+    """
+    parts = path.split("/")
+    repository, file = "/".join(parts[:2]), "/".join(parts[2:])
+    if Path(path).exists() or not is_hub_id(repository):
+        return resolve(path), revision
+    wanted = [file] if file else list(names)
+    for name in wanted:
+        snapshot = resolve(repository, revision, (name, *SMALL_FILES))
+        revision = snapshot.name  # one commit, however many names are tried
+        if (snapshot / name).is_file():
+            return snapshot / name, revision
+    raise ConfigError(f"hub repository '{repository}' has no {' or '.join(wanted)} (commit {revision})")
+
+
+def absolute_if_local(path: str) -> str:
+    """A local path from the root on, since a worker may stand elsewhere; a hub id as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path
+
+
+def pinned(path: str, revision: str | None, patterns: Sequence[str] | None = None) -> str | None:
+    """The commit that a hub repository is at now, so that every worker takes the same; a local path's as given."""
+    return revision if Path(path).exists() else resolve(path, revision, patterns).name
+
+
+def is_hub_id(path: str) -> bool:
+    """`org/name`, unless `org` is a folder here: then a missing folder is meant."""
+    organisation, _, name = path.partition("/")
+    return bool(organisation and name) and "/" not in name and path[0] not in "./~" and not Path(organisation).is_dir()
+
+
+def _download(repository: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    revised, cached = (f" at revision {revision}" if revision else ""), _CACHED.get()
+    try:
+        download = partial(snapshot_download, revision=revision, local_files_only=cached, ignore_patterns=VARIANTS)
+        return Path(download(repository, allow_patterns=list(patterns) if patterns else None))
+    except Exception as error:  # the hub raises a dozen kinds, of three libraries: all mean the same here
+        if cached:
+            raise ConfigError(
+                f"'{repository}'{revised} is no local folder and not in the hub's cache: the first command that needs "
+                f"it fetches it, or `hf download {repository}` now (a gated one after `hf auth login`)"
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"no local folder '{repository}' and no such hub repository{revised} in reach ({reason}): "
+            "check the name, the network and `hf auth login`"
+        ) from error

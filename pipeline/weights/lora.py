@@ -1,0 +1,140 @@
+"""Low-rank adapters (peft) of a diffusers transformer: added, saved, and loaded back with nothing dropped.
+
+The file is what `pipe.load_lora_weights` reads: `pytorch_lora_weights.safetensors`, with the adapters' rank, alpha
+and targets as metadata.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rats.pipeline.weights.hashes import NETWORK
+from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.train_params import LoraParams
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"
+PREFIX = f"{NETWORK}."
+"""Of every name in the file: the component that is adapted, as every family's pipeline calls it."""
+FIELDS = ("r", "lora_alpha", "rank_pattern", "target_modules")
+"""What the file says of the adapters. Not the whole LoraConfig: other releases of peft refuse fields that they lack."""
+
+
+def add_lora(network: nn.Module, lora: LoraParams, targets: Sequence[str], seed: int) -> None:
+    """Freeze `network` and give its modules trainable float32 adapters; its output stays what it was.
+
+    Args:
+        network: A diffusers transformer, changed in place.
+        lora: Rank, alpha and, in place of `targets`, names of its own.
+        targets: The family's list: ends of module names, such as "attn.to_q".
+        seed: Of the adapters' first weights; the global generators are left as they are.
+
+    Raises:
+        ConfigError: a target that names no module, or one without a low-rank form.
+    """
+    wanted = tuple(lora.targets or targets)
+    _check_targets(network, wanted)
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=[*wanted], init_lora_weights="gaussian")  # type: ignore[arg-type]
+    try:
+        _inject(network, config, seed)
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"train.lora.targets: peft cannot adapt {', '.join(wanted)} ({reason})") from None
+
+
+def is_lora(folder: Path) -> bool:
+    """Whether a student's folder holds adapters, and not a whole network."""
+    return (folder / WEIGHTS).is_file()
+
+
+def save_lora(network: nn.Module, folder: Path) -> None:
+    """Write the adapters' file into `folder`, a temporary one: `pipeline.files.atomic.atomic_folder`."""
+    config = network.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
+    about = {f"{PREFIX}{name}": config[name] for name in FIELDS}
+    about[f"{PREFIX}target_modules"] = sorted(config["target_modules"])  # a set: its order is the process's
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(about, sort_keys=True)}  # one key: with two the bytes vary
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({f"{PREFIX}{name}": tensor for name, tensor in _layers(network).items()}, folder / WEIGHTS, metadata)
+
+
+def load_lora(network: nn.Module, folder: Path) -> None:
+    """Put the adapters in `folder` into a bare network, in float32, frozen as the rest of it.
+
+    Raises:
+        DataError: a damaged file; adapters for modules that the network lacks, or none for modules that the file's own
+            metadata names.
+    """
+    state, about = _read(folder)
+    try:
+        _inject(network, LoraConfig(**about), seed=0)
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{folder / WEIGHTS} does not fit this network ({reason}): name the model of its run") from None
+    expected = {name: tuple(tensor.shape) for name, tensor in _layers(network).items()}
+    _check_keys(folder / WEIGHTS, {name: tuple(tensor.shape) for name, tensor in state.items()}, expected)
+    set_peft_model_state_dict(network, state, adapter_name=ADAPTER)
+    network.requires_grad_(False)
+
+
+def merge_lora(network: nn.Module) -> None:
+    """Add the adapters into the network's own weights, rounded to their dtype, and take them out."""
+    network.fuse_lora(safe_fusing=True)  # type: ignore[operator]
+    network.unload_lora()  # type: ignore[operator]
+
+
+def _inject(network: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Peft leaves the adapters alone with a gradient."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # peft draws on the CPU
+        network.add_adapter(config, ADAPTER)  # type: ignore[operator]
+    cast_training_params(network, torch.float32)
+
+
+def _layers(network: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors by name, without the adapter's own name in it."""
+    return get_peft_model_state_dict(network, adapter_name=ADAPTER)
+
+
+def _check_targets(network: nn.Module, targets: Iterable[str]) -> None:
+    """Peft passes over a target that fits nothing as long as another one fits."""
+    names = [name for name, _ in network.named_modules()]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ConfigError(f"train.lora.targets: no module of {type(network).__name__} is named '{target}'")
+
+
+def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata, by the names that the network gives them."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{folder / WEIGHTS} is damaged ({reason}): train or export it again") from None
+    if not about:
+        raise DataError(f"{folder / WEIGHTS} does not say its rank, alpha and targets: use one that rats has written")
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
+    return named, {name.removeprefix(PREFIX): value for name, value in about.items()}
+
+
+def _check_keys(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """Nothing may be passed over, on either side."""
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in expected:
+            raise DataError(f"{path} adapts {name}, which this network has not: name the model of its run")
+        if name not in found:
+            raise DataError(f"{path} lacks {name}, which its own metadata names: train or export it again")
+        if found[name] != expected[name]:
+            raise DataError(f"{path} has {name} of shape {found[name]}, this network takes {expected[name]}")

@@ -1,0 +1,1 @@
+"""The command line: commands, options, the console (the only place with typer)."""

@@ -1,0 +1,77 @@
+"""What the command line prints, and how it ends: one line on stderr and an exit code for every error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from rats.schemas.errors import RatsError, StorageError
+
+
+def guarded(command: Callable[[], Any]) -> None:
+    """Run `command`; errors that a user can act on become one line and the exit codes of `schemas.errors`."""
+    signal.signal(signal.SIGTERM, _on_sigterm)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torchvision is not there: by design
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("rats").setLevel(logging.INFO)
+    try:
+        command()
+    except RatsError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see the path"
+        _fail(StorageError(f"{error}: {hint}, then run the same command again"))
+
+
+def say(value: dict[str, Any], as_json: bool) -> None:
+    """The result on stdout: one JSON object, or a line a field."""
+    if as_json:
+        print(json.dumps(value))
+        return
+    for name, item in value.items():
+        for line in item if isinstance(item, list) else [item]:
+            print(f"{name.replace('_', ' ')}: {f'{line:.1f}' if isinstance(line, float) else line}")
+
+
+def table(rows: list[dict[str, Any]]) -> None:
+    """A line a row."""
+    for row in rows:
+        print("  ".join(("yes" if item else "no") if isinstance(item, bool) else str(item) for item in row.values()))
+
+
+def findings(rows: list[dict[str, Any]]) -> None:
+    """A line a check: yes, no, or - where what is missing is optional."""
+    width = max(len(row["check"]) for row in rows)
+    for row in rows:
+        mark = "yes" if row["ok"] else "no" if row["needed"] else "-"
+        print(f"{row['check']:<{width}}  {mark:<3}  {row['found']}")
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file, replaced as a whole."""
+    from rats.pipeline.files.atomic import atomic_write
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _fail(error: RatsError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(error.exit_code)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    """Unwinds the stack, so that temporary files go and workers end, then exits as a killed process does."""
+    raise SystemExit(128 + number)

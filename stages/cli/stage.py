@@ -1,0 +1,197 @@
+"""`rats stage`: the stages of the pipeline. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rats.stages.cli.console import say, write_json
+from rats.stages.cli.options import (
+    DEFAULT_PARAMS,
+    LOCAL_WORKERS,
+    STYLE,
+    DryRun,
+    Json,
+    ParamsFile,
+    Seed,
+    Sets,
+    WorkerFlags,
+    existing,
+    grouped,
+    load,
+    place,
+    split_named,
+)
+
+MaxBad = Annotated[
+    float | None,
+    typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Of the samples, on which a reward may fail; 0.1."),
+]
+
+stage = typer.Typer(help="Run one stage of the pipeline.", **STYLE)
+
+
+@stage.command()
+@grouped
+def rollout(
+    split: Annotated[str, typer.Option(metavar="train|validation|test", help="Which prompts.")] = "train",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Publish the snapshot there, by hardlink.")] = None,
+    report_path: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Also write the report.")] = None,
+    workers: WorkerFlags = LOCAL_WORKERS,
+    max_bad: MaxBad = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
+    seed: Seed = None,
+    json_: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Sample the teacher.
+
+    Keeps what students need and scores it. Finished shards are never made again.
+    """
+    values = load(params, set_, teacher__seed=seed)
+    where = workers.where(values)
+    from rats.stages.plan.plan import plan_rollout
+    from rats.stages.rollout.rollout import rollout_stage
+
+    if dry_run:
+        say(plan_rollout(values, split_named(split)), json_)
+        return
+    result = rollout_stage(values, split_named(split), out, where, _share(max_bad)).model_dump()
+    if report_path is not None:
+        write_json(report_path, result)
+    say(result, json_)
+
+
+@stage.command()
+@grouped
+def score(
+    split: Annotated[str | None, typer.Option(metavar="train|validation|test", help="Which prompts; train.")] = None,
+    shards: Annotated[str | None, typer.Option(metavar="DIR|URL", help="A shard set, in place of the split's.")] = None,
+    reward: Annotated[list[str] | None, typer.Option(metavar="NAME", help="One of `rewards`; repeatable; all.")] = None,
+    snapshot: Annotated[int | None, typer.Option(metavar="N", help="Its number; the split's or the newest.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Publish the snapshot there, by hardlink.")] = None,
+    report_path: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Also write the report.")] = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Score shards with failed rows again.")] = False,
+    workers: WorkerFlags = LOCAL_WORKERS,
+    max_bad: MaxBad = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
+    seed: Seed = None,
+    json_: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Score stored samples.
+
+    Any reward, from the stored finals: no teacher is run or loaded. What is scored is never scored again.
+    """
+    values = load(params, set_, teacher__seed=seed)
+    where = workers.where(values)
+    from rats.stages.rollout.score import plan_score, score_stage
+
+    named = None if split is None else split_named(split)
+    if dry_run:
+        say(plan_score(values, named, shards, reward, retry_failed, snapshot), json_)
+        return
+    most = _share(max_bad)
+    result = score_stage(values, named, shards, reward, where, most, retry_failed, out, snapshot).model_dump()
+    if report_path is not None:
+        write_json(report_path, result)
+    say(result if json_ else result | {"rewards": sorted(result["rewards"])}, json_)
+
+
+@stage.command()
+def train(
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="The training shards.")] = "data/teacher/train",
+    variant: Annotated[str, typer.Option(metavar="NAME", help="A name under `variants`.")] = "rats",
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run; runs/VARIANT if not given.")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="latest", help="Go on from the newest checkpoint.")] = None,
+    checkpoints_total_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Keep so many checkpoints; train.checkpoints_total_limit.")
+    ] = None,
+    max_bad: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="A reward may fail on; train.max_bad.")
+    ] = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
+    seed: Seed = None,
+    json_: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a few-step student.
+
+    From stored trajectories: no teacher is run, no reward is asked about a teacher sample. On several devices by
+    `torchrun --nproc_per_node N --no-python rats stage train` or `accelerate launch --no_python rats stage train`.
+    """
+    from rats.schemas.params import with_variant
+
+    limits = {"train__checkpoints_total_limit": checkpoints_total_limit, "train__max_bad": max_bad}
+    values = load(params, set_, train__seed=seed, **limits)
+    out = out or Path("runs") / variant
+    if dry_run:
+        settings = with_variant(values, variant).model_dump(mode="json")
+        say({"variant": variant, "shards": str(place(shards)), "out": str(out), "settings": settings}, json_)
+        return
+    from rats.stages.train.train import train_stage
+
+    say(train_stage(values, variant, place(shards), out, resume).model_dump(), json_)
+
+
+@stage.command()
+def evaluate(
+    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="The test shards.")] = "data/teacher/test",
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the runs.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The cells.")] = Path("reports/evaluate.json"),
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
+    seed: Seed = None,
+    json_: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Compare teacher, base and students.
+
+    All on the same test prompts and noises.
+    """
+    values = load(params, set_, evaluate__seed=seed)
+    if dry_run:
+        students = {name: str(existing(runs / name / "student")) for name in values.evaluate.variants}
+        say({"shards": str(place(shards)), "students": students, "out": str(out)}, json_)
+        return
+    from rats.stages.evaluate.evaluate import evaluate_stage
+
+    result = evaluate_stage(values, place(shards), runs, out)
+    say(result.model_dump(mode="json") if json_ else {"cells": len(result.cells), "out": str(out)}, json_)
+
+
+@stage.command()
+def report(
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the runs.")] = Path("runs"),
+    evaluation: Annotated[Path, typer.Option(metavar="FILE", help="What evaluate wrote.")] = Path(
+        "reports/evaluate.json"
+    ),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("reports/report.html"),
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
+    json_: Json = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write one offline HTML page.
+
+    The table, the pictures side by side, the course of reward and gate, the cost.
+    """
+    values = load(params, set_)
+    if dry_run:
+        say({"evaluation": str(evaluation), "runs": str(runs), "out": str(out)}, json_)
+        return
+    from rats.stages.report.report import report_stage
+
+    report_stage(values, evaluation, runs, out)
+    say({"report": str(out.absolute())}, json_)
+
+
+def _share(max_bad: float | None) -> float:
+    from rats.pipeline.store.scores import MAX_BAD
+
+    return MAX_BAD if max_bad is None else max_bad

@@ -1,0 +1,24 @@
+"""`rats doctor`: what is there, what is missing and how to get it. Loads no weights and fetches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rats.stages.doctor.packages import Row, packages, row
+
+
+def examine(path: Path, overrides: Sequence[str], is_default: bool = True) -> list[Row]:
+    """One row a check: `check`, `ok`, `needed`, and `found`: what is there, or what is wrong and the way out.
+
+    Args:
+        path: The parameter file.
+        overrides: Of its values.
+        is_default: Whether nobody asked for this file, so that it need not be there.
+    """
+    rows = packages()
+    if not all(one["ok"] for one in rows):
+        return [*rows, row("all else", False, "cannot be looked at before these packages are there")]
+    from rats.stages.doctor import params as doctor_params  # imports what the rows above are about
+
+    return [*rows, *doctor_params.examine(path, overrides, is_default)]

@@ -1,0 +1,180 @@
+"""What the parameter file needs of this machine: devices, model, prompts, rewards, disk. Nothing is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+from rats.pipeline.families.models import FamilyStudent
+from rats.pipeline.families.open import open_outline
+from rats.pipeline.files.places import EXTRAS, open_place
+from rats.pipeline.prompts import Prompt, planned
+from rats.pipeline.rewards.clip import vocabulary
+from rats.pipeline.rewards.open import reward_fingerprint
+from rats.pipeline.weights.hashes import network_folder, weights_bytes
+from rats.pipeline.weights.hub import (
+    PIPELINE_PATTERNS,
+    find_checkpoint,
+    is_hub_id,
+    only_cached,
+    resolve,
+    resolve_checkpoint,
+)
+from rats.pipeline.weights.loading import existing_component, torch_device, torch_dtype
+from rats.schemas.errors import ConfigError, RatsError
+from rats.schemas.manifest import PlannedSample
+from rats.schemas.params import Params, PromptSource, RewardParams, Split, load_params, with_variant
+from rats.schemas.plugins import REWARDS, load_plugin
+from rats.schemas.recipe import make_recipe
+from rats.stages.doctor.devices import devices, driver
+from rats.stages.doctor.packages import Row, extras, plugins, row
+from rats.stages.plan.flops import conditioning_shapes
+from rats.stages.plan.plan import free_bytes
+from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
+from rats.stages.plan.text import size
+from rats.stages.rollout.rollout import wanted_samples
+
+PROMPT_LENGTH = 100
+"""Characters of a prompt that is not here to be read."""
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+def examine(path: Path, overrides: Sequence[str], is_default: bool) -> list[Row]:
+    """Devices, optional parts and plugins, and all that the parameter file leads to."""
+    try:
+        params = load_params(path, overrides)
+    except RatsError as error:
+        nobody = is_default and not path.exists()
+        found = f"no {path} in this folder: `rats init DIR` writes one" if nobody else str(error)
+        return [*extras(), *_devices(), *_hub(), *plugins(None), row("params", False, found, needed=not nobody)]
+    with only_cached():
+        there = [*plugins(params), row("params", True, str(path))]
+        there += [_attempt(name, check) for name, check in _checks(params).items()]
+        if all(one["ok"] for one in there if one["check"] == "model" or one["check"].startswith("prompts")):
+            there.append(_attempt("disk", partial(_disk, params)))
+    return [*extras(_wanted(params)), *_devices(), *_hub(), *there]
+
+
+def _wanted(params: Params) -> set[str]:
+    """The optional parts of this package that these parameters use."""
+    trackers = {tracker for name in params.evaluate.variants for tracker in with_variant(params, name).trackers}
+    store = EXTRAS.get(params.store.path.partition("://")[0], "")
+    official = any(reward.backend == "official" for reward in params.rewards)
+    used = {"judge": params.evaluate.judge is not None, "tracking": "tensorboard" in trackers, "rewards": official}
+    used["datasets"] = any(isinstance(getattr(params.prompts, split), PromptSource) for split in SPLITS)
+    return {name for name, is_used in used.items() if is_used} | ({store} if store else set())
+
+
+def _splits(params: Params) -> list[Split]:
+    return [split for split in SPLITS if getattr(params.prompts, split) is not None]
+
+
+def _devices() -> Iterator[Row]:
+    for device in devices():
+        memory = f", {size(device['bytes'])}" if "bytes" in device else ""
+        bf16 = f", {'bf16' if device['bf16'] else 'no bf16'}" if "bf16" in device else ""
+        by = f", driver {driver() or 'unknown'}" if device["name"].startswith("cuda") else ""
+        yield row(f"device {device['name']}", True, f"{device['kind']}{memory}{bf16}{by}", needed=False)
+
+
+def _hub() -> Iterator[Row]:
+    """Where fetched models lie, and whether more can be fetched. No request is made."""
+    from huggingface_hub import constants, get_token
+
+    offline = ", offline by HF_HUB_OFFLINE: nothing will be fetched" if constants.HF_HUB_OFFLINE else ""
+    free = free_bytes(Path(constants.HF_HUB_CACHE) / "any")
+    yield row("hub cache", True, f"{constants.HF_HUB_CACHE}, {size(free or 0)} free{offline}", needed=False)
+    login = "there is a token" if get_token() else "no token: `hf auth login`, for models behind a licence"
+    yield row("hub login", bool(get_token()), login, needed=False)
+
+
+def _checks(params: Params) -> dict[str, Callable[[], str]]:
+    """Everything in the file that can lead nowhere."""
+    checks: dict[str, Callable[[], str]] = {
+        "compute.device": lambda: str(torch_device(params.compute.device)),
+        "model": lambda: _model(params),
+    }
+    for split in _splits(params):
+        checks[f"prompts.{split}"] = partial(_prompts, params, split)
+    for reward in params.rewards:
+        checks[f"reward {reward.name}"] = partial(_reward, reward)
+    return checks
+
+
+def _attempt(name: str, check: Callable[[], str]) -> Row:
+    try:
+        return row(name, True, check())
+    except RatsError as error:
+        return row(name, False, str(error))
+
+
+def _model(params: Params) -> str:
+    """Every component with its weights."""
+    model, student = params.model, open_outline(params.model, params.teacher)
+    folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
+    family = student.family
+    weighed = [network_folder(folder, model.transformer), *(folder / name for name in ("vae", *family.encoders))]
+    for name in family.tokenizers:
+        existing_component(folder / name)
+    parts = {part: weights_bytes(existing_component(part)) for part in weighed}
+    if without := [part for part, count in parts.items() if not count]:
+        raise ConfigError(f"no weights (.safetensors) in {without[0]}: fetch the model again")
+    horizons = len(student.grids()[1])
+    return f"{model.path}, {model.family}, {horizons} horizons, {size(sum(parts.values()))} of weights"
+
+
+def _prompts(params: Params, split: Split) -> str:
+    samples, source = _samples(params, split), getattr(params.prompts, split)
+    if samples is None:
+        return f"in {source}, a data set of the hub that is fetched when a command reads it"
+    where = source if Path(str(source)).exists() else f"{source}, a data set of the hub, by prompts.{split}.count"
+    return f"{len({sample.prompt_id for sample in samples})} in {where}"
+
+
+def _samples(params: Params, split: Split) -> list[PlannedSample] | None:
+    """What a rollout wants; of a hub's data set as many as its `count`, with stand-ins for their texts, or None."""
+    source = getattr(params.prompts, split)
+    if not isinstance(source, PromptSource) or not is_hub_id(source.path):
+        return wanted_samples(params, split)
+    if source.count is None:
+        return None
+    stand_ins = [Prompt(f"{number:0{PROMPT_LENGTH}}", "") for number in range(source.count)]
+    return planned(stand_ins, params.teacher.noises_per_prompt)
+
+
+def _reward(reward: RewardParams) -> str:
+    """Its fingerprint, for which all its files are read, and the vocabulary that it tokenises prompts with."""
+    found, adapter = f"{reward.adapter}, {reward_fingerprint(reward)[:12]}", load_plugin(REWARDS, reward.adapter)
+    source = getattr(adapter, "tokenizer_source", None)
+    if source is None or reward.backend == "official":
+        return found
+    checkpoint, _ = resolve_checkpoint(reward.path, reward.revision, adapter.checkpoints)
+    folder = find_checkpoint(checkpoint, adapter.checkpoints).parent
+    return f"{found}, vocabulary in {vocabulary(folder, source)}"
+
+
+def _disk(params: Params) -> str:
+    """Bytes of whole rollouts of all prompts, against what is free there and what is there already."""
+    student, place = open_outline(params.model, params.teacher), open_place(params.store.path)
+    found = [_samples(params, split) for split in _splits(params)]
+    needed = sum(_rollout_bytes(params, student, samples) for samples in found if samples is not None)
+    all_ = "all prompts" if None not in found else "all prompts whose number is known"
+    free, said = free_bytes(place / "any"), f"rollouts of {all_} write {size(needed)}"
+    if free is None or not isinstance(place, Path):
+        return f"{said} to {place}"
+    there = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    said += f"; {size(free)} are free in {place}, which holds {size(there)}"
+    if needed > free + there:
+        raise ConfigError(f"{said}: free some space, or name another store.path")
+    return said
+
+
+def _rollout_bytes(params: Params, student: FamilyStudent, samples: list[PlannedSample]) -> int:
+    """From nothing: samples, embeddings, indexes and scores."""
+    recipe = make_recipe(params, {}, "", *student.grids(), student.latent_shape())
+    latents, a_shard = latents_bytes(recipe), params.store.shard_samples
+    shards = [samples[start : start + a_shard] for start in range(0, len(samples), a_shard)]
+    embedding = embedding_bytes(conditioning_shapes(student), torch_dtype(params.model.dtype))
+    prompts = len({sample.prompt_id for sample in samples})
+    return prompts * embedding + sum(shard_bytes(recipe, latents, group, len(params.rewards)) for group in shards)

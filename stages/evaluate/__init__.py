@@ -1,0 +1,1 @@
+"""`rats stage evaluate`: student, teacher and untrained base on the same prompts and noises."""

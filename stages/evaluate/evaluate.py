@@ -1,0 +1,283 @@
+"""Stage evaluate: teacher, untrained base and students on the same test prompts and noises, by all metrics."""
+
+from __future__ import annotations
+
+import csv
+import io
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rats.pipeline.files.atomic import atomic_write
+from rats.pipeline.files.places import Place
+from rats.pipeline.protocols import Reward
+from rats.pipeline.rewards.base import ask
+from rats.pipeline.rewards.open import open_reward
+from rats.pipeline.store.scores import read_scores
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.weights.hashes import hash_path
+from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
+from rats.pipeline.weights.loading import torch_device
+from rats.schemas.errors import DataError
+from rats.schemas.params import Params, with_variant
+from rats.schemas.reports import Cell, EvaluateReport, Role
+from rats.schemas.run import RunRecord
+from rats.stages.evaluate.systems import Samples, System, open_samples, systems
+from rats.stages.measure.bootstrap import Paired, paired
+from rats.stages.measure.judge import Judge, diversity_by_group
+from rats.stages.measure.kid import RealSet, open_real, paired_kid
+from rats.stages.measure.pictures import PICTURES, Choice, Column, Picture, Pictures, choose, save_pictures, to_picture
+from rats.stages.measure.values import VALUE_COLUMNS, VALUES
+from rats.stages.progress import progress
+from rats.stages.rollout.columns import NETWORK, check_recipe, find_column
+from rats.stages.train.record import checked_student, read_record
+
+Features = NDArray[np.float64]
+
+
+@dataclass
+class Measured:
+    """What is kept of a system: a score a sample and reward, judge features (N, F), the pictures that are shown."""
+
+    column: Column
+    scores: dict[str, list[float]]
+    features: Features | None = None
+    pictures: dict[int, Picture] = field(default_factory=dict)
+    size: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What measures: the same for every system."""
+
+    samples: Samples
+    rewards: dict[str, Reward]
+    stored: dict[str, dict[str, float]]
+    """The teacher's scores as the shards hold them, by reward and key: a teacher sample is never scored here."""
+    judge: Judge | None
+    choice: Choice
+    micro_batch: int
+    device: torch.device
+
+
+def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> EvaluateReport:
+    """Writes `out` (the cells), and beside it every sample's score and the pictures of the report.
+
+    Args:
+        params: The whole configuration.
+        shards: The published shards of the test split.
+        runs: The folder of the runs; every variant of `evaluate.variants` is looked up there.
+        out: evaluate.json.
+
+    Raises:
+        ConfigError: a run without a student, fewer than two concepts.
+        DataError: shards, scores, rewards or students that do not belong together, a score that is not finite.
+    """
+    started = time.monotonic()
+    samples = open_samples(params, shards)
+    check_teacher(params, samples.shards)
+    records = {name: read_record(runs / name) for name in params.evaluate.variants}
+    for name, record in records.items():
+        check_student(record, runs / name, samples.shards)
+    bench = open_bench(params, samples)
+    count = len(bench.samples.rows)
+    measured = []
+    with progress("evaluate", count * _columns(params), "samples") as advance, torch.no_grad():
+        for system in systems(params, runs):
+            measured.append(measure(system, bench, advance))
+    report = EvaluateReport(
+        cells=tuple(cells(params, bench.samples, measured)),
+        snapshot=samples.shards.snapshot().hash,
+        seconds=time.monotonic() - started,
+        students={name: record.student for name, record in records.items()},
+    )
+    atomic_write(out.parent / VALUES, values_csv(bench.samples, measured).encode())
+    save_pictures(out.parent / PICTURES, collect(params, bench, measured))
+    atomic_write(out, (report.model_dump_json(indent=1) + "\n").encode())
+    return report
+
+
+def _columns(params: Params) -> int:
+    """How many systems there are at most (an unguided teacher has one base less), for the progress only."""
+    grids = [with_variant(params, name).grid for name in params.evaluate.variants]
+    bases = 2 * len({n for grid in grids for n in grid})
+    return 1 + bases + sum(len(grid) for grid in grids)
+
+
+def check_teacher(params: Params, shards: ShardSet) -> None:
+    """Refuses shards of another teacher than the parameters': its few-step base would be compared with a stranger."""
+    check_recipe(params, shards)
+    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    for name, there in shards.recipe.weights.items():
+        if name != NETWORK and (here := hash_path(folder / name)) != there:
+            raise DataError(
+                f"{shards.root} was made with another {name}: {there[:12]} there, {here[:12]} in {folder}: "
+                "run `rats stage rollout` with this model"
+            )
+
+
+def check_student(record: RunRecord, run: Path, shards: ShardSet) -> None:
+    """Refuses a student that was trained on shards of another recipe, or that is not the one the run has left."""
+    if record.recipe != shards.fingerprint:
+        raise DataError(
+            f"{run} was trained on shards of recipe {record.recipe[:12]}, these are of recipe "
+            f"{shards.fingerprint[:12]}: roll out the test prompts with the run's parameters, or train again"
+        )
+    checked_student(run, record)
+
+
+def open_bench(params: Params, samples: Samples) -> Bench:
+    """Rewards, the teacher's stored scores, the judge, and which samples are shown.
+
+    A sample that a reward failed on has no stored score: it is left out for all systems.
+    """
+    device = torch_device(params.compute.device)
+    keys = [row.key for row in samples.rows]
+    addresses = {reward.name: find_column(params, reward.name, samples.shards).address for reward in params.rewards}
+    stored = {name: read_scores(samples.shards, address, keys) for name, address in addresses.items()}
+    complete = set(keys).intersection(*stored.values())
+    if not complete:
+        raise DataError(f"{samples.shards.root} has no sample that every reward could score: look at the rewards")
+    samples = samples.keep(complete)
+    rewards = {reward.name: open_reward(reward, str(device)) for reward in params.rewards}
+    prompts = [row.prompt_id for row in samples.rows]
+    choice = choose(samples.concepts, prompts, params.evaluate.pictures, params.evaluate.seed)
+    judge = Judge(str(device)) if params.evaluate.judge else None
+    return Bench(samples, rewards, stored, judge, choice, params.compute.micro_batch, device)
+
+
+def measure(system: System, bench: Bench, advance: Callable[[int], None]) -> Measured:
+    """Draws, decodes, scores and judges all samples of one system."""
+    own = system.column.system != "teacher"
+    result = Measured(system.column, {name: [] for name in bench.rewards})
+    features: list[Features] = []
+    start = 0
+    for batch in bench.samples.batches(bench.micro_batch, bench.device):
+        images = system.decode(system.draw(batch))
+        for name, reward in bench.rewards.items():
+            new = ask(reward, images, batch.prompts).tolist() if own else [bench.stored[name][k] for k in batch.keys]
+            result.scores[name] += _finite(new, name, system.column.id, batch.keys)
+        if bench.judge is not None:
+            features.append(bench.judge.features(images).double().numpy())
+        _show(result, images, start, bench.choice.rows())
+        start += len(batch.keys)
+        advance(len(batch.keys))
+    result.features = np.concatenate(features) if features else None
+    return result
+
+
+def _finite(scores: list[float], reward: str, column: str, keys: Sequence[str]) -> list[float]:
+    for score, key in zip(scores, keys, strict=True):
+        if not np.isfinite(score):
+            raise DataError(f"{reward} gives {score} to sample {key} of {column}: look at that run's metrics.csv")
+    return scores
+
+
+def _show(result: Measured, images: torch.Tensor, start: int, wanted: set[int]) -> None:
+    """Keeps the pictures that were chosen, and the size that all have, of a video's frames."""
+    result.size = (int(images.shape[-2]), int(images.shape[-1]))
+    for offset in range(len(images)):
+        if start + offset in wanted:
+            result.pictures[start + offset] = to_picture(images[offset].float().cpu().numpy())
+
+
+def cells(params: Params, samples: Samples, measured: Sequence[Measured]) -> Iterator[Cell]:
+    """A cell for each system and metric, the teacher first, paired by sample (docs/design.md#reports)."""
+    n, seed = params.evaluate.bootstrap, params.evaluate.seed
+    teacher = measured[0]
+    distances = _distances(params, samples, measured)
+    for system in measured:
+        for reward in system.scores:
+            result = paired(system.scores[reward], teacher.scores[reward], samples.concepts, n, seed)
+            yield _cell(system.column, reward, _role(params, system.column, reward), samples, result)
+        if system.column.id in distances:
+            pair = distances[system.column.id], distances[teacher.column.id]
+            yield _cell(system.column, "kid", "judge", samples, paired_kid(*pair, samples.concepts, n, seed))
+        if (diversity := _diversity(samples, system, teacher, n, seed)) is not None:
+            yield _cell(system.column, "diversity", "judge", *diversity)
+
+
+def _role(params: Params, column: Column, reward: str) -> Role:
+    """Trained is what this student was trained on; teacher and base take the main setting's."""
+    train = with_variant(params, column.variant) if column.variant else params.train
+    return "trained" if reward in train.reward_weights else "held_out"
+
+
+def _distances(params: Params, samples: Samples, measured: Sequence[Measured]) -> dict[str, NDArray[np.float64]]:
+    """Distance to the real pictures by concept, for each system; nothing without a judge or real pictures."""
+    if params.evaluate.real_features is None or measured[0].features is None:
+        return {}
+    features, concepts = open_real(Path(params.evaluate.real_features))
+    real = RealSet(features, concepts, samples.concepts)
+    return {m.column.id: real.distance(m.features, samples.concepts) for m in measured if m.features is not None}
+
+
+def _diversity(
+    samples: Samples, system: Measured, teacher: Measured, n: int, seed: int
+) -> tuple[Samples, Paired] | None:
+    """Spread within a prompt, for prompts with several noises of at least two concepts."""
+    if system.features is None or teacher.features is None:
+        return None
+    prompts = [row.prompt_id for row in samples.rows]
+    own, other = diversity_by_group(system.features, prompts), diversity_by_group(teacher.features, prompts)
+    concept = dict(zip(prompts, samples.concepts, strict=True))
+    names = [prompt for prompt in sorted(concept) if prompt in own]
+    if len({concept[prompt] for prompt in names}) < 2:
+        return None
+    result = paired([own[p] for p in names], [other[p] for p in names], [concept[p] for p in names], n, seed)
+    return samples.keep({row.key for row in samples.rows if row.prompt_id in own}), result
+
+
+def _cell(column: Column, metric: str, role: Role, samples: Samples, result: Paired) -> Cell:
+    is_teacher = column.system == "teacher"
+    return Cell(
+        system=column.system,  # type: ignore[arg-type]
+        variant=column.variant,
+        nfe=column.nfe,
+        evaluations=column.evaluations,
+        metric=metric,
+        role=role,
+        split=samples.split,
+        mean=result.mean,
+        ci_low=result.ci[0],
+        ci_high=result.ci[1],
+        delta_vs_teacher=None if is_teacher else result.delta,
+        delta_ci_low=None if is_teacher else result.delta_ci[0],
+        delta_ci_high=None if is_teacher else result.delta_ci[1],
+        num_prompts=len({row.prompt_id for row in samples.rows}),
+        num_concepts=len(set(samples.concepts)),
+    )
+
+
+def values_csv(samples: Samples, measured: Sequence[Measured]) -> str:
+    """Every sample's score, a row each, to the last bit."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(VALUE_COLUMNS)
+    about = list(zip(samples.rows, samples.concepts, samples.kinds, strict=True))
+    for system in measured:
+        for metric, scores in system.scores.items():
+            for (row, concept, kind), score in zip(about, scores, strict=True):
+                writer.writerow([system.column.id, row.key, row.prompt_id, concept, kind, metric, repr(score)])
+    return buffer.getvalue()
+
+
+def collect(params: Params, bench: Bench, measured: Sequence[Measured]) -> Pictures:
+    """The chosen pictures of all systems, side by side."""
+    rows, choice = bench.samples.rows, bench.choice
+    side = {m.column.id: np.stack([m.pictures[i] for i in choice.side]) for m in measured}
+    noises = {m.column.id: [np.stack([m.pictures[i] for i in group]) for group in choice.noises] for m in measured}
+    return Pictures(
+        columns=[m.column for m in measured],
+        prompts=[rows[i].prompt for i in choice.side],
+        noise_prompts=[rows[group[0]].prompt for group in choice.noises],
+        seed=params.evaluate.seed,
+        size=measured[0].size,
+        side=side,
+        noises=noises,
+    )

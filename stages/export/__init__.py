@@ -1,0 +1,1 @@
+"""`rats export`: a student for plain diffusers, with its model card."""

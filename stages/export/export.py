@@ -1,0 +1,136 @@
+"""`rats export`: a run's student as a folder that plain diffusers loads and calls, without rats."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rats.pipeline.files.atomic import atomic_folder
+from rats.pipeline.weights.hashes import hash_path, network_folder
+from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
+from rats.pipeline.weights.loading import save_component
+from rats.pipeline.weights.lora import is_lora, merge_lora
+from rats.schemas.errors import CannotCreateError, ConfigError, DataError
+from rats.schemas.params import Params
+from rats.schemas.run import RunRecord
+from rats.stages.export.model_card import model_card
+from rats.stages.generate import load_pipeline
+from rats.stages.train.record import checked_student, pipeline_call, read_record
+
+log = logging.getLogger(__name__)
+
+LORA, PIPELINE, CALL, CARD = "lora", "pipeline", "call.json", "README.md"
+EXPORTED = {LORA, PIPELINE, CALL, CARD, ".gitattributes", ".cache"}
+"""Names at the top of an export, and those that the Hub's client adds; a folder with anything else is not replaced."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is exported, all of it checked."""
+
+    record: RunRecord
+    student: Path
+    parts: tuple[str, ...]
+    call: dict[str, int | float]
+
+
+def plan_export(params: Params, run: Path, out: Path, merged: bool = True) -> Export:
+    """Checks all that can be refused before anything is loaded or written; see `export_stage`."""
+    record = read_record(run)
+    student = checked_student(run, record)
+    if not merged and not is_lora(student):
+        raise ConfigError(f"{run} trained the whole network and has no adapters: leave out --no-merged")
+    _check_model(params, run, record, student)
+    _check_call(params, run, record)
+    _check_out(out)
+    parts = ((LORA,) if is_lora(student) else ()) + ((PIPELINE,) if merged else ())
+    return Export(record, student, parts, pipeline_call(params))
+
+
+def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation: Path) -> dict[str, Any]:
+    """Write the folder `out`, whole or not at all; an export that is there is replaced.
+
+    It holds lora/ (of a run that trained adapters), pipeline/ (with `merged`: the whole pipeline, its network the
+    student's or the base's with the adapters added in), README.md (the model card) and call.json.
+
+    Args:
+        params: The whole configuration: the model that the run started from.
+        run: A finished run.
+        out: The folder to make.
+        merged: Whether to write pipeline/; a run of the whole network has nothing else.
+        evaluation: What `rats stage evaluate` wrote; its figures go on the card if it is there and of this student.
+
+    Raises:
+        ConfigError: no such run, or parameters that are not those it was trained with.
+        DataError: the student is damaged, or it is not this model that it was trained from.
+        CannotCreateError: `out` holds something else than an export.
+    """
+    export = plan_export(params, run, out, merged)
+    with atomic_folder(out) as target:
+        if LORA in export.parts:
+            shutil.copytree(export.student, target / LORA)
+        if PIPELINE in export.parts:
+            _write_pipeline(params, export.student, target / PIPELINE)
+        (target / CALL).write_text(json.dumps(export.call, indent=1, sort_keys=True) + "\n")
+        card = model_card(params, export.record, export.parts, evaluation)
+        (target / CARD).write_text(card, encoding="utf-8")
+        sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
+    return {**summary(export, run, out), "files": len(sizes), "bytes": sum(sizes)}
+
+
+def summary(export: Export, run: Path, out: Path) -> dict[str, Any]:
+    """What `rats export` says, and all that it says with --dry-run."""
+    return {
+        "out": str(out),
+        "run": str(run),
+        "variant": export.record.variant,
+        "nfe": list(export.record.nfe),
+        "parts": [*export.parts, CARD, CALL],
+        "call": export.call,
+        "push": f"hf upload USER/NAME {out} .",
+    }
+
+
+def _write_pipeline(params: Params, student: Path, folder: Path) -> None:
+    log.info("loading the pipeline of %s", params.model.path)
+    pipeline = load_pipeline(params, student)
+    if is_lora(student):
+        merge_lora(pipeline.transformer)
+    log.info("writing the pipeline")
+    save_component(pipeline, folder)
+
+
+def _check_model(params: Params, run: Path, record: RunRecord, student: Path) -> None:
+    """The decoder must be the run's; for adapters, the network that they were trained on too."""
+    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    expected = {folder / "vae": record.vae}
+    if is_lora(student):
+        expected[network_folder(folder, params.model.transformer)] = record.base
+    for part, there in expected.items():
+        if (here := hash_path(part)) != there:
+            raise DataError(
+                f"{run} was trained with another {part.name}: {there[:12]} there, {here[:12]} in {part}: "
+                "name the run's own model with --set model.path=DIR"
+            )
+
+
+def _check_call(params: Params, run: Path, record: RunRecord) -> None:
+    """A student draws well as it was trained to draw; a record of an older rats does not say how."""
+    for name, here in pipeline_call(params).items():
+        there = (record.call or {}).get(name, here)
+        if there != here:
+            raise ConfigError(
+                f"{run} was trained with teacher.{name} = {there}, the parameters have {here}: "
+                f"add --set teacher.{name}={there}"
+            )
+
+
+def _check_out(out: Path) -> None:
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    other = names and not {CARD, CALL} <= names <= EXPORTED
+    if other or (out.exists() and not out.is_dir()):
+        raise CannotCreateError(f"{out} holds something else than an export; choose another folder or empty it")

@@ -1,0 +1,133 @@
+"""The model card of an exported student: what it is, how it is called, how it was trained, how it did."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import ModelCard, ModelCardData
+from pydantic import ValidationError
+
+from rats.pipeline.families.base import EULER
+from rats.pipeline.families.open import family_class, open_scheduler
+from rats.pipeline.weights.hashes import read_json
+from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
+from rats.pipeline.weights.lora import WEIGHTS
+from rats.schemas.errors import DataError
+from rats.schemas.params import Params
+from rats.schemas.reports import Cell, EvaluateReport
+from rats.schemas.run import RunRecord
+from rats.stages.templates.render import code, render
+
+log = logging.getLogger(__name__)
+
+
+def model_card(params: Params, record: RunRecord, parts: Sequence[str], evaluation: Path) -> str:
+    """README.md of the exported folder.
+
+    Args:
+        params: The whole configuration.
+        record: The run's.
+        parts: "lora", "pipeline" or both.
+        evaluation: evaluate.json; passed over where it is not there or of another student.
+    """
+    hub = None if Path(params.model.path).exists() else params.model.path
+    base, is_video = hub or Path(params.model.path).name, family_class(params.model).is_video
+    context = {
+        "card_data": _data(hub, "lora" in parts, is_video).to_yaml(),
+        "title": f"{base} in {any_of(record.nfe)} steps",
+        "steps": any_of(record.nfe),
+        "base": base,
+        "drawn": ("video", "frames") if is_video else ("image", "images"),
+        "nfe": record.nfe,
+        "scheduler": _other_scheduler(params),
+        "parts": parts,
+        "weights": WEIGHTS,
+        "dtype": params.model.dtype,
+        "is_exchanged": params.model.transformer is not None,
+        "run": _run_rows(record),
+        "cells": [_cell_row(cell) for cell in own_cells(record, evaluation)],
+    }
+    return str(ModelCard(render("model_card.md.j2", context)))
+
+
+def any_of(numbers: Sequence[int]) -> str:
+    """In words: "3, 5 or 8"."""
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def own_cells(record: RunRecord, evaluation: Path) -> list[Cell]:
+    """The evaluation's figures of this very student; none, and a warning, where it is of another one."""
+    if not evaluation.is_file():
+        return []
+    try:
+        report = EvaluateReport.model_validate_json(evaluation.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{evaluation} is no evaluation ({reason}): run `rats stage evaluate` again") from None
+    if report.students.get(record.variant) != record.student:
+        log.warning("%s is not of this student and stays off the card: run `rats stage evaluate`", evaluation)
+        return []
+    return [cell for cell in report.cells if cell.system == "student" and cell.variant == record.variant]
+
+
+def _other_scheduler(params: Params) -> str | None:
+    """Code of the scheduler that the family samples by, where it is not the base's own."""
+    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    if read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", EULER) == EULER:
+        return None
+    config = open_scheduler(family_class(params.model), folder).config
+    plain = FlowMatchEulerDiscreteScheduler().config
+    changed = (f"{name}={value!r}" for name, value in config.items() if name in plain and plain[name] != value)
+    return f"{EULER}({', '.join(changed)})"
+
+
+def _data(hub: str | None, adapter: bool, is_video: bool) -> ModelCardData:
+    relation: dict[str, Any] = {"base_model_relation": "adapter" if adapter else "finetune"} if hub else {}
+    tags = ["rats", "distillation", "few-step", *(["lora"] if adapter else [])]
+    task = "text-to-video" if is_video else "text-to-image"
+    return ModelCardData(base_model=hub, library_name="diffusers", pipeline_tag=task, tags=tags, **relation)
+
+
+def _run_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """What `run.json` says, in words."""
+    gate = "none yet" if record.gate_mean is None else f"{record.gate_mean:.3f}"
+    return [
+        ("variant", code(record.variant)),
+        ("training steps", str(record.steps)),
+        ("student's steps", ", ".join(map(str, record.nfe))),
+        ("trained reward", f"{record.reward} ({_short(record.reward_fingerprint)})"),
+        ("gate", f"{record.gate_form}, tau {record.tau:.4g}, mean over training {gate}"),
+        ("samples", f"{record.samples} stored trajectories, {record.samples_unscored} without a score"),
+        ("shards", f"recipe {code(record.recipe[:12])}, snapshot {code(record.snapshot[:12])}"),
+        ("started from", f"network {code(record.base[:12])}"),
+        ("this student", code(record.student[:12])),
+        ("training time", f"{record.seconds:.0f} s"),
+    ]
+
+
+def _short(hashes: str) -> str:
+    """One hash, or several with " + " between them."""
+    return " + ".join(code(one[:12]) for one in hashes.split(" + "))
+
+
+def _cell_row(cell: Cell) -> dict[str, Any]:
+    return {
+        "metric": cell.metric,
+        "role": cell.role.replace("_", " "),
+        "nfe": cell.nfe,
+        "mean": _figure(cell.mean, cell.ci_low, cell.ci_high),
+        "delta": _figure(cell.delta_vs_teacher, cell.delta_ci_low, cell.delta_ci_high),
+        "prompts": f"{cell.num_prompts} {cell.split}",
+    }
+
+
+def _figure(mean: float | None, low: float | None, high: float | None) -> str:
+    if mean is None:
+        return ""
+    interval = "" if low is None or high is None else f" [{low:.4g}, {high:.4g}]"
+    return f"{mean:.4g}{interval}"

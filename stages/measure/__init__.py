@@ -1,0 +1,1 @@
+"""What is measured: judge features, KID, bootstrap intervals, pictures and values."""

@@ -1,0 +1,130 @@
+"""The real pictures that KID compares with: the file of their features, and the distance to them by concept.
+
+Shapes: N generated and M real pictures, C concepts, F features.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from rats.pipeline.files.atomic import atomic_write
+from rats.schemas.errors import ConfigError, DataError
+from rats.stages.measure.bootstrap import Array, Paired, Rows, _interval, group, resample
+from rats.stages.measure.judge import kernel
+
+
+class RealSet:
+    """Features (M, F) of real pictures, compared with the generated pictures of the same concepts.
+
+    Where a prompt's concept has no real picture, all generated pictures are held against the whole set.
+    """
+
+    def __init__(self, features_MF: Array, concepts: Sequence[str], wanted: Sequence[str]) -> None:
+        """`concepts` of the real pictures, `wanted` those of the prompts."""
+        self.names, _ = group(wanted)
+        self.matched = set(self.names) <= set(concepts)
+        keep = np.array([(not self.matched) or c in set(self.names) for c in concepts], dtype=bool)
+        self.features = np.asarray(features_MF, np.float64)[keep]
+        position = {name: i for i, name in enumerate(self.names)}
+        kept = [c for c, k in zip(concepts, keep, strict=True) if k]
+        self.rows = np.array([position[c] if self.matched else 0 for c in kept], np.intp)
+        size = len(self.names) if self.matched else 1
+        own = own_block_means(kernel(self.features, self.features), self.rows, size)
+        self.own = own if self.matched else np.full((len(self.names),) * 2, own[0, 0])
+
+    def distance(self, features_NF: Array, concepts: Sequence[str]) -> Array:
+        """Squared MMD of every two concepts, (C, C), NaN where a concept has one picture only on a side.
+
+        Entry (c, d) estimates <f_c - r_c, f_d - r_d>, f and r being mean embeddings in the kernel's space.
+        Working by concept keeps both sides at equal shares whatever their numbers of pictures.
+        """
+        fakes = np.asarray(features_NF, np.float64)
+        size = len(self.names)
+        _, rows = group(concepts)
+        own = own_block_means(kernel(fakes, fakes), rows, size)
+        width = size if self.matched else 1
+        means = block_means(kernel(fakes, self.features), rows, self.rows, size, width)
+        cross = np.broadcast_to(means, (size, size))
+        return own + self.own - cross - cross.T
+
+
+def write_real(path: Path, features_NF: NDArray[np.floating], concepts: Sequence[str]) -> None:
+    """Features (N, F) of real pictures as float16, with the concept of each, in one safetensors file."""
+    if len(features_NF) != len(concepts):
+        raise ConfigError(f"{len(features_NF)} real pictures, {len(concepts)} concepts: one a picture is needed")
+    text = json.dumps(list(concepts), ensure_ascii=False)
+    tensors = {"features": np.ascontiguousarray(features_NF, np.float16)}
+    atomic_write(path, save(tensors, metadata={"concepts": text}))
+
+
+def open_real(path: Path) -> tuple[NDArray[np.float64], list[str]]:
+    """What `write_real` wrote.
+
+    Raises:
+        ConfigError: there is no such file. DataError: it is something else.
+    """
+    if not path.is_file():
+        raise ConfigError(f"evaluate.real_features names {path}, which is not there: set it to null to go without KID")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            features = np.asarray(file.get_tensor("features"), np.float64)
+            concepts = json.loads((file.metadata() or {})["concepts"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise DataError(f"{path} holds no real features ({error}): restore it") from error
+    if features.ndim != 2 or len(features) != len(concepts) or len(features) < 2 or not np.isfinite(features).all():
+        raise DataError(f"{path} has features {features.shape} for {len(concepts)} concepts: restore it")
+    return features, [str(concept) for concept in concepts]
+
+
+def block_means(kernel_NM: Array, rows_N: Rows, rows_M: Rows, size_N: int, size_M: int) -> Array:
+    """Mean kernel between the concepts of two sets: (size_N, size_M)."""
+    left, right = np.eye(size_N)[rows_N], np.eye(size_M)[rows_M]
+    return (left.T @ kernel_NM @ right) / np.outer(left.sum(0), right.sum(0))
+
+
+def own_block_means(kernel_NN: Array, rows_N: Rows, size: int) -> Array:
+    """As `block_means` of a set with itself, without a sample's kernel with itself; NaN for a lone sample."""
+    means = block_means(kernel_NN, rows_N, rows_N, size, size)
+    counts = np.bincount(rows_N, minlength=size).astype(np.float64)
+    itself = np.bincount(rows_N, weights=np.diag(kernel_NN), minlength=size)
+    diagonal = np.full(size, np.nan)
+    many = counts > 1
+    total = np.diag(means) * counts**2 - itself
+    diagonal[many] = total[many] / (counts * (counts - 1))[many]
+    means[np.diag_indices(size)] = diagonal
+    return means
+
+
+def kid(distance_CC: Array, shares_C: Array, counts_RC: Array) -> Array:
+    """KID of each resample, (R,), for concepts with the given shares of the pictures.
+
+    A concept that was drawn twice is two clusters of equal pictures; pairs *between* the copies would say that
+    pictures of different concepts are alike, so a concept's own block counts once a copy and not squared.
+    """
+    weights = counts_RC * shares_C
+    own = np.diag(distance_CC)
+    known = np.isfinite(own)
+    between = distance_CC.copy()
+    np.fill_diagonal(between, 0)
+    own_share = np.where(known, shares_C**2, 0)
+    total = ((weights @ between) * weights).sum(1) + counts_RC @ np.where(known, own_share * own, 0)
+    pairs = weights.sum(1) ** 2 - (weights**2).sum(1) + counts_RC @ own_share
+    return np.divide(total, pairs, out=np.full(len(total), np.nan), where=pairs > 0)
+
+
+def paired_kid(distance_a: Array, distance_b: Array, concepts: Sequence[str], n: int, seed: int) -> Paired:
+    """KID of system a, and its difference to b's, from `quality.RealSet.distance` of both."""
+    names, rows = group(concepts)
+    shares = np.bincount(rows, minlength=len(names)) / len(rows)
+    once = np.ones((1, len(names)))
+    counts = resample(len(names), n, seed)
+    a, b = (float(kid(d, shares, once)[0]) for d in (distance_a, distance_b))
+    many_a, many_b = (kid(d, shares, counts) for d in (distance_a, distance_b))
+    return Paired(a, _interval(many_a), a - b, _interval(many_a - many_b))

@@ -1,0 +1,1 @@
+"""`rats plan`: samples, bytes, FLOPs, memory, hours and cost before anything runs."""

@@ -1,0 +1,194 @@
+"""`rats plan`: what a rollout takes before it starts, and what stored trajectories save against a live teacher."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rats.pipeline.families.open import open_outline
+from rats.pipeline.files.places import Place, open_place
+from rats.pipeline.store.plans import needed, packed
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.weights.loading import torch_dtype
+from rats.schemas.errors import ConfigError
+from rats.schemas.manifest import PlannedSample
+from rats.schemas.params import Params, Split
+from rats.schemas.recipe import Recipe, fingerprint
+from rats.stages.plan.flops import conditioning_shapes, decode_flops, evaluation_flops, measured_rate
+from rats.stages.plan.memory import rollout_memory, train_memory
+from rats.stages.plan.result import Comparison, Expense, Plan, Work
+from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
+from rats.stages.rollout.rollout import read_recipe, wanted_samples
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is wanted and what is there: `groups` are the samples of each shard that is still to be made."""
+
+    recipe: Recipe
+    root: Place
+    wanted: list[PlannedSample]
+    missing: int
+    shards: int
+    groups: list[tuple[PlannedSample, ...]]
+    prompts_to_encode: int
+
+    @property
+    def to_make(self) -> list[PlannedSample]:
+        """Samples of all shards that are to be made."""
+        return [sample for group in self.groups for sample in group]
+
+
+def survey(params: Params, split: Split) -> Survey:
+    """What a rollout would find out before it starts its work; writes nothing, loads no weights.
+
+    Raises:
+        ConfigError: no prompts or model where the parameters say.
+        DataError: a damaged shard set.
+    """
+    wanted = wanted_samples(params, split)
+    recipe, _ = read_recipe(params)
+    root = open_place(params.store.path) / fingerprint(recipe)
+    shards = ShardSet.open(root) if (root / "recipe.json").exists() else None
+    plans, done = (shards.plans(), shards.finished()) if shards else ([], [])
+    encoded = {path.stem for path in (root / "embeddings").glob("*.safetensors")} if shards else set()
+    keys, finished = {sample.key for sample in wanted}, {part.shard for part in done}
+    used = needed([*plans, *packed(wanted, plans, params.store.shard_samples)], done, keys)
+    return Survey(
+        recipe=recipe,
+        root=root,
+        wanted=wanted,
+        missing=len(keys - {row.key for part in done for row in part.rows}),
+        shards=len(used),
+        groups=[plan.samples for plan in used if plan.shard not in finished],
+        prompts_to_encode=len({sample.prompt_id for plan in used for sample in plan.samples} - encoded),
+    )
+
+
+def work_of(found: Survey, params: Params) -> Work:
+    """The survey in numbers."""
+    per_sample = params.teacher.evaluations
+    batches = sum(math.ceil(len(group) / params.compute.micro_batch) for group in found.groups)
+    return Work(
+        fingerprint=fingerprint(found.recipe),
+        store=str(found.root),
+        samples=len(found.wanted),
+        samples_missing=found.missing,
+        samples_to_make=len(found.to_make),
+        shards=found.shards,
+        shards_missing=len(found.groups),
+        embeddings_to_make=found.prompts_to_encode,
+        horizons=len(found.recipe.horizons),
+        evaluations=len(found.to_make) * per_sample,
+        forwards=batches * per_sample,
+    )
+
+
+def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
+    """What `rollout_stage` would do, without doing any of it: the fields of `Work`."""
+    return work_of(survey(params, split), params).model_dump()
+
+
+def plan_stage(
+    params: Params,
+    split: Split,
+    experiments: int | None = None,
+    price: float | None = None,
+    workers: int | None = None,
+    rate: float | None = None,
+) -> Plan:
+    """What a rollout of the split takes.
+
+    Args:
+        params: The parameters.
+        split: Which prompts.
+        experiments: For the comparison with a live teacher; as many as `evaluate.variants` if not given.
+        price: USD an hour of one worker.
+        workers: As many as `store.workers` if not given.
+        rate: FLOP/s of one worker; measured on this machine's device if not given.
+
+    Raises:
+        ConfigError: no prompts or model where the parameters say, or no such device here and no rate.
+        DataError: a damaged shard set.
+    """
+    found = survey(params, split)
+    work, outline = work_of(found, params), open_outline(params.model, params.teacher)
+    flops, workers = evaluation_flops(outline), max(1, params.store.workers if workers is None else workers)
+    given, rate = rate is not None, _measured(params) if rate is None else rate
+    total = work.forwards * params.compute.micro_batch * flops
+    latents = latents_bytes(found.recipe)
+    embedding = embedding_bytes(conditioning_shapes(outline), torch_dtype(params.model.dtype))
+    return Plan(
+        split=split,
+        work=work,
+        evaluation_flops=flops,
+        decode_flops=decode_flops(outline),
+        flops=total,
+        rate=rate,
+        rate_measured=not given,
+        device=params.compute.device,
+        workers=workers,
+        worker_seconds=total / rate,
+        seconds=total / rate / workers,
+        price=price,
+        usd=_usd(total / rate, price),
+        bytes_to_write=_bytes(found, latents, len(params.rewards)) + work.embeddings_to_make * embedding,
+        bytes_per_sample=latents,
+        bytes_per_prompt=embedding,
+        bytes_free=free_bytes(found.root),
+        rollout_memory=rollout_memory(params),
+        train_memory=train_memory(params),
+        comparison=compare(params, len(found.wanted), experiments, flops / rate, price),
+    )
+
+
+def compare(
+    params: Params, samples: int, experiments: int | None, seconds_per_evaluation: float, price: float | None = None
+) -> Comparison:
+    """Stored trajectories against a teacher that is run in every training step."""
+    count = len(params.evaluate.variants) if experiments is None else experiments
+    live = params.train.steps * params.train.batch
+
+    def expense(rollouts: int) -> Expense:
+        evaluations = rollouts * params.teacher.evaluations
+        seconds = evaluations * seconds_per_evaluation
+        return Expense(evaluations=evaluations, worker_seconds=seconds, usd=_usd(seconds, price))
+
+    return Comparison(
+        experiments=count,
+        steps=params.train.steps,
+        batch=params.train.batch,
+        pays_from=pays_from(samples, live),
+        stored=expense(samples),
+        live=expense(count * live),
+    )
+
+
+def pays_from(samples: int, live_samples: int) -> int:
+    """The first number of experiments for which sampling `samples` once costs less than `live_samples` in each."""
+    return samples // live_samples + 1
+
+
+def _bytes(found: Survey, latents: int, columns: int) -> int:
+    return sum(shard_bytes(found.recipe, latents, group, columns) for group in found.groups)
+
+
+def _measured(params: Params) -> float:
+    try:
+        return measured_rate(params.model, params.teacher, params.compute)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, or give the rate of the machine that is meant with --rate TFLOPS") from error
+
+
+def _usd(worker_seconds: float, price: float | None) -> float | None:
+    return None if price is None else worker_seconds / 3600 * price
+
+
+def free_bytes(root: Place) -> int | None:
+    """Bytes free where the set will lie; None where that cannot be known."""
+    if not isinstance(root, Path):
+        return None
+    return shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free

@@ -1,0 +1,50 @@
+"""How many bytes a shard set will take, known before anything is sampled: members are serialised, not guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from safetensors.numpy import save
+from safetensors.torch import save as save_torch
+
+from rats.schemas.canonical import canonical_json
+from rats.schemas.manifest import PlannedSample
+from rats.schemas.recipe import Recipe
+
+BLOCK, RECORD = 512, 10240
+"""Tar pads each member to a block and the file to a record."""
+
+TABLE_ROW = 64
+"""A sample in a Parquet index or a column of scores: hashes hardly compress, all else does."""
+
+DOCUMENT_ROW = 200
+"""What a shard's `done.json` adds to the sample of its `plan.json`: place, length, hash, status."""
+
+
+def latents_bytes(recipe: Recipe) -> int:
+    """One sample's latents: x at all horizons and x0 at all but the last, of shape (T, C)."""
+    rows = len(recipe.horizons)
+    x, x0 = (np.zeros((count, *recipe.latent_shape), recipe.latent_dtype) for count in (rows, rows - 1))
+    return len(save({"x": x, "x0": x0}))
+
+
+def embedding_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """One prompt's embeddings."""
+    return len(
+        save_torch({name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}, {"seal": 64 * "0"})
+    )
+
+
+def shard_bytes(recipe: Recipe, latents: int, samples: Sequence[PlannedSample], columns: int) -> int:
+    """A shard, the documents that plan and vouch for it, its rows in the index and in `columns` columns of scores."""
+    sigmas = len(canonical_json({"sigmas": list(recipe.horizons)}))
+    described = [len(canonical_json(sample.model_dump())) for sample in samples]
+    members = sum(2 * BLOCK + _padded(latents, BLOCK) + _padded(size + sigmas, BLOCK) for size in described)
+    documents = sum(2 * size + DOCUMENT_ROW for size in described)
+    return _padded(members + 2 * BLOCK, RECORD) + documents + (1 + columns) * TABLE_ROW * len(samples)
+
+
+def _padded(size: int, block: int) -> int:
+    return -(-size // block) * block

@@ -1,0 +1,1 @@
+"""`rats stage report`: one offline page of tables, figures and costs."""

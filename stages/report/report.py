@@ -1,0 +1,179 @@
+"""Stage report: one offline HTML page from what evaluate, train and rollout left on disk. Runs no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from rats.pipeline.files.atomic import atomic_write
+from rats.schemas.errors import DataError
+from rats.schemas.params import Params
+from rats.schemas.reports import EvaluateReport
+from rats.schemas.run import RunRecord
+from rats.stages.measure.pictures import PICTURES, Column, Picture, Pictures, load_pictures
+from rats.stages.measure.values import VALUES, Values, read_values
+from rats.stages.report import figures, tables
+from rats.stages.report.cost import cost_block
+from rats.stages.templates.render import Entry, plot, png, render
+from rats.stages.train.record import read_record
+
+
+def report_stage(params: Params, evaluation: Path, runs: Path, out: Path) -> Path:
+    """Writes the page to `out`.
+
+    Args:
+        params: The whole configuration.
+        evaluation: What `rats stage evaluate` wrote; its pictures and values lie beside it, and so may the
+            reports of the rollouts (rollout*.json).
+        runs: The folder of the runs that were evaluated.
+        out: The page.
+
+    Raises:
+        DataError: one of these files is missing or something else.
+    """
+    result = read_evaluation(evaluation)
+    values = read_values(evaluation.parent / VALUES)
+    pictures = load_pictures(evaluation.parent / PICTURES)
+    curves = [figures.read_curve(name, runs / name / "metrics.csv") for name in params.evaluate.variants]
+    records = {name: read_record(runs / name) for name in params.evaluate.variants}
+    rollouts = {path.stem: read_json(path) for path in sorted(evaluation.parent.glob("rollout*.json"))}
+    context = {
+        **_tables(params, result, values),
+        **_plots(params, result, curves),
+        "frames": params.teacher.seen_frames,
+        "sheets": _sheets(pictures, params.teacher.seen_frames),
+        "variety": _variety(pictures, params.evaluate.variants[0]),
+        "cost": cost_block(params, records, rollouts),
+        "provenance": _provenance(params, records, result.snapshot),
+        "parameters": yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+    }
+    atomic_write(out, render("report.html.j2", context).encode())
+    return out
+
+
+def read_evaluation(path: Path) -> EvaluateReport:
+    """Evaluate's report; DataError when it is none."""
+    try:
+        return EvaluateReport.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{path} is no evaluation ({reason}): run `rats stage evaluate`") from error
+
+
+def read_json(path: Path) -> Entry:
+    """A JSON object; DataError when it is none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): run the stage that writes it again") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} holds no JSON object: run the stage that writes it again")
+    return value
+
+
+def _tables(params: Params, result: EvaluateReport, values: Values) -> Entry:
+    cells, variants = result.cells, params.evaluate.variants
+    n, seed, first = params.evaluate.bootstrap, params.evaluate.seed, result.cells[0]
+    blocks = []
+    if found := tables.against_controls(values, cells, variants, n, seed):
+        note = "Same shards, same student compute: what is left is what the gate knows. Paired by sample."
+        blocks.append({"title": f"{variants[0]} against its controls", "note": note, **found})
+    if found := tables.by_kind(values, cells, variants[0], n, seed):
+        note = "Student minus teacher; in brackets the number of samples."
+        blocks.append({"title": "By kind of prompt", "note": note, **found})
+    count = f"{first.num_prompts} prompts of {first.num_concepts} concepts, {len(values.concepts)} samples a system."
+    return {
+        "title": "rats: few steps against many",
+        "lead": f"Teacher {params.model.path}, {params.teacher.steps} steps. {count}",
+        "seen": f"On the {first.split} prompts.",
+        "intervals": f"Intervals: 95 %, {n:,} paired bootstrap resamples of the {first.num_concepts} concepts.",
+        "claims": tables.claims(cells, values, variants[0], n, seed),
+        "table": tables.full_table(cells, variants[0]),
+        "comparisons": blocks,
+    }
+
+
+def _plots(params: Params, result: EvaluateReport, curves: Sequence[figures.Curve]) -> Entry:
+    variants = params.evaluate.variants
+    nfe = sorted({n for curve in curves for n in curve.nfe})
+    main = curves[0]
+    across = (
+        "The paper's reward dynamics, from these runs: student and teacher on the same training prompts and noises, "
+        f"scored by {params.train.reward_names} without augmentation; thin: each step's batch, thick: running mean."
+    )
+    gate = "The gate over training: mean of the batch, with a band of one standard deviation within it."
+    inside = (
+        f"{main.name}: shaping loss after each student step (before alpha and gate), and the gradient norm of each "
+        "term as it enters the total."
+    )
+    forest = "Difference to the teacher on the same prompts and noises, with its 95 % interval."
+    return {
+        "forest": [plot(figures.forest(result.cells, variants), forest)],
+        "training": [
+            plot(figures.dynamics(curves, nfe, params.train.reward_names), across),
+            plot(figures.gates(curves, nfe), gate),
+            plot(figures.terms(main, main.nfe), inside),
+        ],
+    }
+
+
+def _head(column: Column) -> Entry:
+    words = {"teacher": "teacher", "base_guided": "untrained, guided", "base_unguided": "untrained, unguided"}
+    cost = f"{column.nfe} steps, {column.evaluations} eval."
+    return {"name": words.get(column.system, column.variant), "cost": cost}
+
+
+def _sheets(pictures: Pictures, frames: int) -> Entry:
+    nfe = sorted({column.nfe for column in pictures.columns if column.system != "teacher"})
+    height, width = pictures.size
+    note = (
+        f"Every row is one prompt and one noise. Drawn by lot (seed {pictures.seed}) before anything was sampled, "
+        f"one a concept as far as they go, not picked by hand. {width} x {height} px, scaled for the page."
+    )
+    note += f" Of each video {frames} frames, from the first to the last." if frames > 1 else ""
+    return {"note": note, "pages": [_sheet(pictures, steps) for steps in nfe]}
+
+
+def _sheet(pictures: Pictures, steps: int) -> Entry:
+    columns = [c for c in pictures.columns if c.system == "teacher" or c.nfe == steps]
+    rows = [
+        {"prompt": prompt, "pictures": [_shown(pictures.side[c.id][i], prompt, c) for c in columns]}
+        for i, prompt in enumerate(pictures.prompts)
+    ]
+    return {"title": f"{steps} steps", "columns": [_head(c) for c in columns], "rows": rows}
+
+
+def _shown(picture: Picture, prompt: str, column: Column) -> Entry:
+    return {"source": png(picture), "words": f"{prompt}: {column.id}"}
+
+
+def _variety(pictures: Pictures, main: str) -> Entry | None:
+    """Teacher, guided base and main student at the fewest steps."""
+    if not pictures.noise_prompts:
+        return None
+    students = [c for c in pictures.columns if c.variant == main]
+    fewest = min((c.nfe for c in students), default=0)
+    wanted = ("teacher", f"base_guided-{fewest}", f"{main}-{fewest}")
+    columns = [c for c in pictures.columns if c.id in wanted]
+    rows = [
+        {"prompt": p, "groups": [[_shown(image, p, c) for image in pictures.noises[c.id][i]] for c in columns]}
+        for i, p in enumerate(pictures.noise_prompts)
+    ]
+    return {"columns": [_head(c) for c in columns], "rows": rows}
+
+
+PROVENANCE = ("recipe", "snapshot", "reward_fingerprint", "base", "vae", "student", "settings")
+"""Of a run's record."""
+
+
+def _provenance(params: Params, records: dict[str, RunRecord], evaluated: str) -> list[tuple[str, str]]:
+    """Hashes and names by which every number on the page can be found again."""
+    rows = [("model", params.model.path), ("judge", params.evaluate.judge or "none"), ("evaluated snapshot", evaluated)]
+    rows += [(f"reward {reward.name}", f"{reward.adapter}, {reward.path}") for reward in params.rewards]
+    for name, record in records.items():
+        rows += [(f"{name}: {field.replace('_', ' ')}", getattr(record, field)) for field in PROVENANCE]
+    return rows

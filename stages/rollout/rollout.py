@@ -1,0 +1,143 @@
+"""Stage one: sample the teacher once, keep the states that students are aligned to, score the finals.
+
+This is the driver: it names what is wanted, finds out what is missing, has it made, and names what is there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from rats.pipeline.families.open import open_outline
+from rats.pipeline.files import places
+from rats.pipeline.files.places import open_place
+from rats.pipeline.prompts import planned, read_prompts
+from rats.pipeline.rewards.open import pin_reward
+from rats.pipeline.store.publish import publish
+from rats.pipeline.store.scores import MAX_BAD, record_reward
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.weights.hashes import component_hashes, scheduler_hash
+from rats.pipeline.weights.hub import PIPELINE_PATTERNS, absolute_if_local, pinned, resolve
+from rats.schemas.errors import ConfigError
+from rats.schemas.manifest import PlannedSample, ShardPlan
+from rats.schemas.params import Params, Split
+from rats.schemas.recipe import Recipe, make_recipe
+from rats.schemas.reports import RolloutReport
+from rats.stages.rollout.columns import check_failed, column_hashes
+from rats.stages.rollout.scorer import missing_columns
+from rats.stages.rollout.worker import Setup, Task, do_task
+from rats.stages.workers.run import Where
+from rats.stages.workers.tasks import Made, work_through
+
+log = logging.getLogger(__name__)
+
+
+def rollout_stage(
+    params: Params,
+    split: Split,
+    out: Path | None = None,
+    where: Where | None = None,
+    max_bad: float = MAX_BAD,
+    samples: Sequence[PlannedSample] | None = None,
+) -> RolloutReport:
+    """Make what is missing of a split's samples and scores, name them by a snapshot, publish it into `out`.
+
+    Shards that are done are reused: a second call, and a call after a kill, runs no teacher for them.
+
+    Args:
+        params: The whole configuration.
+        split: Which prompts.
+        out: A folder to publish into.
+        where: Where tasks run; `params.store.workers` local processes if not given.
+        max_bad: The share of the samples, 0 to 1, that a reward may fail on.
+        samples: These exactly, in place of the split's.
+
+    Raises:
+        ConfigError: no prompts, model or reward where the parameters say.
+        DataError: a damaged shard, or a reward that fails on more samples than `max_bad`.
+        NoWorkerError: nobody took the work.
+    """
+    start = time.monotonic()
+    params = absolute(params)
+    wanted = wanted_samples(params, split) if samples is None else samples
+    recipe, vae = read_recipe(params)
+    hashes = column_hashes(params, vae)
+    shards = ShardSet.open_or_create(places.absolute(open_place(params.store.path)), recipe)
+    columns = {name: record_reward(shards, name, parts) for name, parts in hashes.items()}
+    plans = shards.plan(wanted, params.store.shard_samples)
+    finished = {done.shard for done in shards.finished()}
+    reused = sum(plan.shard in finished for plan in plans)
+    tasks = _missing(shards, plans, finished, columns)
+    _announce(shards, plans, reused, tasks)
+    made = _make(params, shards, tasks, where or Where(workers=params.store.workers))
+    snapshot = shards.write_snapshot(sample.key for sample in wanted)
+    failed = check_failed(shards, columns, snapshot, {sample.key for sample in wanted}, max_bad)
+    if out is not None:
+        publish(shards, snapshot, out, list(columns.values()))
+    return RolloutReport(
+        fingerprint=shards.fingerprint,
+        snapshot=snapshot.hash,
+        snapshot_number=snapshot.number,
+        samples=snapshot.samples,
+        samples_failed=failed,
+        shards_total=len(plans),
+        shards_reused=reused,
+        teacher_forwards=sum(part.teacher_forwards for part in made),
+        seconds=time.monotonic() - start,
+    )
+
+
+def read_recipe(params: Params) -> tuple[Recipe, str]:
+    """The recipe of the weights that are on disk now, and the hash of the decoder. Loads no weights."""
+    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    weights = component_hashes(folder, params.model.transformer)
+    family = open_outline(params.model, params.teacher)
+    sigmas, horizons = family.grids()
+    recipe = make_recipe(params, weights, scheduler_hash(folder), sigmas, horizons, family.latent_shape())
+    return recipe, weights["vae"]
+
+
+def wanted_samples(params: Params, split: Split) -> list[PlannedSample]:
+    """Every prompt of a split with every noise (ConfigError: the split has no prompt file)."""
+    path = getattr(params.prompts, split)
+    if path is None:
+        raise ConfigError(f"prompts.{split} is not set: name a .txt or .csv file in params.yaml")
+    return planned(read_prompts(path), params.teacher.noises_per_prompt)
+
+
+def _missing(
+    shards: ShardSet, plans: Sequence[ShardPlan], finished: Collection[str], columns: dict[str, str]
+) -> list[Task]:
+    """A task for every shard that lacks samples, scores, or a prompt's embeddings."""
+    encoded = {path.stem for path in (shards.root / "embeddings").glob("*.safetensors")}
+
+    def complete(plan: ShardPlan) -> bool:
+        there = plan.shard in finished and encoded.issuperset(sample.prompt_id for sample in plan.samples)
+        return there and not missing_columns(shards, plan.shard, columns)
+
+    there = places.concurrently(shards.root, complete, plans)
+    return [Task(shard=p.shard, plan=p, columns=columns) for p, done in zip(plans, there, strict=True) if not done]
+
+
+def _announce(shards: ShardSet, plans: Sequence[ShardPlan], reused: int, tasks: Sequence[Task]) -> None:
+    where = f"store {shards.fingerprint[:12]}"
+    if not tasks:
+        log.info("%s: all %d shards and their scores are there, no teacher forward is run", where, len(plans))
+    else:
+        log.info("%s: %d of %d shards are there, %d to do", where, reused, len(plans), len(tasks))
+
+
+def _make(params: Params, shards: ShardSet, tasks: Sequence[Task], where: Where) -> list[Made]:
+    samples = sum(len(task.plan.samples) for task in tasks)
+    return work_through(do_task, tasks, Setup(params, shards.root), where, "rollout", samples)
+
+
+def absolute(params: Params) -> Params:
+    """Local paths as absolute ones, a hub's repositories at commits: a worker may stand elsewhere, or start later."""
+    revision = pinned(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    network = params.model.transformer and absolute_if_local(params.model.transformer)
+    changes = {"path": absolute_if_local(params.model.path), "revision": revision, "transformer": network}
+    model = params.model.model_copy(update=changes)
+    return params.model_copy(update={"model": model, "rewards": tuple(map(pin_reward, params.rewards))})

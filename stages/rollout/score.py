@@ -1,0 +1,222 @@
+"""`rats stage score`: any reward onto an existing shard set, from the stored finals, without the teacher."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rats.pipeline.files import places
+from rats.pipeline.files.places import Place, open_place
+from rats.pipeline.store.publish import publish
+from rats.pipeline.store.scores import MAX_BAD, record_reward, scores_done
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.weights.hashes import hash_path
+from rats.pipeline.weights.hub import DECODER_PATTERNS, resolve
+from rats.schemas.errors import ConfigError, DataError, nearest
+from rats.schemas.manifest import RewardRecord, ShardDone, Snapshot
+from rats.schemas.params import Params, Split
+from rats.schemas.recipe import DECODER, Recipe, fingerprint
+from rats.schemas.reports import ScoreReport
+from rats.stages.rollout.columns import check_failed, column_hashes
+from rats.stages.rollout.rollout import absolute, read_recipe, wanted_samples
+from rats.stages.rollout.scorer import ScoreSetup, ScoreTask, do_score, missing_columns
+from rats.stages.workers.run import Where
+from rats.stages.workers.tasks import work_through
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A shard set, the parameters it is scored with, the decoder's hash, and whose split it is (None: all of it)."""
+
+    shards: ShardSet
+    params: Params
+    vae: str
+    keys: frozenset[str] | None
+
+    def snapshot(self, number: int | None) -> Snapshot:
+        """The one that was asked for, else the split's, else the newest."""
+        if number is None and self.keys is not None:
+            return self.shards.write_snapshot(self.keys)
+        return self.shards.snapshot(number)
+
+    def done(self, snapshot: Snapshot) -> list[ShardDone]:
+        """The snapshot's shards, which must all be there."""
+        found = sorted(snapshot.shards.items())
+        return places.concurrently(self.shards.root, lambda item: _whole(self.shards, *item), found)
+
+
+def score_stage(
+    params: Params,
+    split: Split | None = None,
+    shards: Place | str | None = None,
+    rewards: Sequence[str] | None = None,
+    where: Where | None = None,
+    max_bad: float = MAX_BAD,
+    retry_failed: bool = False,
+    out: Path | None = None,
+    snapshot: int | None = None,
+) -> ScoreReport:
+    """Write the scores that are missing for a snapshot's shards, as rollout would have written them.
+
+    Args:
+        params: The whole configuration.
+        split: The split whose samples in the store are scored; the train split if `shards` is not given either.
+        shards: A shard set's folder or URL instead, such as an imported one. Of `model.path` only the VAE is needed
+            then; size, dtype, threads and micro-batch are those that the set was made with.
+        rewards: Names of `params.rewards`, all if not given.
+        where: Where tasks run; `params.store.workers` local processes if not given.
+        max_bad: The share of the samples, 0 to 1, that a reward may fail on.
+        retry_failed: Score shards with failed rows again.
+        out: A folder to publish into, with all columns of `params.rewards` that are complete.
+        snapshot: Number of the snapshot; by default the split's own, or the newest one of `shards`.
+
+    Raises:
+        ConfigError: an unknown reward, no VAE or reward where the parameters say.
+        DataError: a damaged or missing shard, or a reward that fails on more samples than `max_bad`.
+        NoWorkerError: nobody took the work.
+    """
+    start = time.monotonic()
+    source = _open(params, split, shards)
+    chosen = _chosen(source.params, rewards)
+    hashes = column_hashes(source.params, source.vae)
+    named = source.snapshot(snapshot)
+    done = source.done(named)
+    columns = {name: record_reward(source.shards, name, hashes[name]) for name in chosen}
+    tasks = _tasks(source.shards, done, columns, retry_failed)
+    _announce(source.shards, done, tasks)
+    setup = ScoreSetup(source.params, source.shards.root)
+    rows = {part.shard: len(part.rows) for part in done}
+    samples = sum(rows[task.shard] for task in tasks)
+    made = work_through(do_score, tasks, setup, where or Where(workers=params.store.workers), "score", samples)
+    keys = {row.key for row in source.shards.index(named)}
+    failed = check_failed(source.shards, columns, named, keys, max_bad)
+    if out is not None:
+        publish(source.shards, named, out, _complete(source.shards, done, hashes))
+    return ScoreReport(
+        fingerprint=source.shards.fingerprint,
+        snapshot=named.hash,
+        snapshot_number=named.number,
+        rewards=columns,
+        samples=named.samples,
+        scored=sum(part.scored for part in made),
+        failed=failed,
+        shards_total=len(done),
+        shards_reused=len(done) - len(tasks),
+        teacher_forwards=sum(part.teacher_forwards for part in made),
+        seconds=time.monotonic() - start,
+    )
+
+
+def plan_score(
+    params: Params,
+    split: Split | None = None,
+    shards: Place | str | None = None,
+    rewards: Sequence[str] | None = None,
+    retry_failed: bool = False,
+    snapshot: int | None = None,
+) -> dict[str, Any]:
+    """What `score_stage` would do, without doing any of it."""
+    source = _open(params, split, shards)
+    hashes = column_hashes(source.params, source.vae)
+    records = {name: RewardRecord(name=name, hashes=hashes[name]) for name in _chosen(source.params, rewards)}
+    columns = {name: record.fingerprint for name, record in records.items()}
+    if snapshot is None and source.keys is not None:
+        done = [part for part in source.shards.finished() if any(row.key in source.keys for row in part.rows)]
+        samples = len(source.keys & {row.key for part in done for row in part.rows})
+    else:
+        named = source.snapshot(snapshot)
+        done, samples = source.done(named), named.samples
+    tasks = _tasks(source.shards, done, columns, retry_failed)
+    return {
+        "fingerprint": source.shards.fingerprint,
+        "store": str(source.shards.root),
+        "rewards": columns,
+        "samples": samples,
+        "shards_total": len(done),
+        "shards_to_score": len(tasks),
+    }
+
+
+def _open(params: Params, split: Split | None, shards: Place | str | None) -> Source:
+    params = absolute(params)
+    if shards is None:
+        return _open_split(params, split or "train")
+    if split is not None:
+        raise ConfigError(f"--split {split} and --shards {shards} name two sets: give one of them")
+    found = ShardSet.open(places.absolute(open_place(shards)))
+    folder = resolve(params.model.path, params.model.revision, DECODER_PATTERNS)
+    if not (folder / DECODER).is_dir():
+        raise ConfigError(f"no folder {DECODER!r} in {folder}: model.path must hold the decoder of these shards")
+    return Source(found, as_made(params, found.recipe), hash_path(folder / DECODER), None)
+
+
+def _open_split(params: Params, split: Split) -> Source:
+    keys = frozenset(sample.key for sample in wanted_samples(params, split))
+    recipe, vae = read_recipe(params)
+    root = places.absolute(open_place(params.store.path)) / fingerprint(recipe)
+    if not (root / "recipe.json").exists():
+        raise DataError(f"{root} is not there: nothing is rolled out with these parameters; run `rats stage rollout`")
+    return Source(ShardSet.open(root), params, vae, keys)
+
+
+def as_made(params: Params, recipe: Recipe) -> Params:
+    """The parameters with what decides a score's last bits as in the recipe: size, dtype, threads, micro-batch.
+
+    The device stays, since another machine may have another one; a warning says so when its kind differs.
+    """
+    if params.compute.device.partition(":")[0] != recipe.compute.device:
+        here, there = params.compute.device, recipe.compute.device
+        log.warning("scoring on %s what was made on %s: the scores' last bits may be others", here, there)
+    size = {"height": recipe.height, "width": recipe.width, "frames": recipe.frames}
+    bits = {"threads": recipe.compute.threads, "micro_batch": recipe.compute.micro_batch}
+    return params.model_copy(
+        update={
+            "model": params.model.model_copy(update={"dtype": recipe.dtype}),
+            "teacher": params.teacher.model_copy(update=size),
+            "compute": params.compute.model_copy(update=bits),
+        }
+    )
+
+
+def _chosen(params: Params, rewards: Sequence[str] | None) -> list[str]:
+    known = [reward.name for reward in params.rewards]
+    if not known:
+        raise ConfigError("params.yaml names no rewards: add one under rewards:")
+    for name in rewards or ():
+        if name not in known:
+            raise ConfigError(f"--reward {name!r} is no reward of params.yaml{nearest(name, known)}")
+    return [name for name in known if not rewards or name in rewards]
+
+
+def _whole(shards: ShardSet, shard: str, digest: str) -> ShardDone:
+    done = shards.done(shard)
+    if done is None or done.blake3 != digest:
+        problem = "is missing" if done is None else "is not the shard of this snapshot"
+        raise DataError(f"{shards.shard_path(shard)} {problem}; run `rats stage rollout`, or import the set again")
+    return done
+
+
+def _tasks(shards: ShardSet, done: Sequence[ShardDone], columns: dict[str, str], retry: bool) -> list[ScoreTask]:
+    names = [part.shard for part in done]
+    missing = places.concurrently(shards.root, lambda name: missing_columns(shards, name, columns, retry), names)
+    return [
+        ScoreTask(shard=name, columns=columns, retry=retry) for name, some in zip(names, missing, strict=True) if some
+    ]
+
+
+def _announce(shards: ShardSet, done: Sequence[ShardDone], tasks: Sequence[ScoreTask]) -> None:
+    there = len(done) - len(tasks)
+    where = f"set {shards.fingerprint[:12]}"
+    log.info("%s: %d of %d shards are scored, %d to do", where, there, len(done), len(tasks))
+
+
+def _complete(shards: ShardSet, done: Sequence[ShardDone], hashes: dict[str, dict[str, str]]) -> list[str]:
+    """Those of the columns that every shard has."""
+    columns = [RewardRecord(name=name, hashes=parts).fingerprint for name, parts in hashes.items()]
+    return [column for column in columns if all(scores_done(shards, column, part.shard) for part in done)]

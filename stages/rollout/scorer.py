@@ -1,0 +1,226 @@
+"""Scores of the stored finals. Rollout and back-fill both score what is on disk, by this file, so they agree."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from rats.pipeline.families.models import FamilyDecoder
+from rats.pipeline.families.open import family_class, open_decoder
+from rats.pipeline.files.places import Place
+from rats.pipeline.protocols import Decoder, Reward
+from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask, one_line
+from rats.pipeline.rewards.open import open_reward
+from rats.pipeline.store.scores import reward_columns, score_rows, scores_done, write_scores
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.shards import read_sample
+from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.manifest import IndexRow, ScoreRow, ShardDone
+from rats.schemas.params import Params
+from rats.stages.workers.tasks import Busy, Made, ShardTask, claimed
+
+log = logging.getLogger(__name__)
+
+SCORING_VERSION = "1"
+"""Raised when the way from a stored final to a score changes: every column of scores gets a new address."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A reward's answer for one sample: a finite score, or None and the reason."""
+
+    score: float | None
+    error: str | None = None
+
+
+def reward_hashes(reward_fingerprint: str, vae: str, frames: int) -> dict[str, str]:
+    """What decides a column of scores: the reward with its preprocessing, the decoder, and how they are joined.
+
+    `frames`: how many the reward sees of a sample (`TeacherParams.seen_frames`). One, as of a picture, is not said:
+    columns of pictures keep their addresses.
+    """
+    hashes = {"reward": reward_fingerprint, "vae": vae, "scoring": SCORING_VERSION}
+    return hashes | ({"scored_frames": str(frames)} if frames > 1 else {})
+
+
+def batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], int]]:
+    """Batches that are always full, the last one by repeating its last item, and how many of each count.
+
+    A network's last bits depend on the batch size, so every sample meets the same one.
+    """
+    for start in range(0, len(items), size):
+        batch = list(items[start : start + size])
+        yield batch + batch[-1:] * (size - len(batch)), len(batch)
+
+
+@torch.no_grad()
+def score_finals(
+    decoder: Decoder, reward: Reward, finals: Sequence[Tensor], prompts: Sequence[str], size: int
+) -> list[Verdict]:
+    """A verdict for each clean latent (T, C), float32, against its prompt, `size` at a time."""
+    verdicts: list[Verdict] = []
+    for batch, count in batches(list(zip(finals, prompts, strict=True)), size):
+        latents, texts = zip(*batch, strict=True)
+        verdicts += judge(reward, decoder.decode(torch.stack(latents)), list(texts), count)
+    return verdicts
+
+
+def judge(reward: Reward, images_B3HW: Tensor, prompts: list[str], count: int) -> list[Verdict]:
+    """Verdicts for the first `count` pictures; an exception costs only the pictures that raise it by themselves.
+
+    They are tried one by one in a full batch of that one picture: with the batch size, the others keep their bits.
+    """
+    try:
+        return _ask(reward, images_B3HW, prompts)[:count]
+    except NOT_THE_SAMPLES_FAULT:
+        raise
+    except Exception as error:
+        log.debug("%s failed on a batch of %d, now one by one: %s", reward.name, len(prompts), error)
+    return [_alone(reward, images_B3HW, prompts[i], i) for i in range(count)]
+
+
+def _alone(reward: Reward, images_B3HW: Tensor, prompt: str, i: int) -> Verdict:
+    size = len(images_B3HW)
+    try:
+        full = images_B3HW[i : i + 1].repeat(size, *(1 for _ in images_B3HW.shape[1:]))
+        return _ask(reward, full, [prompt] * size)[i]
+    except NOT_THE_SAMPLES_FAULT:
+        raise
+    except Exception as error:
+        return Verdict(None, one_line(error))
+
+
+def _ask(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> list[Verdict]:
+    values = ask(reward, images_B3HW, prompts).float().cpu().tolist()
+    return [Verdict(s) if math.isfinite(s) else Verdict(None, f"the score is not finite ({s})") for s in values]
+
+
+def score_shard(shards: ShardSet, done: ShardDone, reward: Reward, column: str, decoder: Decoder, size: int) -> None:
+    """Score a finished shard into `column`; a sample that the reward fails on is kept as a failed row."""
+    finals = [torch.from_numpy(read_sample(shards, row)["x"][-1].astype(np.float32)) for row in done.rows]
+    verdicts = score_finals(decoder, reward, finals, [row.prompt for row in done.rows], size)
+    rows = [_row(row, verdict) for row, verdict in zip(done.rows, verdicts, strict=True)]
+    write_scores(shards, column, done.shard, rows)
+
+
+def _row(row: IndexRow, verdict: Verdict) -> ScoreRow:
+    if verdict.error is None:
+        return ScoreRow(key=row.key, score=verdict.score)
+    return ScoreRow(key=row.key, score=None, status="failed", error=verdict.error)
+
+
+class Scorer:
+    """A worker's decoder and rewards, each loaded once and only if a task asks for it."""
+
+    def __init__(self, params: Params, shards: ShardSet) -> None:
+        """Loads nothing yet. `params` are those the set was made with."""
+        self.params, self.shards = params, shards
+        self._rewards: dict[str, Reward] = {}
+
+    @cached_property
+    def decoder(self) -> FamilyDecoder:
+        """The VAE, and nothing else of the model."""
+        return open_decoder(self.params.model, self.params.teacher, self.params.compute)
+
+    def reward(self, name: str, column: str) -> Reward:
+        """A reward by name, for a column of scores: ConfigError where this machine has another one in its place."""
+        if name not in self._rewards:
+            settings = next(reward for reward in self.params.rewards if reward.name == name)
+            reward, wanted = open_reward(settings, self.params.compute.device), reward_columns(self.shards)[column]
+            if reward.fingerprint != wanted.hashes["reward"]:
+                raise ConfigError(f"{settings.path} is another {name!r} than the driver's: give all workers the same")
+            self._rewards[name] = reward
+        return self._rewards[name]
+
+    def score(self, done: ShardDone, columns: dict[str, str]) -> int:
+        """Score a finished shard into the columns (reward name -> fingerprint); returns how many rows."""
+        for name, column in columns.items():
+            reward = self.reward(name, column)
+            score_shard(self.shards, done, reward, column, self.decoder, self.params.compute.micro_batch)
+        return len(columns) * len(done.rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTask(ShardTask):
+    """A finished shard that lacks the scores of some columns (reward name -> fingerprint).
+
+    `retry`: score the columns that have failed rows again.
+    """
+
+    columns: dict[str, str]
+    retry: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreSetup:
+    """What a worker needs in order to make its context; pickles."""
+
+    params: Params
+    root: Place
+
+    def __call__(self) -> Scorer:
+        """The worker's context."""
+        return Scorer(self.params, ShardSet.open(self.root))
+
+
+def do_score(scorer: Scorer, task: ScoreTask) -> Made | Busy:
+    """The missing scores of one shard, from what is on disk."""
+    with claimed(scorer.shards, task.shard, task.wait) as mine:
+        if not mine:
+            return Busy(task.shard)
+        done = scorer.shards.done(task.shard)
+        if done is None:
+            raise DataError(f"{scorer.shards.shard_path(task.shard)} is gone; run `rats stage rollout`")
+        columns = missing_columns(scorer.shards, task.shard, task.columns, task.retry)
+        with threads(scorer.params.compute.threads), forwards(family_class(scorer.params.model).network_class) as count:
+            scored = scorer.score(done, columns)
+        return Made(len(done.rows), count(), scored)
+
+
+def missing_columns(shards: ShardSet, shard: str, columns: dict[str, str], retry: bool = False) -> dict[str, str]:
+    """Those of the columns in which the shard has no scores yet, or failed ones that are to be tried again."""
+
+    def complete(column: str) -> bool:
+        there = scores_done(shards, column, shard)
+        return there and not (retry and any(row.status == "failed" for row in score_rows(shards, column, shard)))
+
+    return {name: column for name, column in columns.items() if not complete(column)}
+
+
+@contextmanager
+def forwards(network_class: type[nn.Module]) -> Iterator[Callable[[], int]]:
+    """Counts the forwards of every network of a class in this process, whoever runs it."""
+    seen = 0
+
+    def hook(module: nn.Module, args: Any) -> None:
+        nonlocal seen
+        seen += isinstance(module, network_class)
+
+    handle = register_module_forward_pre_hook(hook)
+    try:
+        yield lambda: seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """The recipe's threads: sums in other orders have other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

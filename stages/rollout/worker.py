@@ -1,0 +1,144 @@
+"""What a rollout does on a worker: sample a shard with the teacher, score it from what is on disk.
+
+A task is one shard. The worker writes shards and scores itself and returns counts, never tensors.
+Shapes: B samples, H kept horizons, T latent tokens, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from rats.pipeline.families.models import FamilyDecoder, FamilyTeacher
+from rats.pipeline.families.open import open_decoder, open_teacher
+from rats.pipeline.files.places import Place
+from rats.pipeline.noise import noise
+from rats.pipeline.protocols import Conditioning, Teacher
+from rats.pipeline.solver import euler
+from rats.pipeline.store.embeddings import has_embedding, read_embedding, write_embedding
+from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.shards import as_stored, write_shard
+from rats.pipeline.weights.hashes import check_weights
+from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
+from rats.schemas.horizons import rows_of
+from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
+from rats.schemas.params import Params
+from rats.stages.rollout.scorer import Scorer, batches, missing_columns, threads
+from rats.stages.workers.tasks import Busy, Made, ShardTask, claimed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ShardTask):
+    """A shard with something missing: samples, embeddings, or scores of some columns (reward name -> fingerprint)."""
+
+    plan: ShardPlan
+    columns: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a worker needs in order to make its context; pickles."""
+
+    params: Params
+    root: Place
+
+    def __call__(self) -> Context:
+        """The worker's context; models are loaded by the first task that needs them."""
+        return Context(self.params, ShardSet.open(self.root))
+
+
+class Context(Scorer):
+    """A worker's models, each loaded once and only if a task asks for it."""
+
+    def __init__(self, params: Params, shards: ShardSet) -> None:
+        """Loads nothing yet."""
+        super().__init__(params, shards)
+        self.teacher_forwards = 0
+
+    @cached_property
+    def teacher(self) -> FamilyTeacher:
+        """The teacher, its weights those of the recipe, its network's forwards counted by a hook."""
+        model = self.params.model
+        folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
+        check_weights(folder, self.shards.recipe.weights, model.transformer)
+        teacher = open_teacher(model, self.params.teacher, self.params.compute)
+        teacher.network.register_forward_hook(self._count)
+        return teacher
+
+    @cached_property
+    def decoder(self) -> FamilyDecoder:
+        """The teacher's own decoder where it is loaded anyway, else the VAE alone."""
+        if "teacher" in self.__dict__:
+            return self.teacher
+        return open_decoder(self.params.model, self.params.teacher, self.params.compute)
+
+    def _count(self, *_: Any) -> None:
+        self.teacher_forwards += 1
+
+
+def do_task(context: Context, task: Task) -> Made | Busy:
+    """One shard on a worker: what is missing of embeddings and samples, then of scores, from what is on disk."""
+    before = context.teacher_forwards
+    with claimed(context.shards, task.shard, task.wait) as mine, threads(context.params.compute.threads):
+        if not mine:
+            return Busy(task.shard)
+        encode(context, task.plan)
+        done = context.shards.done(task.shard) or roll_shard(context.teacher, context.shards, task.plan)
+        scored = context.score(done, missing_columns(context.shards, task.shard, task.columns))
+    return Made(len(done.rows), context.teacher_forwards - before, scored)
+
+
+def encode(context: Context, plan: ShardPlan) -> None:
+    """Write the embeddings that are missing, of a finished shard's prompts too."""
+    prompts = {sample.prompt_id: sample.prompt for sample in plan.samples}
+    for prompt_id, prompt in prompts.items():
+        if not has_embedding(context.shards, prompt_id):
+            embedding = context.teacher.encode([prompt])
+            write_embedding(context.shards, prompt_id, {name: value[0] for name, value in embedding.items()})
+
+
+def roll_shard(teacher: Teacher, shards: ShardSet, plan: ShardPlan) -> ShardDone:
+    """Sample and write one shard. Its bytes depend on the recipe and the samples' identities alone."""
+    return write_shard(shards, plan, _samples(teacher, shards, plan.samples))
+
+
+def _samples(
+    teacher: Teacher, shards: ShardSet, samples: Sequence[PlannedSample]
+) -> Iterator[tuple[PlannedSample, dict[str, np.ndarray]]]:
+    """Each sample with its kept rows, in order; the network sees full micro-batches only."""
+    recipe = shards.recipe
+    rows = rows_of(recipe.sigmas, recipe.horizons)
+    for batch, count in batches(samples, recipe.compute.micro_batch):
+        x_BHTC, x0_BHTC = _trajectories(teacher, shards, batch, rows)
+        for sample, x, x0 in zip(batch[:count], x_BHTC, x0_BHTC, strict=False):
+            yield sample, {"x": x, "x0": x0}
+
+
+@torch.no_grad()
+def _trajectories(
+    teacher: Teacher, shards: ShardSet, batch: Sequence[PlannedSample], rows: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """States (B, H, T, C) and predicted clean latents (B, H - 1, T, C) at the kept rows, as stored."""
+    recipe = shards.recipe
+    starts = [noise(recipe.seed, sample.prompt_id, sample.noise_index, recipe.latent_shape) for sample in batch]
+    device = next(teacher.network.parameters()).device
+    conditioning = _conditioning(shards, batch, device)
+    states, x0s = euler(
+        lambda x, sigma: teacher.guided_velocity(x, sigma, conditioning), torch.stack(starts).to(device), recipe.sigmas
+    )
+    return _stack(states, rows), _stack(x0s, rows[:-1])
+
+
+def _conditioning(shards: ShardSet, batch: Sequence[PlannedSample], device: torch.device) -> Conditioning:
+    """What the student will be given as well: the embeddings as they are stored."""
+    read = [read_embedding(shards, sample.prompt_id) for sample in batch]
+    return {name: torch.stack([part[name] for part in read]).to(device) for name in read[0]}
+
+
+def _stack(tensors: Sequence[torch.Tensor], rows: Sequence[int]) -> np.ndarray:
+    return as_stored(torch.stack([tensors[row] for row in rows], dim=1)).cpu().numpy()

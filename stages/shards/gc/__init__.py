@@ -1,0 +1,1 @@
+"""`rats shards gc`: what no experiment reaches."""

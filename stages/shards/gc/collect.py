@@ -1,0 +1,292 @@
+"""`rats shards gc STORE`: shows what no experiment reaches, and deletes it when it is told to.
+
+What is reached:
+- a set that a document below the roots names (a run's record, a checkpoint, a report, a published folder: `gc_roots`),
+  that a parameter file there would make, or one of whose files is linked from elsewhere (a published folder, DVC's
+  cache);
+- of such a set: the newest snapshot and every named or linked one with its shards, every shard that holds a sample of
+  a parameter file's prompts, and the columns of scores that a parameter file, a record or a published folder has.
+
+A set is deleted whole in one step: renamed, then removed. Lock files of a set that is kept stay: deleting one while
+a process waits for it would let two hold it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rats.pipeline.files.atomic import file_lock, remove, storage_errors, sync
+from rats.pipeline.files.places import is_remote, open_place
+from rats.pipeline.store.shard_set import ShardSet
+from rats.schemas.errors import CannotCreateError, ConfigError, RatsError, RetryLaterError
+from rats.stages.progress import progress
+from rats.stages.shards.gc.contents import (
+    HOUR,
+    LEFTOVER,
+    Contents,
+    Removal,
+    is_dead,
+    leftover_name,
+    read_documents,
+    read_files,
+)
+from rats.stages.shards.gc.contents import removals as parts_of
+from rats.stages.shards.gc.roots import Found, Held, hold, search
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Verdict:
+    """One set: what goes of it, or why it stays as it is. `whole`: it goes in one step."""
+
+    name: str
+    going: list[Removal]
+    why: str = ""
+    whole: bool = False
+    busy: bool = False
+
+
+def collect(store: str, roots: Sequence[Path], delete: bool = False, older_than: float = 24.0) -> dict[str, Any]:
+    """What no experiment below `roots` reaches; with `delete`, it is deleted.
+
+    Args:
+        store: A local store (the folder of sets, not a set).
+        roots: Folders below which experiments lie.
+        delete: Delete; without it nothing is touched.
+        older_than: Hours; whatever was written later stays.
+
+    Returns:
+        `remove` and `keep`, rows; `files` and `bytes` of what goes; `busy`, the sets in which somebody works now, which
+        stay as they are; `command`, which would delete.
+
+    Raises:
+        ConfigError: no local store, no folder at a root, or nothing to be deleted by: no experiment at all.
+        StorageError: something below a root cannot be read.
+    """
+    folder = _local_store(store)
+    since = time.time() - older_than * HOUR
+    sets = {path.name: _read(path) for path in sorted(folder.iterdir()) if _is_set_name(path.name)}
+    found, held = _reached(folder, roots, sets)
+    verdicts = [_verdict(name, each, held.get(name), found, since) for name, each in sets.items()]
+    if delete:
+        if verdicts and not found.params and all(verdict.whole for verdict in verdicts):
+            raise ConfigError(
+                f"no experiment below {_words(roots)} names a set of {store}: say where they lie (--root)"
+            )
+        verdicts = [_delete(folder, verdict, held, found, since) for verdict in verdicts]
+    outside = _outside(folder, since)
+    if delete:
+        _delete_files(folder, outside)
+    return _result(store, roots, verdicts, outside, delete, older_than)
+
+
+def refuse_busy(result: dict[str, Any]) -> None:
+    """After a deletion: the sets that were left alone because somebody works in them.
+
+    Raises:
+        RetryLaterError: there is one.
+    """
+    if result["deleted"] and result["busy"]:
+        raise RetryLaterError(
+            f"set {result['busy'][0][:12]} is being worked on and was left alone; run the same command later"
+        )
+
+
+def _local_store(text: str) -> Path:
+    place = open_place(text)
+    if is_remote(place) or not isinstance(place, Path):
+        raise ConfigError(f"{text} is remote: gc works on local stores only, where links and locks say what is in use")
+    if not place.is_dir():
+        raise ConfigError(f"no folder {text}: name the store, such as `store`")
+    if (place / "recipe.json").exists():
+        raise ConfigError(f"{text} is one set or a published folder: name the store that holds the sets")
+    return place
+
+
+def _is_set_name(name: str) -> bool:
+    return len(name) == 64 and set(name) <= set("0123456789abcdef")
+
+
+@dataclass
+class _Set:
+    contents: Contents
+    shards: ShardSet | None = None
+    problem: str = ""
+
+
+def _read(root: Path) -> _Set:
+    """A set as far as it can be read; what cannot be understood is not touched."""
+    if root.is_symlink() or not root.is_dir():
+        return _Set(Contents(root), problem="it is a link or a file")
+    with storage_errors(root):
+        contents = read_files(root)
+    if contents.strange:
+        return _Set(contents, problem=f"it holds {contents.strange[0]}, which is not rats' own")
+    try:
+        shards = ShardSet.open(root)
+        read_documents(contents, shards)
+    except RatsError as error:
+        return _Set(contents, problem=f"it cannot be read, see `rats shards verify`: {error}")
+    return _Set(contents, shards)
+
+
+def _reached(folder: Path, roots: Sequence[Path], sets: dict[str, _Set]) -> tuple[Found, dict[str, Held]]:
+    whole = {name: each for name, each in sets.items() if each.shards}
+    snapshots = {name: {s.hash for s in each.contents.snapshots.values()} for name, each in whole.items()}
+    columns = {column for each in whole.values() for column in each.contents.columns}
+    found = search(roots, folder, {*sets, *columns, *(word for words in snapshots.values() for word in words)})
+    recipes = {name: each.shards.recipe for name, each in whole.items() if each.shards}
+    return found, hold(found, recipes, snapshots)
+
+
+def _verdict(name: str, each: _Set, held: Held | None, found: Found, since: float) -> Verdict:
+    """What goes of one set."""
+    contents = each.contents
+    if each.problem or held is None:
+        return Verdict(name, [], f"left alone: {each.problem}")
+    if lock := _lock_held(contents):
+        return Verdict(name, [], f"left alone: somebody works in it now ({lock})", busy=True)
+    why = [*held.by, *(["linked from elsewhere"] if contents.linked(contents.files) else [])]
+    if why:
+        return Verdict(name, parts_of(contents, held, found, since), "; ".join(why[:2]) + ("; ..." if why[2:] else ""))
+    if contents.young(contents.files, since):
+        return Verdict(name, [], "no experiment names it, but it was written to lately (--older-than)")
+    files = tuple(contents.files)
+    whole = Removal("the whole set", "no experiment names it", files, contents.size(files))
+    return Verdict(name, [whole], whole=True)
+
+
+def _lock_held(contents: Contents) -> str | None:
+    """The name of a lock that a process holds: a shard is being made, or planned, or named."""
+    for name in contents.of("locks/"):
+        with suppress(CannotCreateError), file_lock(contents.root / name, 0.0) as free:  # a read-only store has none
+            if not free:
+                return name
+    return None
+
+
+def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found, since: float) -> Verdict:
+    """Delete what goes of one set, looked at once more now that nobody can plan or name a thing in it."""
+    if not verdict.going:
+        return verdict
+    root = folder / verdict.name
+    shards = ShardSet.open(root)
+    with ExitStack() as locks:
+        for name in ("plan", "snapshot"):
+            locks.enter_context(shards.lock(name))
+        contents = read_files(root)
+        read_documents(contents, shards)
+        if verdict.whole:
+            if contents.linked(contents.files) or contents.young(contents.files, since) or contents.strange:
+                return Verdict(verdict.name, [], "left alone: it has changed since it was looked at")
+            _delete_whole(root)
+        else:
+            verdict.going = parts_of(contents, held[verdict.name], found, since)
+            verdict.busy = not _delete_parts(shards, verdict)
+    return verdict
+
+
+def _delete_whole(root: Path) -> None:
+    """One rename, after which there is no such set; what a kill leaves is a leftover that the next gc removes."""
+    temporary = root.with_name(leftover_name(root.name))
+    with storage_errors(root):
+        os.rename(root, temporary)
+        sync(root.parent)
+        remove(temporary)
+
+
+def _delete_parts(shards: ShardSet, verdict: Verdict) -> bool:
+    """Whether all went; a shard that somebody claims now ends it."""
+    root = Path(str(shards.root))
+    with progress(f"gc {verdict.name[:12]}", sum(len(part.files) for part in verdict.going), "files") as advance:
+        for done, part in enumerate(verdict.going):
+            with ExitStack() as claim:
+                if part.shard and not claim.enter_context(shards.claim(part.shard)):
+                    verdict.going = verdict.going[:done]
+                    return False
+                _delete_files(root, [part])
+            advance(len(part.files))
+    return True
+
+
+def _delete_files(root: Path, parts: Sequence[Removal]) -> None:
+    """One file after the other, on the disk in this order."""
+    for name in (name for part in parts for name in part.files):
+        path = root / name
+        with storage_errors(path):
+            remove(path)
+            sync(path.parent)
+            if name.endswith("reward.json"):  # the last of its column
+                with suppress(OSError):
+                    path.parent.rmdir()
+
+
+def _outside(folder: Path, since: float) -> list[Removal]:
+    """Sets that a killed gc had begun to delete."""
+    going = []
+    for path in sorted(folder.glob(".*.tmp")):
+        if not path.is_symlink() and LEFTOVER.fullmatch(path.name) and is_dead(path.name, path.lstat().st_mtime, since):
+            files = [file for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path]
+            size = sum(file.lstat().st_size for file in files)
+            going.append(Removal(path.name[:20], "left by a killed process", (path.name,), size))
+    return going
+
+
+def _result(
+    store: str, roots: Sequence[Path], verdicts: Sequence[Verdict], outside: list[Removal], deleted: bool, hours: float
+) -> dict[str, Any]:
+    rows = [row for verdict in verdicts for row in _rows(verdict.name, verdict.going)] + list(_rows("", outside))
+    flags = [word for root in roots for word in ("--root", str(root))] + ["--older-than", f"{hours:g}"]
+    return {
+        "store": store,
+        "remove": rows,
+        "keep": [{"set": v.name, "why": v.why} for v in verdicts if not v.whole],
+        "files": sum(row["files"] for row in rows),
+        "bytes": sum(row["bytes"] for row in rows),
+        "busy": [verdict.name for verdict in verdicts if verdict.busy],
+        "deleted": deleted,
+        "command": shlex.join(["rats", "shards", "gc", store, *flags, "--delete"]),
+    }
+
+
+def _rows(name: str, removals: Sequence[Removal]) -> Iterator[dict[str, Any]]:
+    """A row for all of a set that goes for one reason."""
+    for why in dict.fromkeys(removal.why for removal in removals):
+        those = [removal for removal in removals if removal.why == why]
+        what = those[0].what + (f" and {len(those) - 1} more" if len(those) > 1 else "")
+        files, size = sum(len(removal.files) for removal in those), sum(removal.size for removal in those)
+        yield {"set": name, "what": what, "why": why, "files": files, "bytes": size}
+
+
+def in_words(result: dict[str, Any]) -> list[str]:
+    """The lines that a person is shown."""
+    gone = "deleted" if result["deleted"] else "to delete"
+    lines = [
+        f"{gone}: {row['set'][:12]}  {row['what']}  ({row['why']})  {_size(row['bytes'])}" for row in result["remove"]
+    ]
+    lines += [f"keep: {row['set'][:12]}  ({row['why']})" for row in result["keep"]]
+    lines.append(f"{gone}: {result['files']} files, {_size(result['bytes'])}")
+    if not result["deleted"] and result["files"]:
+        lines.append(f"nothing is deleted yet; this would: {result['command']}")
+    return lines
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _words(roots: Sequence[Path]) -> str:
+    return ", ".join(map(str, roots))

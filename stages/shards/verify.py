@@ -1,0 +1,265 @@
+"""`rats shards verify`: reads every byte of a set and says all that is damaged or missing, not only the first."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from rats.pipeline.files.places import Place, is_remote, sizes
+from rats.pipeline.store.documents import read_sealed
+from rats.pipeline.store.embeddings import verify_embedding
+from rats.pipeline.store.parquet import read_rows
+from rats.pipeline.store.scores import REMEDY as RESCORE
+from rats.pipeline.store.shard_set import REMAKE, ROLLOUT, ShardSet
+from rats.pipeline.store.shards import verify_shard
+from rats.schemas.errors import DataError, StorageError
+from rats.schemas.manifest import IndexRow, RewardRecord, ScoreRow, ScoresDone, ShardDone, ShardPlan, Snapshot
+from rats.stages.progress import progress
+
+log = logging.getLogger(__name__)
+
+MB = 1_000_000
+Found = TypeVar("Found")
+RESTORE = "restore it from a copy of the store"
+
+
+def verify(folder: Place) -> dict[str, Any]:
+    """Read a whole set, in a store or published: recipe, plans, shards, snapshots, scores, embeddings.
+
+    Every damaged or missing file is a line in the log. Work that is not finished (a planned shard, a column that
+    lacks shards) is no damage in a store; a published folder has no such thing.
+
+    Returns:
+        Counts; `bytes` read, `gb_per_second` (10^9 bytes); `unfinished`, a line each.
+
+    Raises:
+        DataError: at the end, with the count of what is damaged or missing, and the first. A recipe that cannot be
+            read comes alone: nothing else can be judged without it.
+    """
+    start = time.monotonic()
+    shards = ShardSet.open(folder)
+    audit = Audit(shards, _listing(shards.root))
+    total = sum(audit.files.values())
+    with progress(f"verify {shards.fingerprint[:12]}", total // MB, "MB") as advance:
+        audit.advance = advance
+        result = _verify_all(audit)
+    if audit.damage:
+        first, count = next(iter(audit.damage)), len(audit.damage)
+        raise DataError(f"{shards.root} has {count} damaged or missing file{'s' if count > 1 else ''}, first: {first}")
+    seconds = time.monotonic() - start
+    return result | {"bytes": audit.read, "seconds": seconds, "gb_per_second": audit.read / 1e9 / seconds, "ok": True}
+
+
+@dataclass
+class Audit:
+    """What is read and what was found.
+
+    Attributes:
+        shards: The set.
+        files: Size by name below the set's folder.
+        damage: What is damaged or missing, in the order found, each text once.
+        unfinished: Work that is still to be done.
+        rows: Hashes of the index rows of all whole shards.
+        read: Bytes.
+    """
+
+    shards: ShardSet
+    files: dict[str, int]
+    advance: Callable[[int], None] = lambda count: None
+    damage: dict[str, None] = field(default_factory=dict)
+    unfinished: list[str] = field(default_factory=list)
+    rows: set[int] = field(default_factory=set)
+    read: int = 0
+
+    @property
+    def published(self) -> bool:
+        """A folder of exactly one snapshot; in a store every shard has a plan."""
+        named = self.shards.root.name == self.shards.fingerprint
+        return not named and not self.names("shards/", ".plan.json")
+
+    def names(self, folder: str, suffix: str) -> list[str]:
+        """Stems of the files of that kind, sorted."""
+        found = (name for name in self.files if name.startswith(folder) and name.endswith(suffix))
+        stems = (name[len(folder) : -len(suffix)] for name in found)
+        return sorted(stem for stem in stems if "/" not in stem)
+
+    def look(self, check: Callable[[], Found], *names: str) -> Found | None:
+        """What `check` returns, or None when it finds damage; `names` are the files it reads."""
+        try:
+            return check()
+        except DataError as error:
+            self.report(str(error))
+        except StorageError as error:
+            if is_remote(self.shards.root):  # a network that is down is no damage
+                raise
+            self.report(str(error))
+        finally:
+            self._count(sum(self.files.get(name, 0) for name in names))
+        return None
+
+    def report(self, text: str) -> None:
+        """One more damaged or missing file."""
+        if text not in self.damage:
+            log.error("%s", text)
+        self.damage[text] = None
+
+    def missing(self, name: str, remedy: str) -> bool:
+        """Report a file that is not there."""
+        if name not in self.files:
+            self.report(f"{self.shards.root / name} is missing; {remedy}")
+        return name not in self.files
+
+    def _count(self, size: int) -> None:
+        before, self.read = self.read, self.read + size
+        if step := self.read // MB - before // MB:
+            self.advance(step)
+
+
+def _verify_all(audit: Audit) -> dict[str, Any]:
+    audit.look(lambda: None, "recipe.json")  # opening the set has read it
+    snapshots = [snapshot for number in audit.shards.snapshots() if (snapshot := _snapshot(audit, number))]
+    plans = {stem: _plan(audit, stem) for stem in audit.names("shards/", ".plan.json")}
+    done = _shards(audit, plans, {shard for snapshot in snapshots for shard in snapshot.shards})
+    indexes = [_index(audit, snapshot, done) for snapshot in snapshots]
+    columns = sorted({name.split("/")[1] for name in audit.files if name.startswith("scores/")})
+    for column in columns:
+        _column(audit, column, done)
+    embeddings = audit.names("embeddings/", ".safetensors")
+    for prompt in embeddings:
+        name = f"embeddings/{prompt}.safetensors"
+        audit.look(lambda prompt=prompt: verify_embedding(audit.shards, prompt), name)  # type: ignore[misc]
+    _complete(audit, indexes)
+    return {
+        "samples": snapshots[-1].samples if snapshots else 0,
+        "snapshots": len(snapshots),
+        "shards": len(done),
+        "rewards": len(columns),
+        "embeddings": len(embeddings),
+        "unfinished": audit.unfinished,
+    }
+
+
+def _snapshot(audit: Audit, number: int) -> Snapshot | None:
+    name = f"manifests/{number:04d}.json"
+    snapshot = audit.look(lambda: audit.shards.snapshot(number), name)
+    if snapshot and snapshot.number != number:
+        audit.report(f"{audit.shards.root / name} is snapshot {snapshot.number}, not the one of its name; {RESTORE}")
+    return snapshot
+
+
+def _plan(audit: Audit, shard: str) -> ShardPlan | None:
+    name = f"shards/{shard}.plan.json"
+    plan = audit.look(lambda: read_sealed(audit.shards.root / name, ShardPlan, RESTORE), name)
+    if plan and plan.shard != shard:
+        audit.report(f"{audit.shards.root / name} plans {plan.shard}, not the shard of its name; {RESTORE}")
+    return plan
+
+
+def _shards(audit: Audit, plans: dict[str, ShardPlan | None], wanted: Iterable[str]) -> dict[str, ShardDone]:
+    """Read every finished shard, and those that a snapshot names; what the whole ones hold."""
+    finished = set(audit.names("shards/", ".done.json"))
+    if to_do := len(set(plans) - finished):
+        audit.unfinished.append(f"{to_do} planned shards are still to be made")
+    whole = {}
+    for shard in sorted(finished.union(wanted)):
+        if done := _shard(audit, shard):
+            whole[shard] = done
+            _check_plan(audit, done, plans)
+            audit.rows.update(map(hash, done.rows))
+    return whole
+
+
+def _shard(audit: Audit, shard: str) -> ShardDone | None:
+    names = [f"shards/{shard}.tar", f"shards/{shard}.done.json"]
+    if any([audit.missing(name, ROLLOUT) for name in names]):
+        return None
+    return audit.look(lambda: (verify_shard(audit.shards, shard), audit.shards.done(shard))[1], *names)
+
+
+def _check_plan(audit: Audit, done: ShardDone, plans: dict[str, ShardPlan | None]) -> None:
+    """In a store a shard holds what was planned for it."""
+    name = f"shards/{done.shard}.plan.json"
+    if audit.published or audit.missing(name, RESTORE):
+        return
+    plan = plans.get(done.shard)
+    if plan and [sample.key for sample in plan.samples] != [row.key for row in done.rows]:
+        audit.report(f"{audit.shards.shard_path(done.shard)} holds other samples than {name} says; {REMAKE}")
+
+
+def _index(audit: Audit, snapshot: Snapshot, done: dict[str, ShardDone]) -> list[IndexRow] | None:
+    """A snapshot's rows, each of which must be in the shard it names, as it is now."""
+    root, name = audit.shards.root, f"index/{snapshot.index}"
+    rows = audit.look(lambda: audit.shards.index(snapshot), name)
+    manifest = root / "manifests" / f"{snapshot.number:04d}.json"
+    for shard, digest in snapshot.shards.items():
+        if shard in done and done[shard].blake3 != digest:
+            now = done[shard].blake3
+            audit.report(f"{manifest} names another {shard} ({digest[:12]}, now {now[:12]}); {ROLLOUT}")
+    if strange := [row for row in rows or [] if row.shard in done and hash(row) not in audit.rows]:
+        audit.report(f"{root / name} has {len(strange)} samples that no shard has, {strange[0].key} first; {ROLLOUT}")
+    return rows
+
+
+def _column(audit: Audit, column: str, done: dict[str, ShardDone]) -> None:
+    """A reward's record and its scores of every shard that has some."""
+    folder = f"scores/{column}/"
+    if not audit.missing(folder + "reward.json", RESCORE):
+        _record(audit, folder + "reward.json", column)
+    scored = audit.names(folder, ".done.json")
+    for shard in scored:
+        if not audit.missing(f"{folder}{shard}.parquet", RESCORE):
+            _scores(audit, column, shard, done.get(shard))
+    lacking = sorted(set(done) - set(scored))
+    if audit.published:
+        for shard in lacking:
+            audit.missing(f"{folder}{shard}.done.json", RESCORE)
+    elif lacking:
+        audit.unfinished.append(f"scores {column[:12]} lack {len(lacking)} of {len(done)} shards")
+
+
+def _record(audit: Audit, name: str, column: str) -> None:
+    path = audit.shards.root / name
+    record = audit.look(lambda: read_sealed(path, RewardRecord, RESCORE), name)
+    if record and record.fingerprint != column:
+        audit.report(f"{path} is the record of {record.fingerprint[:12]}, not of its folder; {RESCORE}")
+
+
+def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> None:
+    """One shard's scores: the table as recorded, of the shard as it is now, a row for each of its samples."""
+    folder = audit.shards.scores_folder(column)
+    names = [f"scores/{column}/{shard}{suffix}" for suffix in (".done.json", ".parquet")]
+    seal = audit.look(lambda: read_sealed(folder / f"{shard}.done.json", ScoresDone, RESCORE), names[0])
+    if seal is None:
+        return
+    table = folder / f"{shard}.parquet"
+    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3, RESCORE), names[1])
+    if rows is None or done is None:
+        return
+    same = (seal.shard, seal.shard_blake3, seal.rows) == (shard, done.blake3, len(rows))
+    if not same or [row.key for row in rows] != sorted(row.key for row in done.rows):
+        audit.report(f"{table} scores another {shard}; {RESCORE}")
+
+
+def _complete(audit: Audit, indexes: list[list[IndexRow] | None]) -> None:
+    """The newest snapshot can be trained on: it is there, and every prompt of it is encoded."""
+    if audit.published and not audit.names("manifests/", ".json"):
+        audit.report(f"{audit.shards.root / 'manifests'} is missing; {ROLLOUT}")
+    newest = indexes[-1] if indexes else None
+    for prompt in sorted({row.prompt_id for row in newest or []}):
+        audit.missing(f"embeddings/{prompt}.safetensors", ROLLOUT)
+
+
+def _listing(root: Place) -> dict[str, int]:
+    """Size by name of all that is read; hidden files (a writer's temporary ones) and locks are not."""
+    columns = root / "scores"
+    folders = ["", "shards", "manifests", "index", "embeddings"]
+    folders += sorted(f"scores/{path.name}" for path in columns.iterdir()) if columns.is_dir() else []
+    found = {}
+    for folder in folders:
+        for name, size in sizes(root / folder if folder else root).items():
+            if not name.startswith(".") and (folder or name == "recipe.json"):
+                found[f"{folder}/{name}".lstrip("/")] = size
+    return found

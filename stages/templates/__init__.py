@@ -1,0 +1,1 @@
+"""Page, card and project templates, and the one place that fills them in."""

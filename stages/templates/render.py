@@ -1,0 +1,53 @@
+"""Fills in the templates of this folder; pictures and plots as a page takes them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from rats.stages.measure.pictures import Picture
+
+Entry = dict[str, Any]
+
+
+def plot(svg: str, caption: str) -> Entry:
+    """An SVG as the page takes it."""
+    data = base64.b64encode(svg.encode()).decode()
+    return {"source": f"data:image/svg+xml;base64,{data}", "caption": caption}
+
+
+def png(picture: Picture) -> str:
+    """A picture as a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def render(template: str, context: Entry) -> str:
+    """A template of this folder, filled in; a value that it misses is an error.
+
+    Pages (`.html.j2`) escape every value: prompts may hold anything.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=template.endswith(".html.j2"),
+        keep_trailing_newline=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(context)
+
+
+def code(text: str) -> str:
+    """Text as Markdown shows it letter by letter, on one line of a table."""
+    flat = " ".join(text.split()).replace("|", "\\|")
+    if "`" not in flat:
+        return f"`{flat}`"
+    fence = "`" * (1 + flat.count("`"))  # longer than any run of them inside
+    return f"{fence} {flat} {fence}"

@@ -1,0 +1,140 @@
+"""One look at a student under training: what it draws for the validation prompts, scored by everything that is there.
+
+S samples, N numbers of steps, M real pictures, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rats.pipeline.protocols import Reward, Student
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import Params
+from rats.stages.measure.judge import Judge, diversity_by_sample, kernel, kid_by_sample, mean_off_diagonal
+from rats.stages.measure.kid import RealSet, open_real
+from rats.stages.measure.pictures import to_picture
+from rats.stages.train.guard.rules import Array, Look
+from rats.stages.train.guard.validation import Validation
+from rats.trainer.data import Batch
+from rats.trainer.loop import Stopped
+from rats.trainer.optim import Learner
+from rats.trainer.sampling import few_steps
+from rats.trainer.scoring import score
+
+KID, DIVERSITY = "minus_kid", "diversity"
+"""The judge's metric, higher is better: minus the KID to real pictures; without those, how much the pictures differ."""
+
+
+@dataclass(frozen=True)
+class Real:
+    """Features (M, F) of real pictures of the validation concepts, and their mean kernel with each other."""
+
+    features: Array
+    own: float
+
+
+@dataclass(frozen=True)
+class Eye:
+    """What looks: the same samples by the same rewards and judge every time."""
+
+    student: Student
+    validation: Validation
+    rewards: Mapping[str, Reward]
+    judge: Judge | None
+    real: Real | None
+    size: int
+    """Samples in memory at a time."""
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """The judge's metric, if there is a judge."""
+        return () if self.judge is None else (KID if self.real else DIVERSITY,)
+
+    def look(self, learner: Learner, nfe: Sequence[int], stopping: Callable[[], bool]) -> Look:
+        """Values (N, S) by metric, of the moving average's pictures at each of `nfe` steps.
+
+        Raises Stopped when `stopping` turns true.
+        """
+        with averaged(learner), torch.no_grad():
+            rows = [self._values(learner, steps, stopping) for steps in nfe]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _values(self, learner: Learner, steps: int, stopping: Callable[[], bool]) -> dict[str, Array]:
+        scores: dict[str, list[float]] = {name: [] for name in self.rewards}
+        features: list[Tensor] = []
+        for batch, images_B3HW in self.draw(learner, self.validation, steps, stopping):
+            for name, reward in self.rewards.items():
+                scores[name] += answers(reward, images_B3HW, batch.prompts)
+            if self.judge is not None:
+                features.append(self.judge.features(images_B3HW))
+        values = {name: np.array(column) for name, column in scores.items()}
+        return values | self._judged(torch.cat(features).numpy().astype(np.float64) if features else None)
+
+    def _judged(self, features_SF: Array | None) -> dict[str, Array]:
+        if features_SF is None:
+            return {}
+        if self.real is None:
+            return {DIVERSITY: diversity_by_sample(features_SF)}
+        return {KID: -kid_by_sample(features_SF, self.real.features, self.real.own)}
+
+    def draw(
+        self, learner: Learner, samples: Validation, steps: int, stopping: Callable[[], bool]
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches with their images (B, 3, H, W) in [0, 1]."""
+        device, sample = next(learner.network.parameters()).device, few_steps(self.student, steps)
+        for batch in samples.batches(self.size, device):
+            if stopping():
+                raise Stopped
+            with learner.ranks.autocast():
+                final_BTC = sample(batch)
+            yield batch, self.student.decode(final_BTC)
+
+    def sheet(self, learner: Learner, nfe: Sequence[int], count: int, stopping: Callable[[], bool]) -> Image.Image:
+        """The first `count` prompts, a row each, at each of `nfe` steps, a column each."""
+        shown, columns = self.validation.first(count), []
+        with averaged(learner), torch.no_grad():
+            for steps in nfe:
+                drawn = [images_B3HW.cpu().numpy() for _, images_B3HW in self.draw(learner, shown, steps, stopping)]
+                columns.append(np.concatenate([to_picture(image) for image in np.concatenate(drawn)], axis=0))
+        return Image.fromarray(np.concatenate(columns, axis=1))
+
+
+def answers(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> list[float]:
+    """Scores of pictures as they are; NaN where the reward gave none."""
+    found = score(reward, images_B3HW, prompts)
+    return torch.where(found.good_B, found.scores_B.double(), torch.nan).cpu().tolist()
+
+
+@contextmanager
+def averaged(learner: Learner) -> Iterator[None]:
+    """The moving average's weights in evaluation mode; what trains and its mode are as they were afterwards."""
+    modes = {module: module.training for module in learner.network.modules()}
+    try:
+        with learner.averaged() as network:
+            network.eval()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def open_judge(params: Params, concepts: Sequence[str], device: str) -> tuple[Judge | None, Real | None]:
+    """The judge of `evaluate`, and the real pictures that it compares with, if there are any."""
+    if params.evaluate.judge is None:
+        return None, None
+    judge = Judge(device)
+    if params.evaluate.real_features is None:
+        return judge, None
+    features_MF, labels = open_real(Path(params.evaluate.real_features))
+    kept_MF = RealSet(features_MF, labels, concepts).features
+    if len(kept_MF) < 2:
+        raise ConfigError(f"{params.evaluate.real_features} has {len(kept_MF)} pictures: KID needs two")
+    return judge, Real(kept_MF, mean_off_diagonal(kernel(kept_MF, kept_MF)))

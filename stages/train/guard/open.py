@@ -1,0 +1,92 @@
+"""Opens what the guard looks with, and refuses settings under which it could say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rats.pipeline.families.models import FamilyStudent
+from rats.pipeline.protocols import Reward
+from rats.pipeline.rewards.open import open_reward
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import Params
+from rats.schemas.train_params import TrainParams
+from rats.stages.train.guard.look import DIVERSITY, KID, Eye, open_judge
+from rats.stages.train.guard.panel import PANEL, VALUES, Panel
+from rats.stages.train.guard.rules import Roles
+from rats.stages.train.guard.validation import open_validation
+from rats.trainer.checkpoint import Saved
+from rats.trainer.distributed import Ranks
+
+
+def open_panel(
+    params: Params,
+    chosen: TrainParams,
+    student: FamilyStudent,
+    out: Path,
+    saved: Saved | None,
+    rewards: Mapping[str, Reward],
+    ranks: Ranks | None = None,
+) -> Panel | None:
+    """The guard and the sample sheets of a run, or None when `guard.every` and `samples_every` are both null.
+
+    `rewards`: those that train, by name; the others of `params.rewards` are loaded here, on the ranks that look.
+
+    Raises:
+        ConfigError: settings that contradict each other, no validation prompts, nothing to hold the reward against.
+    """
+    check_guard(params, chosen)
+    if chosen.guard.every is None and chosen.samples_every is None:
+        return None
+    roles = roles_of(params, chosen)
+    ranks = ranks or Ranks()
+    looks = ranks.is_main or ranks.is_sharded
+    eye = _open_eye(params, chosen, student, out, saved is not None, rewards, roles) if looks else None
+    kept = {name: saved.log(name) if saved else None for name in (PANEL, VALUES)}
+    return Panel(chosen, roles, out, eye, kept)
+
+
+def check_guard(params: Params, chosen: TrainParams) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    guard = chosen.guard
+    if guard.every is None:
+        if guard.stop or guard.keep == "best":
+            raise ConfigError("train.guard has stop or keep: best and never looks: set train.guard.every")
+        return
+    if not roles_of(params, chosen).panel:
+        raise ConfigError(
+            "train.guard has nothing to hold the trained reward against: list another reward under rewards:, or set "
+            "evaluate.judge"
+        )
+    if guard.keep == "best" and guard.every % chosen.checkpoint_every:
+        raise ConfigError(
+            f"train.guard looks every {guard.every} steps, checkpoints come every {chosen.checkpoint_every}: with "
+            f"keep: best each look needs one, set train.checkpoint_every to {guard.every} or a divisor of it"
+        )
+
+
+def roles_of(params: Params, chosen: TrainParams) -> Roles:
+    """The rewards that train; against them all other rewards and the judge."""
+    held_out = tuple(reward.name for reward in params.rewards if reward.name not in chosen.reward_weights)
+    judged = ((KID if params.evaluate.real_features else DIVERSITY),) if params.evaluate.judge else ()
+    return Roles(chosen.reward_weights, held_out + judged)
+
+
+def _open_eye(
+    params: Params,
+    chosen: TrainParams,
+    student: FamilyStudent,
+    out: Path,
+    again: bool,
+    rewards: Mapping[str, Reward],
+    roles: Roles,
+) -> Eye:
+    count = chosen.guard.prompts
+    validation = open_validation(params, count, student.latent_shape(), out, again)
+    size = params.compute.micro_batch
+    if chosen.guard.every is None:
+        return Eye(student, validation, {}, None, None, size)
+    device = str(next(student.network.parameters()).device)
+    held_out = {r.name: open_reward(r, device) for r in params.rewards if r.name in roles.panel}
+    judge, real = open_judge(params, validation.concepts, device)
+    return Eye(student, validation, {**rewards, **held_out}, judge, real, size)

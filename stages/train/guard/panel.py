@@ -1,0 +1,220 @@
+"""The guard against reward hacking in a training run: it looks, writes panel.csv, warns, stops, keeps the best.
+
+The rules are in `rules.py`. Where the guard stands follows from its logs, which each checkpoint holds a copy of: a
+run that goes on needs nothing else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from rats.pipeline.files.atomic import atomic_write
+from rats.schemas.errors import DataError
+from rats.schemas.train_params import TrainParams
+from rats.stages.measure.pictures import encode
+from rats.stages.train.guard.look import Eye
+from rats.stages.train.guard.rules import Look, Roles, alarms_in_a_row, best_step, columns, fallen, panel_row, spread
+from rats.trainer.loop import Stopped
+from rats.trainer.metrics import CsvLog, Row
+from rats.trainer.run import Run
+
+log = logging.getLogger(__name__)
+
+PANEL, VALUES, SHEETS = "panel.csv", "panel_samples.csv", "samples"
+SHOWN = 8
+"""Prompts on a sheet."""
+
+Act = Callable[[Run, Callable[[], bool]], str | None]
+
+
+@dataclass
+class Panel:
+    """An observer of a run: call `start` before its first step and `leave_best` after its last.
+
+    `eye` is None on ranks that do not look.
+    """
+
+    chosen: TrainParams
+    roles: Roles
+    out: Path
+    eye: Eye | None
+    kept: Mapping[str, bytes | None]
+    """The logs of the checkpoint that the run goes on from."""
+    looks: dict[int, Look] = field(default_factory=dict)
+    seen: set[int] = field(default_factory=set)
+
+    @property
+    def nfe(self) -> list[int]:
+        """The fewest and the most steps that are trained: a student may cheat at one end alone."""
+        return sorted({min(self.chosen.grid), max(self.chosen.grid)})
+
+    def start(self, run: Run) -> None:
+        """Open the logs, and look at the student as it starts, or where a stop has cut a look short.
+
+        Raises:
+            DataError: the run began with other validation prompts or metrics; a metric that tells no pictures apart.
+            SystemExit: 143 after SIGTERM.
+        """
+        self.seen = set(steps_in(self.kept.get(PANEL)))
+        if run.ranks.is_main and self.eye is not None:
+            self._open_logs(run, self.eye)
+        try:
+            self._see(run)
+        except Stopped:
+            raise SystemExit(143) from None
+
+    def _open_logs(self, run: Run, eye: Eye) -> None:
+        for stale in (self.out / SHEETS).glob("[0-9]*.png"):
+            if int(stale.stem) > run.state.step or run.state.step == 0:
+                stale.unlink()
+        if self.chosen.guard.every is None:
+            return
+        values = ["step", "nfe", "key", "concept", *self.roles.metrics]
+        for name, header in ((PANEL, columns(self.roles, self.nfe)), (VALUES, values)):
+            run.open_log(CsvLog(self.out / name, header, self.kept.get(name)))
+        self.looks = read_looks(run.logs[VALUES].rows(), eye.validation.keys, self.roles.metrics)
+        self._keep(run)
+
+    def __call__(self, run: Run, row: Row) -> None:
+        """After a step: look and draw, where it is time to. Raises Stopped when the run is asked to stop."""
+        self._see(run)
+
+    def _see(self, run: Run) -> None:
+        step, every, sheets = run.state.step, self.chosen.guard.every, self.chosen.samples_every
+        last = step >= self.chosen.steps
+        if every and step not in self.seen and (step % every == 0 or last or not self.seen):
+            reason = self._agreed(run, self._look)
+            self.seen.add(step)
+            if reason and run.state.finished is None:
+                run.finish(reason)
+        if sheets and (step % sheets == 0 or last) and not run.ranks.gather_objects(self._sheet_path(step).exists())[0]:
+            self._agreed(run, self._draw_sheet)
+
+    def _agreed(self, run: Run, act: Act) -> str | None:
+        """What `act` answers on the main rank, on all ranks; ranks that share a sharded network act with it."""
+        ranks, answer, stopped = run.ranks, None, False
+        try:
+            if self.eye is not None:
+                answer = act(run, (lambda: ranks.any(run.stopping())) if ranks.is_sharded else run.stopping)
+        except Stopped:
+            stopped = True
+        if ranks.any(stopped):
+            raise Stopped
+        return ranks.gather_objects(answer)[0]
+
+    def _look(self, run: Run, stopping: Callable[[], bool]) -> str | None:
+        """One look; why the run is to end now, if it is."""
+        assert self.eye is not None
+        step, look = run.state.step, self.eye.look(run.learner, self.nfe, stopping)
+        if not self.seen:
+            for metric in self.roles.metrics:
+                spread(metric, look[metric])
+        if not run.ranks.is_main:
+            return None
+        self.looks[step] = look
+        for row in value_rows(step, look, self.nfe, self.eye.validation.keys, self.eye.validation.concepts):
+            run.logs[VALUES].append(row)
+        panel, concepts = run.logs[PANEL], self.eye.validation.concepts
+        before = best_step(panel.rows())
+        against = step if before is None else before
+        panel.append(panel_row(step, self.looks, against, self.roles, self.nfe, concepts))
+        self._keep(run)
+        return self._judge(panel.rows())
+
+    def _judge(self, rows: Sequence[Mapping[str, str]]) -> str | None:
+        row, guard, count = rows[-1], self.chosen.guard, alarms_in_a_row(rows)
+        log.info("step %s: %s", row["step"], told(row, "", "since the first look"))
+        if count == 0:
+            return None
+        down = fallen({name: float(value) for name, value in row.items() if value}, self.roles)
+        log.warning(
+            "step %s: alarm %d: %s; down beyond noise: %s. The student learns what the reward cannot see: lower "
+            "train.lr or train.reward_weight, raise train.alpha, or train on several rewards; best look: step %s",
+            *(row["step"], count, told(row, "_since", f"since step {row['against']}"), ", ".join(down)),
+            best_step(rows),
+        )
+        stop = guard.stop and count >= guard.patience
+        return f"guard: {count} alarms in a row, the last at step {row['step']}" if stop else None
+
+    def _draw_sheet(self, run: Run, stopping: Callable[[], bool]) -> None:
+        assert self.eye is not None
+        sheet = self.eye.sheet(run.learner, self.chosen.grid, SHOWN, stopping)
+        if run.ranks.is_main:
+            atomic_write(self._sheet_path(run.state.step), encode(sheet, ".png"))
+
+    def _sheet_path(self, step: int) -> Path:
+        return self.out / SHEETS / f"{step:06d}.png"
+
+    def _keep(self, run: Run) -> None:
+        """Never prune the checkpoint of the best look that has one (the current step's is saved after the look)."""
+        rows = run.logs[PANEL].rows()
+        steps = [int(row["step"]) for row in rows]
+        saved = [step for step in steps if step > 0 and step % self.chosen.checkpoint_every == 0]
+        run.checkpoints.never_drop(best_step(rows, saved))
+
+    def leave_best(self, run: Run) -> None:
+        """With `guard.keep: best`, put the weights of the best look into the learner."""
+        if self.chosen.guard.keep == "last":
+            return
+        best = run.ranks.gather_objects(self._best(run) if run.ranks.is_main else None)[0]
+        if best is None or best == run.state.step:
+            return
+        run.go_back_to(best)
+        log.info("the student is that of step %d, where the panel was best", best)
+
+    def _best(self, run: Run) -> int | None:
+        rows = run.logs[PANEL].rows()
+        if best_step(rows) == int(rows[0]["step"]):
+            log.warning("no look had a better panel than the first: the student as it started was the best one")
+        steps = [int(row["step"]) for row in rows]
+        return best_step(rows, [step for step in steps if run.checkpoints.path(step).is_dir()])
+
+
+def told(row: Mapping[str, str], name: str, since: str) -> str:
+    """A row's changes in words."""
+    trained, panel = (
+        f"{float(row[which + name]):+.2f} +- {float(row[f'{which}{name}_noise']):.2f}" for which in ("trained", "panel")
+    )
+    return f"the trained reward {trained}, the panel {panel} spreads {since}"
+
+
+def steps_in(kept: bytes | None) -> list[int]:
+    """The steps of the looks in a checkpoint's panel.csv."""
+    return [int(row["step"]) for row in csv.DictReader(io.StringIO((kept or b"").decode()))]
+
+
+def value_rows(
+    step: int, look: Look, nfe: Sequence[int], keys: Sequence[str], concepts: Sequence[str]
+) -> list[dict[str, float | int | str | None]]:
+    """Rows of panel_samples.csv: a sample drawn in so many steps, its score by each metric, empty where it has none."""
+    rows: list[dict[str, float | int | str | None]] = []
+    for n, steps in enumerate(nfe):
+        for s, (key, concept) in enumerate(zip(keys, concepts, strict=True)):
+            row: dict[str, float | int | str | None] = {"step": step, "nfe": steps, "key": key, "concept": concept}
+            values = {name: float(values_NS[n, s]) for name, values_NS in look.items()}
+            rows.append(row | {name: value if np.isfinite(value) else None for name, value in values.items()})
+    return rows
+
+
+def read_looks(rows: Sequence[Mapping[str, str]], keys: Sequence[str], metrics: Sequence[str]) -> dict[int, Look]:
+    """What `value_rows` wrote, by step. Raises DataError when they are of other validation prompts."""
+    by_step: dict[int, list[Mapping[str, str]]] = {}
+    for row in rows:
+        by_step.setdefault(int(row["step"]), []).append(row)
+    for found in by_step.values():
+        if [row["key"] for row in found] != list(keys) * (len(found) // len(keys)):
+            raise DataError(
+                "the run began with other validation prompts than prompts.validation and train.guard.prompts give "
+                "now: restore them, or start over without --resume"
+            )
+    return {
+        step: {m: np.array([float(row[m] or "nan") for row in found]).reshape(-1, len(keys)) for m in metrics}
+        for step, found in by_step.items()
+    }

@@ -1,0 +1,111 @@
+"""The validation samples that a training run looks at: prompts, the noise of each, and their embeddings.
+
+S samples, T latent tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rats.pipeline.families.open import open_text
+from rats.pipeline.files.atomic import atomic_write
+from rats.pipeline.noise import noise
+from rats.pipeline.prompts import Prompt, planned, read_prompts
+from rats.pipeline.protocols import Conditioning
+from rats.pipeline.store.shards import as_stored
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import Params
+from rats.stages.measure.pictures import choose
+from rats.trainer.data import Batch, Sample, collate
+
+log = logging.getLogger(__name__)
+
+EMBEDDINGS = "validation.safetensors"
+"""The file's name, in the run's folder: what lets a run go on without the text encoders."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One noise for each of S prompts, and their embeddings (S first)."""
+
+    prompts: list[Prompt]
+    noise_STC: Tensor
+    conditioning: Conditioning
+
+    @property
+    def keys(self) -> list[str]:
+        """The samples' names, as a rollout of these prompts would name them."""
+        return [sample.key for sample in planned(self.prompts, 1)]
+
+    @property
+    def concepts(self) -> list[str]:
+        """Of each sample."""
+        return [prompt.concept for prompt in self.prompts]
+
+    def first(self, count: int) -> Validation:
+        """The first samples alone."""
+        rows = {name: value[:count] for name, value in self.conditioning.items()}
+        return Validation(self.prompts[:count], self.noise_STC[:count], rows)
+
+    def batches(self, size: int, device: torch.device) -> Iterator[Batch]:
+        """In order; of a trajectory they have the noise alone."""
+        samples = [
+            Sample(key, prompt.text, x[None], x[:0], {name: value[i] for name, value in self.conditioning.items()}, ())
+            for i, (key, prompt, x) in enumerate(zip(self.keys, self.prompts, self.noise_STC, strict=True))
+        ]
+        for start in range(0, len(samples), size):
+            yield collate(samples[start : start + size], device)
+
+
+def open_validation(params: Params, count: int, shape: tuple[int, ...], folder: Path, again: bool) -> Validation:
+    """`count` prompts of the validation split, spread over its concepts, drawn by lot (`evaluate.seed`).
+
+    The noise is what the store would hold for them (rounded, index 0). With `again`, a run's second start, the
+    embeddings are those that the first has left in `folder`; otherwise the text encoders are loaded and let go.
+
+    Raises:
+        ConfigError: there are no validation prompts, or fewer than two.
+    """
+    if params.prompts.validation is None:
+        raise ConfigError(
+            "train.guard and train.samples_every look at validation prompts: set prompts.validation, or both to null"
+        )
+    prompts = read_prompts(params.prompts.validation)
+    if len(prompts) < 2:
+        raise ConfigError(f"{params.prompts.validation} has one prompt: nothing can be told apart, add some")
+    seed = params.evaluate.seed
+    chosen = choose([prompt.concept for prompt in prompts], [prompt.id for prompt in prompts], count, seed).side
+    prompts = [prompts[i] for i in chosen]
+    starts = [as_stored(noise(params.teacher.seed, prompt.id, 0, shape)) for prompt in prompts]
+    return Validation(prompts, torch.stack(starts), _embeddings(params, prompts, folder / EMBEDDINGS, again))
+
+
+def _embeddings(params: Params, prompts: list[Prompt], path: Path, again: bool) -> Conditioning:
+    about = json.dumps({"prompts": [prompt.id for prompt in prompts], "length": params.teacher.max_sequence_length})
+    if again and (found := _read(path, about)):
+        return found
+    log.info("encoding %d validation prompts", len(prompts))
+    encoded = open_text(params.model, params.teacher, params.compute).encode([prompt.text for prompt in prompts])
+    conditioning = {name: value.detach().cpu().contiguous() for name, value in encoded.items()}
+    atomic_write(path, save(conditioning, {"about": about}))
+    return conditioning
+
+
+def _read(path: Path, about: str) -> Conditioning | None:
+    """The embeddings of an earlier start; None when they are others or not whole."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if (file.metadata() or {}).get("about") == about:
+                return {name: file.get_tensor(name) for name in sorted(file.keys())}
+    except (OSError, SafetensorError):
+        pass
+    return None

@@ -1,0 +1,72 @@
+"""Who looks on while a student trains: the guard with its sheets, and the trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+
+from rats.pipeline.families.models import FamilyStudent
+from rats.pipeline.protocols import Reward
+from rats.schemas.params import Params
+from rats.schemas.train_params import TrainParams
+from rats.stages.train.guard.open import check_guard, open_panel
+from rats.stages.train.trackers import check_trackers, open_trackers
+from rats.trainer import randomness
+from rats.trainer.checkpoint import Saved
+from rats.trainer.metrics import Row
+from rats.trainer.run import Observer, Run
+
+
+def check_observers(params: Params, chosen: TrainParams) -> None:
+    """Raise ConfigError for settings of the guard or the trackers that cannot work, before anything is loaded."""
+    check_guard(params, chosen)
+    check_trackers(chosen)
+
+
+@contextmanager
+def looking_on(
+    params: Params,
+    chosen: TrainParams,
+    student: FamilyStudent,
+    rewards: Mapping[str, Reward],
+    run: Run,
+    saved: Saved | None,
+    out: Path,
+) -> Iterator[None]:
+    """Train inside this block; where it ends, the learner has the weights that the run is to leave.
+
+    The guard comes before the trackers, which log what it has seen.
+    """
+    config = params.model_dump(mode="json") | {"train": chosen.model_dump(mode="json")}
+    with undisturbed():
+        panel = open_panel(params, chosen, student, out, saved, rewards, run.ranks)
+        trackers = open_trackers(chosen, out, config, run.state.step, run.ranks.is_main)
+    with closing(trackers) if trackers else nullcontext():
+        if panel is not None:
+            with undisturbed():
+                panel.start(run)
+        with run.observed(*(quietly(observer) for observer in (panel, trackers) if observer is not None)):
+            yield
+        if panel is not None:
+            panel.leave_best(run)
+
+
+def quietly(observer: Observer) -> Observer:
+    """The observer, which leaves the global generators as they were."""
+
+    def call(run: Run, row: Row) -> None:
+        with undisturbed():
+            observer(run, row)
+
+    return call
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Training draws after the block what it would have drawn without it: models are initialised, rewards may draw."""
+    before = randomness.capture()
+    try:
+        yield
+    finally:
+        randomness.restore(before)

@@ -1,0 +1,49 @@
+"""What a training run has left: its record and its student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from rats.pipeline.families.open import family_class
+from rats.pipeline.weights.hashes import hash_path
+from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.params import Params
+from rats.schemas.run import RunRecord
+
+
+def read_record(run: Path) -> RunRecord:
+    """run.json, which is written last: ConfigError where it is not there yet, DataError when it is damaged."""
+    path = run / "run.json"
+    if not path.is_file():
+        raise ConfigError(f"no finished run in {run}: run `rats stage train --variant {run.name}`, or name another one")
+    try:
+        return RunRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise DataError(f"{path} is no record of a run ({reason}): train it again") from None
+
+
+def pipeline_call(params: Params) -> dict[str, int | float]:
+    """What the pipeline must be called with, besides a prompt and a number of steps, to draw as trained."""
+    return family_class(params.model).call(params.teacher)
+
+
+def student_folder(run: Path) -> Path:
+    """The network that a run has left, or a ConfigError."""
+    folder = run / "student"
+    if not folder.is_dir():
+        raise ConfigError(f"no student in {run}: run `rats stage train --variant {run.name}`, or name another run")
+    return folder
+
+
+def checked_student(run: Path, record: RunRecord) -> Path:
+    """The network that a run has left; DataError when it is not the one that the run's record names."""
+    folder = student_folder(run)
+    if (found := hash_path(folder)) != record.student:
+        raise DataError(
+            f"{folder} is not the network that the run has left ({found[:12]} there, {record.student[:12]} "
+            "in run.json): train again"
+        )
+    return folder

@@ -1,0 +1,124 @@
+"""What a training run reads: shards and scores that belong together, and the settings that depend on them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+
+from rats.pipeline.files.places import Place
+from rats.pipeline.store.scores import read_scores
+from rats.pipeline.store.shard_set import ShardSet
+from rats.schemas.canonical import canonical_json, sha256
+from rats.schemas.errors import ConfigError
+from rats.schemas.manifest import Snapshot
+from rats.schemas.params import Params
+from rats.schemas.train_params import TrainParams
+from rats.stages.rollout.columns import Column, check_recipe, find_column
+from rats.trainer.gate import Part, spread, total
+from rats.trainer.objective import Settings
+
+Scores = dict[str, tuple[float, ...]]
+
+NOT_IN_SETTINGS: dict[str, bool | set[str]] = {
+    "steps": True,
+    "checkpoint_every": True,
+    "checkpoints_total_limit": True,
+    "max_bad": True,
+    "loader_workers": True,
+    "guard": True,
+    "samples_every": True,
+    "trackers": True,
+    "gate": {"tau", "value", "value_from"},
+}
+"""Fields that may differ when a run goes on: they change no step. The gate's enter as what they were resolved to."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is read: one snapshot of a shard set, and the teacher's scores by each reward that trains."""
+
+    shards: ShardSet
+    snapshot: Snapshot
+    columns: dict[str, Column]
+    scores: Scores
+    """By key, in the order of `columns`; a sample that one of the rewards failed on is left out."""
+
+
+def open_source(params: Params, chosen: TrainParams, folder: Place, snapshot_number: int | None = None) -> Source:
+    """The shards, checked against model and reward; of the snapshot of that number, if it is there, else the newest."""
+    shards = ShardSet.open(folder)
+    check_recipe(params, shards)
+    snapshot = shards.snapshot(snapshot_number if snapshot_number in shards.snapshots() else None)
+    columns = {name: find_column(params, name, shards) for name in chosen.reward_weights}
+    rows = {row.key: row for row in shards.index(snapshot)}
+    tables = [read_scores(shards, column.address, set(rows)) for column in columns.values()]
+    complete = [key for key in tables[0] if all(key in table for table in tables)]
+    scores = {key: tuple(table[key] for table in tables) for key in complete}
+    if chosen.gate.teacher_reward == "prompt":
+        scores = prompt_means(scores, {key: rows[key].prompt_id for key in complete})
+    return Source(shards, snapshot, columns, scores)
+
+
+def prompt_means(scores: Scores, prompts: Mapping[str, str]) -> Scores:
+    """Every sample's scores replaced by the mean over its prompt's noises: less noise in R_T, less of its own in it."""
+    groups: dict[str, list[tuple[float, ...]]] = {}
+    for key, values in scores.items():
+        groups.setdefault(prompts[key], []).append(values)
+    means = {prompt: tuple(fmean(column) for column in zip(*values, strict=True)) for prompt, values in groups.items()}
+    return {key: means[prompts[key]] for key in scores}
+
+
+def read_settings(chosen: TrainParams, source: Source) -> Settings:
+    """The variant's settings with tau, the rewards' units and the gate's constant looked up.
+
+    With `gate.tau: gap` tau is NaN until it is measured on the untrained student, or taken from a checkpoint.
+    """
+    parts = reward_parts(chosen, source.scores)
+    tau = chosen.gate.tau
+    if tau == "gap":
+        tau = math.nan
+    elif tau is None and chosen.gate.each and len(parts) > 1:
+        tau = 1.0  # each reward is in units of its spread already
+    elif tau is None:
+        scores_RB = torch.tensor(list(source.scores.values()), dtype=torch.float64).reshape(-1, len(parts)).T
+        tau = spread(total(scores_RB, parts).tolist())
+    return Settings(chosen, source.shards.recipe.horizons, tau, gate_value(chosen), parts)
+
+
+def reward_parts(chosen: TrainParams, scores: Scores) -> tuple[Part, ...]:
+    """Weight and unit of each reward: a reward alone keeps its own, several are measured by their spread."""
+    weights = chosen.reward_weights
+    if len(weights) == 1:
+        return (Part(next(iter(weights))),)
+    columns = zip(*scores.values(), strict=True)
+    return tuple(Part(n, w, spread(column)) for (n, w), column in zip(weights.items(), columns, strict=True))
+
+
+def gate_value(chosen: TrainParams) -> float | None:
+    """The constant gate: `gate.value`, or the mean that the gate had in the run `gate.value_from`."""
+    gate = chosen.gate
+    if gate.form != "constant" or gate.value is not None:
+        return gate.value
+    if gate.value_from is None:
+        raise ConfigError("gate.form is constant and has no value: set train.gate.value or train.gate.value_from")
+    path = Path(gate.value_from) / "run.json"
+    try:
+        value = json.loads(path.read_text())["gate_mean"]
+        return float(value)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"gate.value_from: {path} gives no gate_mean ({reason}): train that run first") from None
+
+
+def settings_hash(settings: Settings, columns: Mapping[str, Column]) -> str:
+    """What two runs must share for one to go on where the other stopped."""
+    parts = settings.train.model_dump(mode="json", exclude=NOT_IN_SETTINGS)
+    tau = "gap" if settings.train.gate.tau == "gap" else settings.tau
+    parts |= {"tau": tau, "gate_value": settings.gate_value, "horizons": settings.horizons}
+    return sha256(canonical_json(parts | {"columns": {name: column.address for name, column in columns.items()}}))

@@ -1,0 +1,240 @@
+"""Stage two: open what a run needs, refuse what does not belong together, train, leave a student behind.
+
+Of the family it opens the network that learns and the decoder; a teacher only for `teacher.mode: live-ema`, and for
+the generations of `refresh` (`generations` beside this file).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers.training_utils import cast_training_params
+
+from rats.pipeline.families.models import FamilyStudent
+from rats.pipeline.families.open import open_student, rebuilt_network
+from rats.pipeline.files.atomic import atomic_folder, atomic_write, remove
+from rats.pipeline.files.places import Place
+from rats.pipeline.protocols import Reward
+from rats.pipeline.rewards.open import open_reward
+from rats.pipeline.weights.hashes import hash_path
+from rats.pipeline.weights.loading import save_component
+from rats.pipeline.weights.lora import save_lora
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import Params, with_variant
+from rats.schemas.reports import TrainReport
+from rats.schemas.run import RunRecord
+from rats.schemas.train_params import TrainParams
+from rats.stages.progress import progress
+from rats.stages.rollout.columns import reward_params
+from rats.stages.train.generations import list_generations, open_follower, segments
+from rats.stages.train.observers import check_observers, looking_on
+from rats.stages.train.record import pipeline_call
+from rats.stages.train.resume import asked_for, belonging, stop_flag
+from rats.stages.train.source import Source, open_source, read_settings, settings_hash
+from rats.stages.train.witness import WatchedStream, WatchedStudent, Witness
+from rats.trainer.checkpoint import Identity
+from rats.trainer.data import StoredSamples, collate
+from rats.trainer.distributed import Accelerated, Ranks
+from rats.trainer.loop import train
+from rats.trainer.methods import METHODS
+from rats.trainer.methods.rats import gap_spread
+from rats.trainer.metrics import Row
+from rats.trainer.objective import Objective, Settings
+from rats.trainer.optim import Learner
+from rats.trainer.randomness import seed_all
+from rats.trainer.run import Live, Run, checkpoints_in, open_run
+
+log = logging.getLogger(__name__)
+
+
+def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: str | None = None) -> TrainReport:
+    """Train `variant`'s student from the shards in the folder `shards`; everything it leaves is in `out`.
+
+    `out` holds metrics.csv, checkpoints/, and at the end student/ (a diffusers transformer folder, or adapters) and
+    run.json. Under torchrun or accelerate all ranks call it, and the first one writes.
+    `resume`: "latest" goes on from the newest whole checkpoint of the same shards and settings and starts over where
+    there is none; a checkpoint's folder goes on from that one; None starts over.
+
+    Raises:
+        ConfigError: a variant, reward or gate value that is not there.
+        DataError: shards, weights, rewards or checkpoints that are damaged or do not belong together; a number that
+            is not finite.
+        SystemExit: 143 after SIGTERM; the step under way is abandoned, the one before it saved.
+    """
+    chosen = with_variant(params, variant)
+    check_observers(params, chosen)
+    ranks = Accelerated(params.compute.device, autocast_dtype(params, chosen), chosen.fsdp)
+    seed_all(chosen.seed + ranks.rank)
+    saved = asked_for(resume, checkpoints_in(out, chosen), chosen.steps)
+    source = open_source(params, chosen, shards, saved.snapshot if saved else None)
+    settings = read_settings(chosen, source)
+    identity = Identity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
+    saved = belonging(saved, identity, resume)
+    student, rewards = open_trainable(params, chosen, ranks), open_rewards(params, chosen, ranks)
+    objective, witness = Objective(student, rewards, settings, ranks, METHODS["rats"]), Witness()
+    watched = WatchedStudent(student, witness)
+
+    def follower(learner: Learner) -> Live | None:
+        return open_follower(params, chosen, student, learner, source, rewards, watched.decode_teachers)
+
+    run = open_run(objective, out, identity, source.snapshot.number, saved, follower=follower)
+    _remove_results(out, ranks)
+    objective = _with_tau(objective, source, run)
+    settings = objective.settings
+    with looking_on(params, chosen, student, dict(zip(chosen.reward_weights, rewards, strict=True)), run, saved, out):
+        for part, followed in segments(params, settings, source, run, out):
+            _train(replace(objective, student=watched, settings=part), followed, run, witness)
+    folder = save_student(run.learner, out / "student", params, chosen)
+    record = _record(params, variant, settings, source, run, witness, folder, out)
+    if ranks.is_main:
+        atomic_write(out / "run.json", json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True).encode())
+    ranks.wait()
+    return TrainReport(**{name: getattr(record, name) for name in TrainReport.model_fields})
+
+
+def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
+    """What the network is evaluated in where that is not its own float32; what is trained is always float32."""
+    if params.model.dtype == "float16":
+        raise ConfigError("model.dtype is float16, in which gradients underflow: train with bfloat16 or float32")
+    half = params.model.dtype == "bfloat16" or chosen.mixed_precision == "bf16"
+    return torch.bfloat16 if half else None
+
+
+def open_trainable(params: Params, chosen: TrainParams, ranks: Ranks) -> FamilyStudent:
+    """The student with what is to be trained in float32: small updates would be rounded away in bfloat16."""
+    compute = params.compute.model_copy(update={"compile": chosen.compile, "device": str(ranks.device)})
+    student = open_student(params.model, params.teacher, compute, lora=chosen.lora, seed=chosen.seed)
+    cast_training_params(student.network, torch.float32)
+    if chosen.gradient_checkpointing:
+        student.checkpoint_activations()
+    return student
+
+
+def open_rewards(params: Params, chosen: TrainParams, ranks: Ranks) -> list[Reward]:
+    """The rewards that train, in the order of their weights."""
+    return [open_reward(reward_params(params, name), str(ranks.device)) for name in chosen.reward_weights]
+
+
+def _remove_results(out: Path, ranks: Ranks) -> None:
+    """What an earlier run has left at its end is no longer true."""
+    if ranks.is_main:
+        for stale in ("student", "run.json"):
+            remove(out / stale)
+
+
+def _train(objective: Objective, source: Source, run: Run, witness: Witness) -> None:
+    """Train on one set of shards, up to `train.steps`."""
+    chosen, ranks = objective.settings.train, run.ranks
+    left = max(0, chosen.steps - run.state.step)
+    with (
+        closing(_stream(source, chosen, ranks, run.state.position)) as stream,
+        progress("train", left, "steps") if ranks.is_main else nullcontext(lambda done: None) as advance,
+        stop_flag() as stopping,
+        witness.watching(objective.student.network),
+        run.observed(partial(_count, advance)),
+    ):
+        run.stop_when(stopping)
+        train(objective, WatchedStream(stream, witness), run)
+
+
+def _count(advance: Callable[[int], None], run: Run, row: Row) -> None:
+    advance(1)
+
+
+def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) -> StoredSamples:
+    return StoredSamples(
+        source.shards,
+        source.snapshot,
+        source.scores,
+        chosen.seed,
+        chosen.batch,
+        position,
+        ranks.rank,
+        ranks.world,
+        chosen.loader_workers,
+    )
+
+
+def _with_tau(objective: Objective, source: Source, run: Run) -> Objective:
+    """`gate.tau: gap` measured on the student as it starts; a run that goes on keeps what was measured."""
+    settings, tau = objective.settings, run.state.tau
+    if settings.train.gate.tau != "gap":
+        return objective
+    if tau is None:
+        with closing(_stream(source, settings.train, run.ranks, 0)) as stream:
+            batch = collate(stream.take(), run.ranks.device)
+        tau = gap_spread(objective, batch)
+        run.keep_tau(tau)
+    return replace(objective, settings=replace(settings, tau=tau))
+
+
+def save_student(learner: Learner, folder: Path, params: Params, chosen: TrainParams) -> Path:
+    """The trained network, or its adapters, as a folder that diffusers loads; returns it.
+
+    The weights are those of the moving average, if one is kept. All ranks must call, the main one writes.
+    """
+    weights = learner.weights()
+    if learner.ranks.is_main:
+        network = rebuilt_network(params.model, weights, chosen.lora)
+        with atomic_folder(folder) as temporary:
+            (save_lora if chosen.lora else save_component)(network, temporary)
+    learner.ranks.wait()
+    return folder
+
+
+def _record(
+    params: Params,
+    variant: str,
+    settings: Settings,
+    source: Source,
+    run: Run,
+    witness: Witness,
+    student: Path,
+    out: Path,
+) -> RunRecord:
+    state, snapshot = run.state, source.snapshot
+    scored = source.columns.values()
+    return RunRecord(
+        snapshot=snapshot.hash,
+        steps=state.step,
+        teacher_forwards=witness.teacher_forwards,
+        teacher_reward_calls=witness.teacher_reward_calls,
+        seconds=state.seconds,
+        checkpoint=str(run.checkpoints.path(state.step)),
+        variant=variant,
+        nfe=settings.train.grid,
+        recipe=source.shards.fingerprint,
+        snapshot_number=snapshot.number,
+        samples=snapshot.samples,
+        samples_unscored=snapshot.samples - len(source.scores),
+        reward=settings.train.reward_names,
+        reward_fingerprint=" + ".join(column.hashes["reward"] for column in scored),
+        reward_column=" + ".join(column.address for column in scored),
+        base=source.shards.recipe.weights["transformer"],
+        vae=next(iter(scored)).hashes["vae"],
+        student=hash_path(student),
+        settings=run.identity.settings,
+        call=pipeline_call(params),
+        gate_form=settings.train.gate.form,
+        gate_mean=state.gate_mean,
+        gate_value=settings.gate_value,
+        tau=settings.tau,
+        student_forwards=witness.student_forwards,
+        seconds_per_step=state.seconds / max(1, state.step),
+        threads=torch.get_num_threads(),
+        ranks=run.ranks.world,
+        micro_batch=state.micro_batch or settings.train.micro_batch,
+        rewards_asked=state.asked,
+        rewards_bad=state.bad,
+        finished=state.finished,
+        student_step=state.step if run.student_step is None else run.student_step,
+        teacher_mode=settings.train.teacher.mode,
+        generations=list_generations(source, settings, out),
+    )

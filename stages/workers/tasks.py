@@ -1,0 +1,119 @@
+"""Works through tasks of one shard each, together with other processes that may be at the same shards.
+
+A shard is made by whoever claims it. A task whose shard is claimed elsewhere is put back, so that the others come
+first; then it waits, and finds the shard done, or makes it if the other process has died.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
+
+from rats.pipeline.store.shard_set import ShardSet
+from rats.stages.progress import progress
+from rats.stages.workers.run import Where, run
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 5.0
+"""How long a worker waits for a shard that another process is making, before it looks for other work."""
+
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardTask:
+    """Work on one shard; `wait` seconds for it if another process is at it."""
+
+    shard: str
+    wait: float = 0.0
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a task did: the samples of its shard, evaluations of the teacher's network, rows of scores written."""
+
+    samples: int
+    teacher_forwards: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class Busy:
+    """Another process is at this shard: nothing was done."""
+
+    shard: str
+
+
+Task = TypeVar("Task", bound=ShardTask)
+
+
+class Queue(Generic[Task]):
+    """Tasks in order; one that is put back comes after all the others. It may run dry and be filled again."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        """All tasks."""
+        self._waiting = deque(tasks)
+        self._by_shard = {task.shard: task for task in tasks}
+
+    def __iter__(self) -> Iterator[Task]:
+        """The queue itself."""
+        return self
+
+    def __next__(self) -> Task:
+        """The next task."""
+        if not self._waiting:
+            raise StopIteration
+        return self._waiting.popleft()
+
+    def put_back(self, shard: str) -> None:
+        """Try again later, and then wait for it."""
+        first = self._by_shard[shard].wait == 0.0
+        if first:
+            log.info("another process is making %s: it is waited for when the rest is done", shard)
+            self._by_shard[shard] = replace(self._by_shard[shard], wait=WAIT_SECONDS)
+        self._waiting.append(self._by_shard[shard])
+
+
+def work_through(
+    work: Callable[[Any, Task], Made | Busy],
+    tasks: Sequence[Task],
+    setup: Callable[[], Any],
+    where: Where,
+    label: str,
+    samples: int,
+) -> list[Made]:
+    """Do all tasks, with progress over their `samples`; returns what each did, in the order of ending.
+
+    `work`, `setup` and the tasks must pickle (see `run.run`).
+    """
+    if not tasks:
+        return []
+    made: list[Made] = []
+    queue = Queue(tasks)
+    where = replace(where, workers=min(where.workers, len(tasks)))
+    with progress(label, samples, "samples") as advance:
+        for result in run(work, queue, setup, where):
+            if isinstance(result, Busy):
+                queue.put_back(result.shard)
+            else:
+                made.append(result)
+                advance(result.samples)
+    return made
+
+
+@contextmanager
+def claimed(shards: ShardSet, shard: str, seconds: float) -> Iterator[bool]:
+    """The claim on a shard, waited for up to `seconds`; False if another process still has it."""
+    end = time.monotonic() + seconds
+    while True:
+        with shards.claim(shard) as mine:
+            if mine or time.monotonic() >= end:
+                yield mine
+                return
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,96 @@
+"""`rats init` knows a model's family, and a model is held against the family that opens it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rats.pipeline.families.open import open_decoder, open_outline
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import ComputeParams, ModelParams, TeacherParams, load_params
+from rats.schemas.plugins import FAMILIES, found, load_plugin
+from tests.support.project import rats
+
+TEACHER = TeacherParams(height=16, width=16)
+
+
+def relabelled(models: Path, folder: Path, name: str | None) -> Path:
+    """The tiny FLUX, its model_index.json of another pipeline, or away."""
+    shutil.copytree(models / "flux", folder)
+    path = folder / "model_index.json"
+    values = json.loads(path.read_text()) | {"_class_name": name}
+    path.unlink() if name is None else path.write_text(json.dumps(values))
+    return folder
+
+
+def test_the_family_is_read_from_the_models_own_index(models: Path, tmp_path: Path):
+    rats(tmp_path, "init", "mine", "--model", str(models / "flux"))
+    assert load_params(tmp_path / "mine" / "params.yaml").model.family == "flux"
+    video = relabelled(models, tmp_path / "video", "WanPipeline")
+    rats(tmp_path, "init", "film", "--model", str(video))
+    params = load_params(tmp_path / "film" / "params.yaml")
+    assert (params.model.family, params.teacher.frames, params.compute.micro_batch) == ("wan", 81, 1)
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "family", "scale"),
+    [
+        ("black-forest-labs/FLUX.1-dev", "flux", 1.0),
+        ("stabilityai/stable-diffusion-3.5-medium", "sd3", 4.5),
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan", 5.0),
+        ("Qwen/Qwen-Image", "qwen-image", 4.0),
+        ("black-forest-labs/FLUX.2-klein-base-4B", "flux2", 4.0),
+    ],
+)
+def test_a_published_model_is_known_by_its_name(tmp_path: Path, hub_id: str, family: str, scale: float):
+    rats(tmp_path, "init", "mine", "--model", hub_id)
+    params = load_params(tmp_path / "mine" / "params.yaml")
+    assert (params.model.path, params.model.family, params.teacher.true_cfg_scale) == (hub_id, family, scale)
+    # a set guidance_scale is refused by families that have no such input
+    assert ("guidance_scale" in params.teacher.model_fields_set) == (family == "flux")
+
+
+def test_every_familys_suggestions_can_be_written(tmp_path: Path):
+    for name in found(FAMILIES):
+        rats(tmp_path, "init", name, "--model", "somebody/something", "--family", name)
+        teacher = load_params(tmp_path / name / "params.yaml").teacher
+        wanted = load_plugin(FAMILIES, name).suggested
+        assert {field: getattr(teacher, field) for field in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--model", "somebody/something"], "--family"),
+        (["--family", "fluks"], "did you mean 'flux'?"),
+        (["--model", "unknown"], "SomePipeline"),
+        (["--model", "bare"], "model_index.json"),
+    ],
+)
+def test_a_model_of_no_known_family_is_asked_about(models: Path, tmp_path: Path, arguments: list[str], hint: str):
+    relabelled(models, tmp_path / "unknown", "SomePipeline")
+    relabelled(models, tmp_path / "bare", None)
+    said = rats(tmp_path, "init", "mine", *arguments, code=2).stderr
+    assert hint in said and said.count("\n") == 1 and not (tmp_path / "mine").exists()
+
+
+def test_a_model_is_opened_by_the_family_that_its_index_names(models: Path, tmp_path: Path):
+    other = ModelParams(path=str(relabelled(models, tmp_path / "other", "StableDiffusion3Pipeline")))
+    for opening in (lambda: open_outline(other, TEACHER), lambda: open_decoder(other, TEACHER, ComputeParams())):
+        with pytest.raises(ConfigError, match="set model.family: sd3"):
+            opening()
+    unknown = ModelParams(path=str(relabelled(models, tmp_path / "unknown", "SomePipeline")))
+    with pytest.raises(ConfigError, match="SomePipeline.*FluxPipeline.*installed family"):
+        open_outline(unknown, TEACHER)
+    with pytest.raises(ConfigError, match="set model.family: flux"):
+        open_outline(ModelParams(path=str(models / "flux"), family="sd3"), TEACHER)
+
+
+def test_a_folder_without_an_index_is_opened_as_what_it_is_said_to_be(models: Path, tmp_path: Path):
+    bare = ModelParams(path=str(relabelled(models, tmp_path / "bare", None)))
+    assert open_outline(bare, TEACHER).latent_shape() == (4, 16)
+    (Path(bare.path) / "model_index.json").write_text("{}")
+    assert open_outline(bare, TEACHER).latent_shape() == (4, 16)
