@@ -145,12 +145,11 @@ class Run:
         """Half the micro-batch, for good, after `error`; any other error than an exhausted memory is raised again."""
         if not (should_reduce_batch_size(error) or isinstance(error, MemoryError)):
             raise error
-        hint = "set train.gradient_checkpointing, train.lora or a smaller resolution"
-        if size == 1 or self.ranks.world > 1:
-            raise ConfigError(
-                f"a micro-batch of {size} does not fit in memory: "
-                + (hint if size == 1 else f"set train.micro_batch: {size // 2}")
-            ) from error
+        if size == 1 or self.ranks.world > 1:  # several ranks would have to shrink together
+            hint = f"set train.micro_batch: {size // 2}"
+            if size == 1:
+                hint = "set train.gradient_checkpointing, train.lora or a smaller resolution"
+            raise ConfigError(f"a micro-batch of {size} does not fit in memory: {hint}") from error
         self.learner.forget()
         clear_device_cache(garbage_collection=True)
         self.state = replace(self.state, micro_batch=size // 2)
@@ -215,7 +214,8 @@ def open_run(
     Raises DataError when the checkpoint is of another network or lacks something.
     """
     train, ranks = objective.settings.train, objective.ranks
-    learner, checkpoints = Learner(objective.student.network, train, ranks), checkpoints_in(out, train)
+    learner = Learner(objective.student.network, train, ranks)
+    checkpoints = checkpoints_in(out, train)
     run = Run(learner, checkpoints, identity, snapshot, state or State(), follower(learner))
     if saved:
         run.restore(saved)

@@ -78,9 +78,10 @@ def sample(
     pass is the same, with a bridge before those steps that is closed for the reward's backward pass.
     """
     steps = len(sigmas) - 1
-    cut = steps - min(last_k or steps, steps)
+    cut = steps - min(last_k or steps, steps)  # steps that the reward does not reach
     bridge = Bridge() if cut else None
-    x, states, x0s = noise_BTC, [noise_BTC], []
+    x = noise_BTC
+    states, x0s = [x], []
     for k in range(steps):
         if bridge and k == cut:
             x = _Cross.apply(x, bridge)
