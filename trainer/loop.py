@@ -49,7 +49,7 @@ def train(objective: Objective, stream: SampleStream, run: Run) -> State:
     """
     train = objective.settings.train
     if run.ranks.world == 1:  # several ranks decide together, between micro-batches
-        objective = replace(objective, student=Stoppable(objective.student, run.stopping))
+        objective = replace(objective, student=Stoppable(objective.student, lambda: run.stopping()))
     while run.state.step < train.steps and run.state.finished is None:
         try:
             one_step(objective, stream, run)
@@ -95,11 +95,12 @@ def accumulate(objective: Objective, samples: Sequence[Sample], run: Run, moment
 
 
 def _in_micro_batches(objective: Objective, samples: Sequence[Sample], run: Run, moment: Moment, size: int) -> Losses:
-    rank_starts, parts = run.ranks.rank * len(samples), []
+    parts = []
+    rank_start = run.ranks.rank * len(samples)
     for start in range(0, len(samples), size):
         if run.ranks.any(run.stopping()):
             raise Stopped
-        place = replace(moment, first=rank_starts + start)
+        place = replace(moment, first=rank_start + start)
         parts.append(micro_step(objective, samples[start : start + size], run, place))
     return Losses.joined(parts)
 

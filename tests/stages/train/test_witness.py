@@ -98,3 +98,9 @@ def test_latents_of_a_pictures_size_have_fingerprints_of_their_own():
     near_BTC = x_BTC.repeat(40, 1, 1)
     near_BTC[range(40), range(40), 5] += 0.5
     assert len(set(fingerprints(torch.cat([x_BTC, near_BTC])).tolist())) == 41
+
+
+@pytest.mark.gpu
+def test_a_fingerprint_is_the_same_on_a_gpu_as_where_the_stored_final_was_read():
+    x_BTC = torch.randn(5, 4096, 64)
+    assert fingerprints(x_BTC.cuda()).tolist() == fingerprints(x_BTC.half()).tolist()
