@@ -87,7 +87,6 @@ def segments(
     while run.state.step < train.steps and run.state.finished is None:
         if run.state.step > 0 and run.state.step % every == 0:
             followed = line.renewed(run, followed)
-        run.teacher_born = run.state.generation
         until = min(train.steps, (run.state.step // every + 1) * every)
         yield replace(settings, train=train.model_copy(update={"steps": until})), followed
 
@@ -119,7 +118,7 @@ class Generations:
         self.ranks.wait()
         if not accepted:
             return followed
-        run.state = replace(run.state, generation=step, position=0)
+        run.follow_generation(step)
         return new
 
     def params_at(self, step: int) -> Params:
