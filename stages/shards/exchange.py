@@ -14,12 +14,12 @@ from rats.pipeline.store import layout
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import reward_columns, scores_done
 from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
-from rats.pipeline.store.take_in import take_in
-from rats.pipeline.store.untrusted import examine, plain_view
 from rats.schemas.errors import CannotCreateError, ConfigError, DataError
 from rats.schemas.manifest import Snapshot
 from rats.stages.progress import progress
 from rats.stages.shards.card import Terms, dataset_card
+from rats.stages.shards.take_in import take_in
+from rats.stages.shards.untrusted import examine, plain_view
 
 log = logging.getLogger(__name__)
 

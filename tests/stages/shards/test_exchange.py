@@ -16,11 +16,11 @@ from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.scores import read_scores, reward_column, reward_columns
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample, verify_shard, write_shard
-from rats.pipeline.store.untrusted import examine
 from rats.schemas.errors import CannotCreateError, ConfigError, DataError
 from rats.schemas.manifest import ShardPlan
 from rats.stages.shards.card import Terms, size_category
 from rats.stages.shards.exchange import export_set, import_set
+from rats.stages.shards.untrusted import examine
 from rats.stages.shards.verify import verify
 from rats.stages.templates.render import code
 from tests.support.project import rats, tree, write_project

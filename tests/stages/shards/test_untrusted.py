@@ -18,10 +18,10 @@ from safetensors.numpy import load, save
 
 from rats.pipeline.files.reading import hash_bytes
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.store.untrusted import plain_view
 from rats.schemas.errors import DataError
 from rats.schemas.manifest import snapshot_hash
 from rats.stages.shards.exchange import import_set
+from rats.stages.shards.untrusted import plain_view
 from tests.support.damage import reseal, unsealed, vouch
 from tests.support.project import tree
 from tests.support.rolled import export

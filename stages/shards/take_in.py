@@ -12,9 +12,9 @@ from rats.pipeline.store import layout
 from rats.pipeline.store.documents import create_sealed, write_sealed
 from rats.pipeline.store.scores import record_reward, scores_done, write_scores
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.store.untrusted import FETCH, Advance, Foreign
 from rats.schemas.errors import DataError, RetryLaterError, remedy
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan, Snapshot
+from rats.stages.shards.untrusted import FETCH, Advance, Foreign
 
 AGAIN = "run the same command again"
 
