@@ -11,13 +11,13 @@ import pytest
 from huggingface_hub import DatasetCard
 from safetensors.torch import load
 
-from rats.pipeline.store import take_in
 from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.scores import read_scores, reward_column, reward_columns
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample, verify_shard, write_shard
 from rats.schemas.errors import CannotCreateError, ConfigError, DataError
 from rats.schemas.manifest import ShardPlan
+from rats.stages.shards import take_in
 from rats.stages.shards.card import Terms, size_category
 from rats.stages.shards.exchange import export_set, import_set
 from rats.stages.shards.untrusted import examine
