@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from rats.pipeline.protocols import Conditioning, Student
+from rats.schemas.errors import RetryLaterError
 from rats.trainer.checkpoint import State
 from rats.trainer.data import Sample, SampleStream, collate
 from rats.trainer.objective import Losses, Moment, Objective, check, refusal, row_of, terms
@@ -42,18 +43,29 @@ class Stoppable:
             raise Stopped
 
 
+def stoppable(objective: Objective, stopping: Callable[[], bool]) -> Objective:
+    """The objective whose student, and whose rewards that wait for a server, give up once `stopping` is true."""
+    for reward in objective.rewards:
+        if hasattr(reward, "stopping"):
+            reward.stopping = stopping
+    return replace(objective, student=Stoppable(objective.student, stopping))
+
+
 def train(objective: Objective, stream: SampleStream, run: Run) -> State:
     """Train until `settings.train.steps`; a checkpoint every so often, at the end, and when asked to stop.
 
     Raises DataError when a loss or a gradient is not finite or too many rewards fail, SystemExit(143) after a stop.
     """
     train = objective.settings.train
-    if run.ranks.world == 1:  # several ranks decide together, between micro-batches
-        objective = replace(objective, student=Stoppable(objective.student, lambda: run.stopping()))
+    alone = run.ranks.world == 1  # several ranks decide together, between micro-batches
+    if alone:
+        objective = stoppable(objective, lambda: run.stopping())
     while run.state.step < train.steps and run.state.finished is None:
         try:
             one_step(objective, stream, run)
-        except Stopped:
+        except (Stopped, RetryLaterError) as error:
+            if isinstance(error, RetryLaterError) and not (alone and run.stopping()):
+                raise  # nobody asked the run to stop: the reward's server is away
             run.save_if_quick()
             raise SystemExit(143) from None
         last = run.state.step == train.steps or run.state.finished is not None

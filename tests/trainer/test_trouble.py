@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, RetryLaterError
 from rats.stages.train.resume import stop_flag
 from rats.trainer import randomness
 from rats.trainer.checkpoint import read
@@ -168,6 +168,34 @@ def test_a_stop_abandons_the_step_under_way_and_keeps_the_one_before(tmp_path):
         train_on(given, run)
     saved = read(tmp_path / "checkpoints" / "000000")
     assert stopped.value.code == 143 and (saved.state.step, saved.state.position) == (0, 0) and weights(run) == before
+
+
+class AwayReward(ToyReward):
+    """Behind a server that is gone from the third step on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.stopping = 0, lambda: False
+
+    def score(self, images_B3HW, prompts):
+        self.asked += 1
+        if self.asked > 2 * 2:  # two micro-batches a step
+            raise RetryLaterError("away")
+        return super().score(images_B3HW, prompts)
+
+
+@pytest.mark.parametrize(("told", "raises"), [(True, SystemExit), (False, RetryLaterError)])
+def test_a_stop_while_a_reward_server_is_away_keeps_the_steps_that_are_done(tmp_path, told, raises):
+    chosen, reward = settings(checkpoint_every=6, micro_batch=2), AwayReward()
+    run = run_in(tmp_path, chosen)
+    run.stopping = lambda: told and reward.asked > 2 * 2
+    with pytest.raises(raises) as ended:
+        train(StudentOf(run), ToyStream(), [reward], chosen, run)
+    assert reward.stopping() == told
+    if told:
+        assert ended.value.code == 143 and read(tmp_path / "checkpoints" / "000002").state.step == 2
+    else:
+        assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_large_checkpoint_is_not_begun_when_seconds_are_left(tmp_path, monkeypatch):
