@@ -86,7 +86,7 @@ def remedy(text: str) -> Iterator[None]:
 
 def reason(error: BaseException, length: int = 200) -> str:
     """What an exception says, on one line of at most `length` characters; its kind where it says nothing."""
-    return " ".join(str(error).split())[:length] or type(error).__name__
+    return plain(str(error), length) or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
@@ -96,7 +96,13 @@ def one_line(error: BaseException) -> str:
 
 def brief(value: Any) -> str:
     """A value for an error's one line, cut to a few words however large or deep it is."""
-    return " ".join(_REPR.repr(value).split())[:300]
+    return plain(_REPR.repr(value))
+
+
+def plain(text: str, limit: int = 300) -> str:
+    """Somebody else's text on one line: without escape sequences, which a terminal would obey, and cut to `limit`."""
+    shown = "".join(letter if letter.isprintable() else " " for letter in text[: 10 * limit])
+    return " ".join(shown.split())[:limit]
 
 
 def nearest(name: str, known: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
 
 from rats.schemas.blocks import Block, NonNegative, Positive
 from rats.schemas.errors import ConfigError, brief, nearest
@@ -137,6 +137,7 @@ class RewardParams(Block):
     """A reward model: `adapter` reads the checkpoint at `path` (a folder, a file or a hub id).
 
     `backend`: official runs the reward's own package, for comparisons; it must be installed.
+    `token_file`: the file that holds the token of the server behind adapter url, where it asks for one.
     """
 
     name: str
@@ -144,11 +145,19 @@ class RewardParams(Block):
     path: str
     revision: str | None = None
     backend: Literal["transformers", "official"] = "transformers"
+    token_file: str | None = None
 
     @field_validator("adapter")
     @classmethod
     def _is_installed(cls, name: str) -> str:
         return check_name(REWARDS, name)
+
+    @field_validator("token_file")
+    @classmethod
+    def _is_of_a_server(cls, file: str | None, info: ValidationInfo) -> str | None:
+        if file is not None and info.data.get("adapter") != "url":
+            raise ValueError("only a reward of adapter url has a token: leave token_file out")
+        return file
 
 
 class EvaluateParams(Block):

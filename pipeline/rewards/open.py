@@ -19,19 +19,27 @@ NEEDED = ("checkpoints", "identify", "score")
 def open_reward(reward: RewardParams, device: str = "cpu") -> Reward:
     """The reward, loaded on `device`, under the name that `params.yaml` gives it."""
     adapter = _adapter(reward)
-    return adapter(_located(reward, adapter)[0], name=reward.name, device=device)
+    return adapter(_located(reward, adapter)[0], name=reward.name, device=device, **_token(reward))
 
 
 def reward_fingerprint(reward: RewardParams) -> str:
     """`open_reward(reward).fingerprint` without loading the model: it reads and hashes the files."""
     adapter = _adapter(reward)
-    return adapter.identify(_located(reward, adapter)[0])
+    return adapter.identify(_located(reward, adapter)[0], **_token(reward))
 
 
 def pin_reward(reward: RewardParams) -> RewardParams:
-    """The same with an absolute path or the hub's commit of now, so that every worker, whenever, reads one content."""
+    """The same with absolute paths or the hub's commit of now, so that every worker, whenever, reads one content."""
     _, revision = _located(reward, _adapter(reward))
-    return reward.model_copy(update={"path": absolute_if_local(reward.path), "revision": revision})
+    paths = {"path": absolute_if_local(reward.path)}
+    if reward.token_file is not None:
+        paths["token_file"] = str(Path(reward.token_file).absolute())
+    return reward.model_copy(update=paths | {"revision": revision})
+
+
+def _token(reward: RewardParams) -> dict[str, str]:
+    """What only a server's client takes: adapters of other packages know nothing of it."""
+    return {} if reward.token_file is None else {"token_file": reward.token_file}
 
 
 def _adapter(reward: RewardParams) -> type[RewardAdapter]:

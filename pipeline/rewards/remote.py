@@ -6,21 +6,29 @@ packages that cannot live in one environment are kept apart. B samples.
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import logging
 import random
 import time
+from collections.abc import Callable
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+import urllib3
 from pydantic import ValidationError
 from torch import Tensor
 
-from rats.pipeline.rewards.remote_protocol import Answer, Question, ServedReward, pack_question, unpack_answer
-from rats.schemas.errors import ConfigError, DataError, NoWorkerError, RetryLaterError
+from rats.pipeline.rewards.remote_protocol import (
+    Answer,
+    Question,
+    ServedReward,
+    pack_question,
+    read_token,
+    unpack_answer,
+)
+from rats.schemas.errors import ConfigError, DataError, NoWorkerError, RetryLaterError, plain
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +37,8 @@ TIMEOUT = 120.0
 PATIENCE, FIRST_PATIENCE = 300.0, 10.0
 """Seconds over which a busy or lost server is asked again: while a run lasts, and when it starts."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
+LOOK_UP = 0.2
+"""Seconds between two looks, in a pause, at whether the run is to stop."""
 BUSY = (429, 502, 503, 504)
 """Statuses that pass: too many requests, or a server that is full, starting or behind a proxy that waits for it."""
 SMALL = 1 << 20
@@ -48,19 +58,26 @@ class _Again(Exception):
 class Server:
     """One server, asked one request at a time, again with growing pauses while it is away or full."""
 
-    def __init__(self, url: str, timeout: float = TIMEOUT, patience: float = PATIENCE) -> None:
-        """`url`: http://host:port, or https, with a path before /score if there is one."""
+    def __init__(
+        self, url: str, timeout: float = TIMEOUT, patience: float = PATIENCE, token_file: str | None = None
+    ) -> None:
+        """`url`: http://host:port, or https, with a path before /score if there is one.
+
+        `token_file`: holds the token that the server asks for. Raises ConfigError for what is no url or no token.
+        """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
             raise ConfigError(f"{url!r} is no reward server: write http://HOST:PORT, without a name and password")
         self.url, self.timeout, self.patience = url.rstrip("/"), timeout, patience
-        self._parts = parts
+        self.stopping: Callable[[], bool] = lambda: False
+        self._headers = {"Authorization": f"Bearer {read_token(Path(token_file))}"} if token_file else {}
+        self._pool = urllib3.PoolManager(timeout=timeout, retries=False)
 
     def call(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """The reply's body.
 
         Raises:
-            RetryLaterError: nobody answers, or the server stays full.
+            RetryLaterError: nobody answers, or the server stays full, or `stopping` turned true in a pause.
             ConfigError: the server refuses the request (4xx), in its words.
             NoWorkerError: the server fails (5xx), in its words.
         """
@@ -73,8 +90,15 @@ class Server:
                 if time.monotonic() - started + wait > self.patience:
                     raise RetryLaterError(self._gave_up(str(again))) from None
                 log.log(logging.WARNING if pause > 1.0 else logging.DEBUG, "%s: %s; asking again", self.url, again)
-            time.sleep(wait)
+                self._pause(wait, str(again))
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _pause(self, seconds: float, reason: str) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if self.stopping():
+                raise RetryLaterError(f"told to stop, and the reward server {self.url} gives no answer ({reason})")
+            time.sleep(min(left, LOOK_UP))
 
     def _gave_up(self, reason: str) -> str:
         return (
@@ -83,45 +107,31 @@ class Server:
         )
 
     def _once(self, method: str, path: str, body: bytes | None) -> bytes:
-        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(str(self._parts.hostname), self._parts.port, timeout=self.timeout)
+        headers = self._headers | ({"Content-Type": "application/octet-stream"} if body else {})
+        # the token goes to this server alone: no redirect is followed
+        how: dict[str, Any] = {"redirect": False, "preload_content": False, "decode_content": False}
+        limit = len(body or b"") + SMALL
         try:
-            response = _exchange(connection, method, self._parts.path.rstrip("/") + path, body)
-            content = _read(response, len(body or b"") + SMALL)
-        except (OSError, http.client.HTTPException) as error:
-            raise _Again(f"{type(error).__name__}: {error}") from error
-        finally:
-            connection.close()
+            with self._pool.request(method, self.url + path, body, headers=headers, **how) as response:
+                content = response.read(limit + 1)
+        except (OSError, urllib3.exceptions.HTTPError) as error:
+            cause = error.__cause__ or error
+            raise _Again(plain(f"{type(cause).__name__}: {cause}")) from error
+        if len(content) > limit:
+            raise DataError(f"a reward server's reply is longer than {limit} bytes: is this the url of a `rats serve`?")
+        if response.length_remaining:  # cut off, which read(n) does not tell
+            raise _Again(f"{len(content)} bytes of a reply, {response.length_remaining} fewer than it said")
         return self._accepted(response, content)
 
-    def _accepted(self, response: http.client.HTTPResponse, content: bytes) -> bytes:
+    def _accepted(self, response: urllib3.BaseHTTPResponse, content: bytes) -> bytes:
         if response.status == 200:
             return content
-        said = f"{response.status} {' '.join(content.decode(errors='replace').split())[:300]}"
+        said = f"{response.status} {plain(content.decode(errors='replace'))}"
         if response.status in BUSY:
-            raise _Again(said, _seconds(response.getheader("Retry-After")))
+            raise _Again(said, _seconds(response.headers.get("Retry-After")))
         if response.status >= 500:
             raise NoWorkerError(f"the reward server {self.url} has failed: {said}; look at its log, then go on")
         raise ConfigError(f"the reward server {self.url} refuses: {said}; is this the url of a `rats serve`?")
-
-
-def _exchange(
-    connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None
-) -> http.client.HTTPResponse:
-    # a server that refuses may say so before it has read all: its reply is still to be read
-    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-        connection.request(method, path, body, {"Content-Type": "application/octet-stream"} if body else {})
-    return connection.getresponse()
-
-
-def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
-    """The body; an error if it is longer than any right one, or shorter than the server said."""
-    declared, content = response.length, response.read(limit + 1)
-    if len(content) > limit:
-        raise DataError(f"a reward server's reply is longer than {limit} bytes: is this the url of a `rats serve`?")
-    if declared is not None and len(content) < declared:
-        raise http.client.IncompleteRead(content, declared - len(content))
-    return content
 
 
 def _seconds(header: str | None) -> float:
@@ -156,15 +166,31 @@ class UrlReward:
     """No file: the url is handed over as it is."""
 
     @classmethod
-    def identify(cls, url: str) -> str:
-        """The reward's fingerprint, as its server gives it."""
-        return served(Server(url, patience=FIRST_PATIENCE)).fingerprint
+    def identify(cls, url: str, token_file: str | None = None) -> str:
+        """The reward's fingerprint, as its server gives it. It does not hang on the token."""
+        return served(Server(url, patience=FIRST_PATIENCE, token_file=token_file)).fingerprint
 
-    def __init__(self, url: str, name: str = "url", device: str = "cpu", timeout: float = TIMEOUT) -> None:
-        """Asks the server who it is. `device` is the pictures', whatever the server computes on."""
-        self.about = served(Server(url, timeout, FIRST_PATIENCE))
-        self.server = Server(url, timeout)
+    def __init__(
+        self,
+        url: str,
+        name: str = "url",
+        device: str = "cpu",
+        timeout: float = TIMEOUT,
+        token_file: str | None = None,
+    ) -> None:
+        """Asks the server what it serves. `device` is the pictures', whatever the server computes on."""
+        self.about = served(Server(url, timeout, FIRST_PATIENCE, token_file))
+        self.server = Server(url, timeout, token_file=token_file)
         self.name, self.fingerprint, self.differentiable = name, self.about.fingerprint, self.about.differentiable
+
+    @property
+    def stopping(self) -> Callable[[], bool]:
+        """Whether whoever asks is to stop: then no pause is waited out, and RetryLaterError is raised."""
+        return self.server.stopping
+
+    @stopping.setter
+    def stopping(self, stopping: Callable[[], bool]) -> None:
+        self.server.stopping = stopping
 
     def score(self, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
         """Scores (B,), float32, NaN where the server has none; with gradient where the reward has one."""
@@ -186,7 +212,7 @@ class UrlReward:
         except ValueError as error:
             raise DataError(f"{self.server.url}/score gives no answer to the question: {error}") from error
         if answer.fingerprint != self.fingerprint:
-            now, before = answer.fingerprint[:12], self.fingerprint[:12]
+            now, before = plain(answer.fingerprint, 12), self.fingerprint[:12]
             raise DataError(f"{self.server.url} serves another reward now ({now}, before {before}): serve that one")
         return answer
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,8 +17,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rats.schemas.errors import ConfigError, plain
+
 ABOUT = "rats"
 """The header's one metadata key."""
+MAX_HEADER = 1 << 24
+"""Bytes of a safetensors header: a hundred of the longest prompts fit, and it is parsed in a fraction of a second."""
+SLOWEST = 1 << 20
+"""Bytes a second: a body is waited for as long as it takes on the slowest link that can be trained over."""
+SHORTEST_TOKEN, LONGEST_TOKEN = 16, 1024
+NEW_TOKEN = 'python -c "import secrets; print(secrets.token_urlsafe(32))" > FILE'
 
 
 class ServedReward(BaseModel):
@@ -51,6 +60,27 @@ class Answer:
     fingerprint: str
     scores_B: Tensor
     gradient_B3HW: Tensor | None = None
+
+
+def read_token(path: Path) -> str:
+    """The token that a server asks for in `Authorization: Bearer`: the file's one line.
+
+    Raises ConfigError, without the token, where the file cannot be read or holds no token.
+    """
+    try:
+        with path.open("rb") as file:
+            token = file.read(LONGEST_TOKEN + 1).decode("ascii").strip()
+    except OSError as error:
+        raise ConfigError(f"cannot read the token file {path}: {error.strerror}; write one: {NEW_TOKEN}") from None
+    except UnicodeDecodeError:
+        token = ""
+    fits = SHORTEST_TOKEN <= len(token) <= LONGEST_TOKEN
+    if not (fits and token.isprintable() and " " not in token):
+        raise ConfigError(
+            f"the token file {path} must hold one line of {SHORTEST_TOKEN} to {LONGEST_TOKEN} ASCII characters without "
+            f"spaces; write one: {NEW_TOKEN}"
+        )
+    return token
 
 
 def pack_question(question: Question) -> bytes:
@@ -96,13 +126,17 @@ def _pack(tensors: dict[str, Tensor], about: Mapping[str, Any]) -> bytes:
 
 
 def _unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    length = int.from_bytes(body[:8], "little")
+    if length > MAX_HEADER:  # before anything parses it
+        raise ValueError(f"no safetensors: a header of {length} bytes, at most {MAX_HEADER}; send fewer prompts")
     try:
         tensors = load(body)
         # `load` has held the header's length against the body
-        header = json.loads(body[8 : 8 + int.from_bytes(body[:8], "little")])
+        header = json.loads(body[8 : 8 + length])
         about = json.loads(header["__metadata__"][ABOUT])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"no safetensors with a JSON document {ABOUT!r} ({type(error).__name__}: {error})") from error
+        reason = plain(f"{type(error).__name__}: {error}")
+        raise ValueError(f"no safetensors with a JSON document {ABOUT!r} ({reason})") from error
     if not isinstance(about, dict):
         raise ValueError(f"{ABOUT!r} in the header must be a JSON object")
     return tensors, about

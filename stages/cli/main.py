@@ -132,12 +132,15 @@ def export(
 @app.command()
 def serve(
     name: Annotated[str, typer.Argument(help="One of `rewards`; with --callable, what to call it.")],
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where it listens; nobody is asked who he is.")] = (
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where it listens; all but loopback need a token.")] = (
         "127.0.0.1"
     ),
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: a free one.")] = 8765,
     max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures in one request.")] = 32,
     queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests held; the next is told to wait.")] = 8,
+    token_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The token that clients must send; else no authentication.")
+    ] = None,
     callable_: Annotated[
         str | None, typer.Option("--callable", metavar="MODULE:FUNCTION", help="A function of pictures and prompts.")
     ] = None,
@@ -147,12 +150,14 @@ def serve(
 ) -> None:
     """Serve a reward to trainers elsewhere.
 
-    They name its url as the path of a reward of adapter url. Runs until it is told to end.
+    Their params.yaml has a reward with adapter: url and this server's url as its path. Runs until Ctrl-C or SIGTERM.
     """
+    from rats.pipeline.rewards.remote_protocol import read_token
     from rats.stages.serve import RewardServer, open_callable, open_served
 
+    token = read_token(token_file) if token_file else None
     reward = open_callable(callable_, name) if callable_ else open_served(load(params, set_), name)
-    server = RewardServer(reward, host, port, max_batch, queue)
+    server = RewardServer(reward, host, port, max_batch, queue, token)
     say({"url": server.url, **server.about.model_dump()}, json_)
     sys.stdout.flush()  # whoever started us reads the port there
     server.serve()

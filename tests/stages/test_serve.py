@@ -24,7 +24,7 @@ from rats.pipeline.rewards.remote import Server, UrlReward
 from rats.pipeline.rewards.remote_protocol import Answer, Question, pack_answer, pack_question
 from rats.schemas.errors import ConfigError, DataError, RetryLaterError
 from rats.schemas.params import Params
-from rats.stages import serve
+from rats.stages import serve_http
 from rats.stages.init import dvc_yaml
 from rats.stages.serve import open_served
 from tests.pipeline.rewards.test_remote import Toy, named, pictures, running
@@ -81,11 +81,11 @@ def test_a_wrong_request_is_400_and_its_reason_and_the_server_goes_on():
         assert reward.sizes == [2]
         assert ask(server.url, None, "GET", "/")[0] == ask(server.url, question(), path="/other")[0] == 404
         assert ask(server.url, None, "POST", **{"Content-Length": "-3"})[0] == 400
-        assert ask(server.url, None, "PUT")[0] == 501
+        assert ask(server.url, None, "PUT")[0] == 405
 
 
 def test_a_body_over_the_limit_is_413_before_it_is_held(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve, "MAX_BODY", 1000)
+    monkeypatch.setattr(serve_http, "MAX_BODY", 1000)
     with running(Toy()) as server:
         with pytest.raises(ConfigError, match="413 .* at most 1000: start the server with a lower --max-batch"):
             UrlReward(server.url).score(pictures(), ["a"] * 3)
@@ -113,7 +113,7 @@ def replying(*replies: bytes) -> Iterator[str]:
                     request.read(sum(length))  # closed with something unread, the reply might not arrive
                     connection.sendall(reply)
 
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         thread.join()

@@ -46,14 +46,19 @@ class Toy:
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds, self.sizes, self.answered = seconds, [], 0
+        self.free = threading.Event()
+        self.free.set()
 
     def score(self, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
         self.sizes.append(len(prompts))
         time.sleep(self.seconds)
+        self.free.wait()
         if "raise" in prompts:
             raise ValueError("no word for it")
         if "full" in prompts:
             raise MemoryError("out of memory")
+        if "exit" in prompts:
+            raise SystemExit(3)
         factor = torch.tensor([{"nan": float("nan")}.get(prompt, 1.0) for prompt in prompts])
         self.answered += 1
         return images_B3HW.square().mean((1, 2, 3)) * factor
@@ -183,14 +188,38 @@ def test_a_full_server_says_later_and_the_client_waits_as_long_as_it_is_told():
     assert waits[0] < 1.0 < waits[1]
 
 
-def test_a_server_that_stays_full_is_given_up():
+@contextmanager
+def computing(server: RewardServer) -> Iterator[None]:
+    """While the server's model is at work on somebody's batch."""
+    other, before = UrlReward(server.url), len(server.reward.sizes)
+    server.reward.free.clear()
+    asking = threading.Thread(target=lambda: other.score(pictures(2), ["a"] * 2))
+    asking.start()
+    try:
+        while len(server.reward.sizes) == before:
+            time.sleep(0.01)
+        yield
+    finally:
+        server.reward.free.set()
+        asking.join()
+
+
+def test_a_server_that_stays_full_is_given_up_and_says_meanwhile_what_it_serves():
     with running(Toy(), queue=1) as server:
         remote = UrlReward(server.url)
         remote.server.patience = 0.1
-        server.slots.acquire()
-        with pytest.raises(RetryLaterError, match="503 the queue is full"):
+        with computing(server):
+            with pytest.raises(RetryLaterError, match="503 the queue is full"):
+                remote.score(pictures(), ["a"] * 3)
+            assert UrlReward.identify(server.url) == Toy.fingerprint
+
+
+def test_a_run_that_is_to_stop_waits_for_no_server():
+    with running(Toy(), queue=1) as server:
+        remote = UrlReward(server.url)
+        remote.server.patience, remote.server.stopping = 5.0, lambda: True
+        with computing(server), pytest.raises(RetryLaterError, match=r"told to stop, .* \(503 the queue is full\)"):
             remote.score(pictures(), ["a"] * 3)
-        server.slots.release()
 
 
 @pytest.mark.parametrize(("header", "low", "high"), [(None, 0, 0), ("2.5", 2.5, 2.5), ("soon", 0, 0), ("-1", 0, 0)])
@@ -204,9 +233,12 @@ def test_the_pause_may_be_a_date():
     assert 58 < remote._seconds(formatdate(time.time() + 60, usegmt=True)) < 61
 
 
-def test_a_reward_that_runs_out_of_memory_ends_the_run_in_its_words():
-    with running(Toy()) as server, pytest.raises(NoWorkerError, match="500 MemoryError: out of memory"):
-        UrlReward(server.url).score(pictures(1), ["full"])
+@pytest.mark.parametrize(("word", "said"), [("full", "MemoryError: out of memory"), ("exit", "SystemExit: 3")])
+def test_a_reward_that_ends_ends_the_run_in_its_words_and_not_the_server(word: str, said: str):
+    with running(Toy()) as server:
+        with pytest.raises(NoWorkerError, match=f"500 {said}"):
+            UrlReward(server.url).score(pictures(1), [word])
+        assert UrlReward(server.url).score(pictures(1), ["a"]).isfinite().all()
 
 
 def test_another_reward_under_the_same_url_is_refused():

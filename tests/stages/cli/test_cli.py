@@ -44,7 +44,7 @@ COMMANDS = {
     "init": {"folder", "model", "family", "prompts", "reward", "force", "dvc", "json_"},
     "generate": {"prompt", "nfe", "run", "out", "count", "seed"} | COMMON,
     "export": {"run", "out", "merged", "evaluation", "dry_run"} | COMMON,
-    "serve": {"name", "host", "port", "max_batch", "queue", "callable_"} | COMMON,
+    "serve": {"name", "host", "port", "max_batch", "queue", "token_file", "callable_"} | COMMON,
     "doctor": COMMON,
 }
 """Frozen: scripts and dvc.yaml files out there call these."""
