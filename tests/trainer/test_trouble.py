@@ -186,11 +186,12 @@ class AwayReward(ToyReward):
 
 @pytest.mark.parametrize(("told", "raises"), [(True, SystemExit), (False, RetryLaterError)])
 def test_a_stop_while_a_reward_server_is_away_keeps_the_steps_that_are_done(tmp_path, told, raises):
-    chosen, reward = settings(checkpoint_every=6, micro_batch=2), AwayReward()
-    run = run_in(tmp_path, chosen)
-    run.stopping = lambda: told and reward.asked > 2 * 2
+    reward = AwayReward()
+    given = objective(settings(checkpoint_every=6, micro_batch=2), reward=reward)
+    run = run_of(given, tmp_path)
+    run.stop_when(lambda: told and reward.asked > 2 * 2)
     with pytest.raises(raises) as ended:
-        train(StudentOf(run), ToyStream(), [reward], chosen, run)
+        train_on(given, run)
     assert reward.stopping() == told
     if told:
         assert ended.value.code == 143 and read(tmp_path / "checkpoints" / "000002").state.step == 2
