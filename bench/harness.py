@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from rats.pipeline.families.models import FamilyStudent
+from rats.pipeline.families.open import Model
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.open import open_reward
 from rats.schemas.params import Params, load_params
@@ -41,6 +42,7 @@ class Bench:
     """A run under way, of which `step` takes one step."""
 
     params: Params
+    model: Model
     settings: Settings
     source: Source
     student: FamilyStudent
@@ -62,15 +64,16 @@ def opened(path: Path, shards: Path, overrides: Sequence[str]) -> Iterator[Bench
     """The parameters of `path` with these changes, on the shards in a folder; what a step writes is thrown away."""
     params = load_params(path, [UNSPLIT, *overrides])
     chosen, ranks = params.train, OneRank(params.compute.device)
-    source = open_source(params, chosen, shards)
-    settings, student = read_settings(chosen, source), open_trainable(params, chosen, ranks)
+    model = Model.of(params)
+    source = open_source(params, model, chosen, shards)
+    settings, student = read_settings(chosen, source), open_trainable(model, chosen, ranks)
     rewards = [open_reward(reward_params(params, name), params.compute.device) for name in chosen.reward_weights]
     stream = StoredSamples(source.shards, source.snapshot, source.scores, chosen.seed, chosen.batch)
     with tempfile.TemporaryDirectory() as folder, closing(stream):
         run = fresh_run(student, settings, ranks, Path(folder))
-        run.live = open_follower(params, chosen, student, run.learner, source, rewards, student.decode)
+        run.live = open_follower(model, chosen, student, run.learner, source, rewards, student.decode)
         yield Bench(
-            *(params, settings, source, student, rewards, run),
+            *(params, model, settings, source, student, rewards, run),
             step=lambda: one_step(student, stream, rewards, settings, run),
         )
 

@@ -25,7 +25,6 @@ from bench.memory import LIVE, peak
 from rats.pipeline.store.scores import record_reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.manifest import PlannedSample
-from rats.stages.plan.plan import evaluations_per_sample
 from rats.stages.rollout.columns import column_hashes
 from rats.stages.rollout.rollout import read_recipe
 from rats.stages.rollout.worker import Setup, Task, do_task
@@ -51,7 +50,7 @@ def compare(params: Path, shards: Path, overrides: Sequence[str], nfe: int, roun
             sides.append(
                 [astuple(timed(lambda: pictures(stored, True))), astuple(timed(lambda: pictures(live, False)))]
             )
-        evaluations = evaluations_per_sample(live.params)
+        evaluations = live.params.teacher.evaluations
     # rounds x (stored, live) x (wall, cpu)
     steps, aside = np.array(pairs[1:]), np.array(sides[1:])
     networks = steps - np.stack([aside[:, 0], aside.sum(1)], 1)
@@ -92,7 +91,7 @@ def _finals(bench: Bench) -> torch.Tensor:
 def rollout_cost(params: Path, shards: Path, overrides: Sequence[str], tasks: int) -> Cost:
     """A sample of stage one in this process, all rewards included: medians over tasks of one shard each."""
     with opened(params, shards, overrides) as bench, tempfile.TemporaryDirectory() as folder:
-        recipe, vae = read_recipe(bench.params)
+        recipe, vae = read_recipe(bench.params, bench.model), bench.model.folder.hash_of("vae")
         made, fields = ShardSet.open_or_create(folder, recipe), set(PlannedSample.model_fields)
         rows = bench.source.shards.index(bench.source.snapshot)
         size = bench.params.store.shard_samples
