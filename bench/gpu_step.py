@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ from rats.schemas.train_params import LoraParams, TrainParams
 from rats.trainer.data import Sample
 from rats.trainer.distributed import Accelerated
 from rats.trainer.loop import one_step
-from rats.trainer.objective import Settings
+from rats.trainer.methods import METHODS
+from rats.trainer.objective import Objective, Settings
 
 
 class Stream:
@@ -76,12 +78,13 @@ def measure_step(size: Size, nfe: int, device: str, reward: Reward, repeats: int
     half = torch_dtype(size.dtype) if size.dtype != "float32" else None
     settings, ranks = Settings(train, tuple(horizons), tau=1.0), Accelerated(device, half)
     stream, clock = Stream(student, len(horizons)), Clock()
+    objective = Objective(student, [reward], settings, ranks, METHODS["rats"])
+    watched = replace(objective, student=_clocked(student, clock), rewards=[_clocked_reward(reward, clock)])
     with tempfile.TemporaryDirectory() as folder:
-        run = fresh_run(student, settings, ranks, Path(folder))
-        step = lambda student, reward: one_step(student, stream, [reward], settings, run)  # noqa: E731
-        first = timed(lambda: step(student, reward)).wall
-        seconds = median(timed(lambda: step(student, reward)).wall for _ in range(repeats))
-        total = timed(lambda: step(_clocked(student, clock), _clocked_reward(reward, clock))).wall
+        run = fresh_run(objective, Path(folder))
+        first = timed(lambda: one_step(objective, stream, run)).wall
+        seconds = median(timed(lambda: one_step(objective, stream, run)).wall for _ in range(repeats))
+        total = timed(lambda: one_step(watched, stream, run)).wall
     parts = {**clock.seconds, "backward, optimizer": total - sum(clock.seconds.values())}
     trained = sum(p.numel() for p in student.network.parameters() if p.requires_grad)
     return {"nfe": nfe, "seconds": seconds, "first_seconds": first, "parts": parts, "trained_parameters": trained}

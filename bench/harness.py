@@ -10,27 +10,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
-from rats.pipeline.protocols import Reward
-from rats.pipeline.rewards.open import open_reward
 from rats.schemas.params import Params, load_params
-from rats.stages.rollout.columns import reward_params
 from rats.stages.train.generations import open_follower
 from rats.stages.train.source import Source, open_source, read_settings
-from rats.stages.train.train import open_trainable
-from rats.trainer.checkpoint import Checkpoints, Identity, State
+from rats.stages.train.train import open_rewards, open_trainable
+from rats.trainer.checkpoint import Identity, State
 from rats.trainer.data import StoredSamples
 from rats.trainer.distributed import Ranks
 from rats.trainer.loop import one_step
-from rats.trainer.metrics import CsvLog, columns
-from rats.trainer.objective import Settings
+from rats.trainer.methods import METHODS
+from rats.trainer.objective import Objective
 from rats.trainer.optim import Learner
-from rats.trainer.run import METRICS, Run
+from rats.trainer.run import Live, Run, nobody, open_run
 
 UNSPLIT_EVERY = 1_000_000
 UNSPLIT = f"train.log_gradients_every={UNSPLIT_EVERY}"
@@ -43,10 +41,9 @@ class Bench:
 
     params: Params
     model: Model
-    settings: Settings
+    objective: Objective
     source: Source
     student: FamilyStudent
-    rewards: Sequence[Reward]
     run: Run
     step: Callable[[], None]
 
@@ -66,23 +63,22 @@ def opened(path: Path, shards: Path, overrides: Sequence[str]) -> Iterator[Bench
     chosen, ranks = params.train, OneRank(params.compute.device)
     model = Model.of(params)
     source = open_source(params, model, chosen, shards)
-    settings, student = read_settings(chosen, source), open_trainable(model, chosen, ranks)
-    rewards = [open_reward(reward_params(params, name), params.compute.device) for name in chosen.reward_weights]
+    student, rewards = open_trainable(model, chosen, ranks), open_rewards(params, chosen, ranks)
+    objective = Objective(student, rewards, read_settings(chosen, source), ranks, METHODS["rats"])
+
+    def follower(learner: Learner) -> Live | None:
+        return open_follower(model, chosen, student, learner, source, rewards, student.decode)
+
     stream = StoredSamples(source.shards, source.snapshot, source.scores, chosen.seed, chosen.batch)
     with tempfile.TemporaryDirectory() as folder, closing(stream):
-        run = fresh_run(student, settings, ranks, Path(folder))
-        run.live = open_follower(model, chosen, student, run.learner, source, rewards, student.decode)
-        yield Bench(
-            *(params, model, settings, source, student, rewards, run),
-            step=lambda: one_step(student, stream, rewards, settings, run),
-        )
+        run = fresh_run(objective, Path(folder), follower)
+        step = partial(one_step, objective, stream, run)
+        yield Bench(params, model, objective, source, student, run, step)
 
 
-def fresh_run(student: FamilyStudent, settings: Settings, ranks: Ranks, folder: Path) -> Run:
+def fresh_run(objective: Objective, folder: Path, follower: Callable[[Learner], Live | None] = nobody) -> Run:
     """A run that has taken a step already, so that the next one does not split its gradients."""
-    log = CsvLog(folder / METRICS, columns(max(settings.train.nfe), [part.name for part in settings.parts]))
-    learner, checkpoints = Learner(student.network, settings.train, ranks), Checkpoints(folder / "checkpoints")
-    return Run(learner, checkpoints, {METRICS: log}, Identity("", "", ""), 1, State(step=1), ranks)
+    return open_run(objective, folder, Identity("", "", ""), 1, state=State(step=1), follower=follower)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def compare(params: Path, shards: Path, overrides: Sequence[str], nfe: int, roun
 
 def pictures(bench: Bench, trained: bool) -> None:
     """What a step does beside its network: decode and score with gradient and without (`trained`), or without alone."""
-    train, final_BTC = bench.settings.train, _finals(bench)
+    train, final_BTC = bench.objective.settings.train, _finals(bench)
     prompts = [""] * train.batch
     for start in range(0, train.batch, train.micro_batch):
         part_BTC = final_BTC[start : start + train.micro_batch].requires_grad_(trained)
@@ -76,15 +76,15 @@ def pictures(bench: Bench, trained: bool) -> None:
             images_B3HW = bench.student.decode(rounded(part_BTC))
         if trained:
             seen_B3HW = augment(images_B3HW, Draws(generator(0, 0), start, train.batch), train.augment)
-            torch.autograd.grad(sum(r.score(seen_B3HW, texts).sum() for r in bench.rewards), part_BTC)
+            torch.autograd.grad(sum(r.score(seen_B3HW, texts).sum() for r in bench.objective.rewards), part_BTC)
         if not trained or train.augment:
             with torch.no_grad():
-                for reward in bench.rewards:
+                for reward in bench.objective.rewards:
                     reward.score(images_B3HW.detach(), texts)
 
 
 def _finals(bench: Bench) -> torch.Tensor:
-    shape, device = (bench.settings.train.batch, *bench.student.latent_shape()), bench.run.ranks.device
+    shape, device = (bench.objective.settings.train.batch, *bench.student.latent_shape()), bench.run.ranks.device
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 

@@ -83,7 +83,7 @@ class Rats:
 
     def verify(self) -> int:
         """Every byte."""
-        return sum(verify_shard(self.shards, name) for name in self.shards.snapshot().shards)
+        return sum(verify_shard(self.shards, name).bytes for name in self.shards.snapshot().shards)
 
 
 class WebDataset:

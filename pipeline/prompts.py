@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rats.pipeline.weights.hub import is_hub_id
-from rats.schemas.errors import ConfigError, brief, nearest
+from rats.schemas.errors import ConfigError, brief, nearest, one_line
 from rats.schemas.identity import normalise, prompt_id, sample_key
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import PromptSource
@@ -163,9 +163,8 @@ def _table(source: PromptSource) -> Any:
         try:
             return datasets.load_dataset(**_where(source))
         except Exception as error:  # a dozen kinds, of four libraries: all mean the same here
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ConfigError(
-                f"cannot read prompts from {source} ({type(error).__name__}: {reason}): check path, files and split"
+                f"cannot read prompts from {source} ({one_line(error)}): check path, files and split"
             ) from None
 
 

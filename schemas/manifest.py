@@ -15,9 +15,12 @@ from rats.schemas.identity import KEY_PATTERN
 
 FORMAT_VERSION: Final = 1
 
+HASH_PATTERN = "[0-9a-f]{64}"
+SHARD_PATTERN = "rollout-[0-9]{6}"
+
 Key = Annotated[str, Field(pattern=KEY_PATTERN, max_length=80)]
-Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ShardName = Annotated[str, Field(pattern=r"^rollout-[0-9]{6}$")]
+Hash = Annotated[str, Field(pattern=f"^{HASH_PATTERN}$")]
+ShardName = Annotated[str, Field(pattern=f"^{SHARD_PATTERN}$")]
 Count = Annotated[int, Field(ge=0)]
 
 

@@ -9,7 +9,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from rats.schemas.errors import ConfigError, nearest
+from rats.schemas.errors import ConfigError, nearest, reason
 
 FAMILIES, REWARDS, OFFICIAL = "rats.families", "rats.rewards", "rats.rewards.official"
 """Entry-point groups: a name stands for a class (`pipeline.families.base.Family`, `pipeline.protocols.RewardAdapter`).
@@ -40,5 +40,7 @@ def load_plugin(group: str, name: str) -> Any:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except (ImportError, AttributeError) as error:
-        kind, reason = group.removeprefix("rats."), " ".join(str(error).split())[:200]
-        raise ConfigError(f"{kind}: {name!r} cannot be imported ({reason}): update or install what it needs") from error
+        kind = group.removeprefix("rats.")
+        raise ConfigError(
+            f"{kind}: {name!r} cannot be imported ({reason(error)}): update or install what it needs"
+        ) from error

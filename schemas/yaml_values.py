@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rats.schemas.errors import ConfigError, brief
+from rats.schemas.errors import ConfigError, brief, reason
 
 _DEEP = re.compile(r"[\[{]{100}")
 """PyYAML takes seconds for some thousand of them before it gives up."""
@@ -40,7 +40,7 @@ def parse(text: str, where: str) -> Any:
         return yaml.load(text, _Loader)  # a SafeLoader: it makes plain data only
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
         # the last three are how PyYAML says that `!!int ""`, `!!omap x` and `!!timestamp x` are none
-        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"{where} is not YAML: {reason(error, 300)}") from None
 
 
 def override(values: dict[str, Any], text: str) -> None:

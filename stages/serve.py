@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from rats.pipeline.protocols import Reward
-from rats.pipeline.rewards.base import is_differentiable, one_line
+from rats.pipeline.rewards.base import is_differentiable
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.rewards.remote import as_sent
 from rats.pipeline.rewards.remote_protocol import Answer, Question, ServedReward, pack_answer, unpack_question
-from rats.schemas.errors import CannotCreateError, ConfigError, nearest
+from rats.schemas.errors import CannotCreateError, ConfigError, nearest, one_line
 from rats.schemas.params import Params
 from rats.trainer.scoring import score
 

@@ -62,8 +62,10 @@ def _move(images: Tensor, draws: Draws, strength: float) -> Tensor:
     flip = 1 - 2 * (draws.uniform(0, 1, images) < 0.5 * strength).to(images)
     shifts = [draws.uniform(-1, 1, images) * (1 - scale + 0.08 * strength) for _ in range(2)]
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
-    rows = [torch.stack((flip * cos, -sin, shifts[0]), -1), torch.stack((flip * sin, cos, shifts[1]), -1)]
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    # the two rows of each sample's affine matrix
+    across = torch.stack((flip * cos, -sin, shifts[0]), -1)
+    down = torch.stack((flip * sin, cos, shifts[1]), -1)
+    grid = F.affine_grid(torch.stack((across, down), 1), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
@@ -78,7 +80,8 @@ def _resample(images: Tensor, draws: Draws, strength: float) -> Tensor:
 
 def _recolour(images: Tensor, draws: Draws, strength: float) -> Tensor:
     """Brightness and contrast, up to 15 % each."""
-    low, high, shape = 1 - 0.15 * strength, 1 + 0.15 * strength, (-1, 1, 1, 1)
+    low, high = 1 - 0.15 * strength, 1 + 0.15 * strength
+    shape = (-1, 1, 1, 1)  # one value a picture
     brightness = draws.uniform(low, high, images).view(shape)
     contrast = draws.uniform(low, high, images).view(shape)
     mean = images.mean((1, 2, 3), keepdim=True)

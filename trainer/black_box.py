@@ -60,6 +60,7 @@ def estimated(
     """
     gradient_BTC = gradient(decode, score, final_BTC.detach().float(), prompts, settings, randoms)
     along_B = (gradient_BTC * final_BTC.float()).flatten(1).sum(1)
+    # the value of the centre, the gradient of a linear function whose slope is the estimate
     values_B = center.scores_B.detach() + (along_B - along_B.detach())
     return Scored(torch.where(center.good_B, values_B, 0.0), center.good_B)
 
@@ -74,18 +75,21 @@ def gradient(
     randoms: Sequence[torch.Generator],
 ) -> Tensor:
     """The estimate g (B, T, C) of the module's text, averaged over each sample's good pairs; 0 where it has none."""
-    total_BTC, good_B11 = torch.zeros_like(x_BTC), x_BTC.new_zeros(len(x_BTC), 1, 1)
+    total_BTC = torch.zeros_like(x_BTC)
+    good_B11 = x_BTC.new_zeros(len(x_BTC), 1, 1)
     for _ in range(settings.pairs):
         noise_BTC = drawn(x_BTC, randoms)
-        up, down = (score(decode(x_BTC + way * settings.spread * noise_BTC), list(prompts)) for way in (1, -1))
+        up = score(decode(x_BTC + settings.spread * noise_BTC), list(prompts))
+        down = score(decode(x_BTC - settings.spread * noise_BTC), list(prompts))
         both_B = (up.good_B & down.good_B).to(x_BTC)
         slope_B = both_B * (up.scores_B - down.scores_B).to(x_BTC) / (2 * settings.spread)
         total_BTC += slope_B.view(-1, 1, 1) * noise_BTC
         good_B11 += both_B.view(-1, 1, 1)
-    return total_BTC / good_B11.clamp(min=1)
+    return total_BTC / good_B11.clamp(min=1)  # without a good pair the sum is 0
 
 
 def drawn(like_BTC: Tensor, randoms: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise of that shape, each sample's by its own generator, made where the generator is."""
     shape = like_BTC.shape[1:]
-    return torch.stack([torch.randn(shape, generator=r, device=r.device) for r in randoms]).to(like_BTC)
+    noises = [torch.randn(shape, generator=random, device=random.device) for random in randoms]
+    return torch.stack(noises).to(like_BTC)

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rats.pipeline.files.atomic import atomic_folder
-from rats.schemas.errors import DataError
+from rats.schemas.errors import DataError, one_line
 
 FORMAT = 2
 STATE = "state.json"
@@ -109,6 +109,10 @@ class Checkpoints:
         self.limit = limit
         self.keep: int | None = None
 
+    def never_drop(self, step: int | None) -> None:
+        """The checkpoint of this step outlives its turn; the one that was named before no longer does."""
+        self.keep = step
+
     def save(
         self,
         state: State,
@@ -120,8 +124,14 @@ class Checkpoints:
         """Write a whole folder under its final name, then drop the oldest; the last one stays if this fails."""
         files = {f"{name}.safetensors": save(content) for name, content in tensors.items()}
         files |= logs
-        record = {"format": FORMAT, "files": {name: blake3(data).hexdigest() for name, data in files.items()}}
-        record |= {"state": asdict(state), "identity": asdict(identity), "snapshot": snapshot}
+        hashes = {name: blake3(data).hexdigest() for name, data in files.items()}
+        record = {
+            "format": FORMAT,
+            "files": hashes,
+            "state": asdict(state),
+            "identity": asdict(identity),
+            "snapshot": snapshot,
+        }
         path = self.path(state.step)
         with atomic_folder(path) as temporary:
             for name, data in files.items():
@@ -138,8 +148,8 @@ class Checkpoints:
 
     def _paths(self) -> list[Path]:
         """Newest first; anything not named like a checkpoint (a temporary folder of a killed save) is passed over."""
-        names = [p for p in self.folder.glob("[0-9]*") if p.name.isdigit() and p.is_dir()]
-        return sorted(names, key=lambda p: int(p.name), reverse=True)
+        found = [path for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
+        return sorted(found, key=lambda path: int(path.name), reverse=True)
 
     def newest(self, at_most: int | None = None) -> Saved | None:
         """The newest whole checkpoint, of at most so many steps; None when there is none.
@@ -173,8 +183,7 @@ def read(path: Path) -> Saved:
         state, identity = _STATE.validate_python(record["state"]), _IDENTITY.validate_python(record["identity"])
         return Saved(path, state, int(record["snapshot"]), identity)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise DataError(f"checkpoint {path} is damaged ({reason}): delete it, use --resume latest") from error
+        raise DataError(f"checkpoint {path} is damaged ({one_line(error)}): delete it, use --resume latest") from error
 
 
 def _verify(path: Path, record: dict) -> None:

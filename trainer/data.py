@@ -63,8 +63,10 @@ class StoredSamples:
         if batch % world:
             raise ConfigError(f"train.batch is {batch}, which {world} ranks cannot share: use a multiple of {world}")
         self.position = position
-        self._shards, self._scores, self._rows = shards, scores, _scored(shards, snapshot, scores)
-        self._seed, self._batch, self._share, self._rank = seed, batch, batch // world, rank
+        self._shards, self._scores = shards, scores
+        self._rows = _scored(shards, snapshot, scores)
+        self._seed, self._batch = seed, batch
+        self._share, self._rank = batch // world, rank
         self._embedding = lru_cache(PROMPTS_IN_MEMORY)(partial(read_embedding, shards))
         self._pool = ThreadPoolExecutor(workers, "loader") if workers else None
         self._coming: deque[list[Future[Sample]]] = deque()
@@ -76,9 +78,8 @@ class StoredSamples:
             DataError: a shard or an embedding is damaged.
             StorageError: it cannot be read.
         """
-        pool = self._pool
-        samples = self._read_ahead(pool) if pool else [self._read(row) for row in self._share_of(0)]
-        self.position += self._batch
+        samples = self._read_ahead(self._pool) if self._pool else self._read_now()
+        self.position += self._batch  # once all is read: a failed call takes nothing
         return samples
 
     def close(self) -> None:
@@ -89,13 +90,19 @@ class StoredSamples:
 
     def _share_of(self, ahead: int) -> list[IndexRow]:
         """What this rank reads `ahead` batches after the next one."""
-        start = self.position + ahead * self._batch + self._rank * self._share
+        batch_start = self.position + ahead * self._batch
+        start = batch_start + self._rank * self._share
         rows = self._rows
-        return [rows[row_at(self._seed, len(rows), place)] for place in range(start, start + self._share)]
+        numbers = [row_at(self._seed, len(rows), place) for place in range(start, start + self._share)]
+        return [rows[number] for number in numbers]
+
+    def _read_now(self) -> list[Sample]:
+        return [self._read(row) for row in self._share_of(0)]
 
     def _read_ahead(self, pool: ThreadPoolExecutor) -> list[Sample]:
         while len(self._coming) <= AHEAD:
-            self._coming.append([pool.submit(self._read, row) for row in self._share_of(len(self._coming))])
+            rows = self._share_of(len(self._coming))
+            self._coming.append([pool.submit(self._read, row) for row in rows])
         try:
             samples = [future.result() for future in self._coming[0]]
         except BaseException:
@@ -105,14 +112,15 @@ class StoredSamples:
         return samples
 
     def _forget(self) -> None:
-        for future in (future for futures in self._coming for future in futures):
-            future.cancel()
+        for futures in self._coming:
+            for future in futures:
+                future.cancel()
         self._coming.clear()
 
     def _read(self, row: IndexRow) -> Sample:
         arrays = read_sample(self._shards, row)
-        x, x0 = (torch.from_numpy(arrays[name]) for name in ("x", "x0"))
-        return Sample(row.key, row.prompt, x, x0, self._embedding(row.prompt_id), self._scores[row.key])
+        x_HTC, x0_HTC = torch.from_numpy(arrays["x"]), torch.from_numpy(arrays["x0"])
+        return Sample(row.key, row.prompt, x_HTC, x0_HTC, self._embedding(row.prompt_id), self._scores[row.key])
 
 
 def _scored(shards: ShardSet, snapshot: Snapshot, scores: Mapping[str, tuple[float, ...]]) -> Sequence[IndexRow]:
@@ -200,12 +208,14 @@ class Batch:
 
 def collate(samples: Sequence[Sample], device: torch.device) -> Batch:
     """Stack samples along the batch axis."""
-    names = samples[0].conditioning
+    conditioning = {}
+    for name in samples[0].conditioning:
+        conditioning[name] = torch.stack([s.conditioning[name] for s in samples]).to(device)
     return Batch(
         keys=[s.key for s in samples],
         prompts=[s.prompt for s in samples],
         x_HBTC=torch.stack([s.x_HTC for s in samples], 1).to(device),
         x0_HBTC=torch.stack([s.x0_HTC for s in samples], 1).to(device),
-        conditioning={name: torch.stack([s.conditioning[name] for s in samples]).to(device) for name in names},
+        conditioning=conditioning,
         r_teacher_RB=torch.tensor([s.scores for s in samples], dtype=torch.float32, device=device).T,
     )

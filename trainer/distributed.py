@@ -88,10 +88,11 @@ class Accelerated(Ranks):
         """
         if not self.is_sharded:
             return
-        blocks = getattr(network, "_no_split_modules", None) or ()
-        for module in [module for module in network.modules() if type(module).__name__ in blocks]:
-            fully_shard(module)
-        fully_shard(network)
+        names = getattr(network, "_no_split_modules", None) or ()
+        blocks = [module for module in network.modules() if type(module).__name__ in names]
+        for block in blocks:
+            fully_shard(block)
+        fully_shard(network)  # last: it takes what no block has taken
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """One all-reduce a parameter; FSDP2 has reduced its shards in the backward pass already."""
@@ -153,7 +154,8 @@ def put_back(found: Mapping[str, Tensor], places: Mapping[str, Tensor], what: st
 
     Raises DataError when names or shapes are those of another network.
     """
-    if found.keys() != places.keys() or any(found[name].shape != place.shape for name, place in places.items()):
+    same_names = found.keys() == places.keys()
+    if not same_names or any(found[name].shape != place.shape for name, place in places.items()):
         raise DataError(f"the checkpoint's {what} belongs to another network: train again without --resume")
     for name, place in places.items():
         place.copy_(like(found[name], place))

@@ -93,11 +93,11 @@ def gate_all(
     """
     if not settings.each:
         return gate(settings.form, total(r_teacher_RB, parts), total(r_student_RB, parts), tau, value)
-    gates = [
-        part.weight * gate(settings.form, r_teacher_B / part.spread, r_student_B / part.spread, tau, value)
-        for part, r_teacher_B, r_student_B in zip(parts, r_teacher_RB, r_student_RB, strict=True)
-    ]
-    return torch.stack(gates).sum(0) / sum(part.weight for part in parts)
+    weighted = []
+    for part, r_teacher_B, r_student_B in zip(parts, r_teacher_RB, r_student_RB, strict=True):
+        own = gate(settings.form, r_teacher_B / part.spread, r_student_B / part.spread, tau, value)
+        weighted.append(part.weight * own)
+    return torch.stack(weighted).sum(0) / sum(part.weight for part in parts)
 
 
 def spread(scores: Sequence[float]) -> float:

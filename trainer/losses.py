@@ -21,8 +21,11 @@ def _state(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[flo
 
 def _velocity(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
     """Average velocity of each step, (x_k - x_k-1) / (sigma_k - sigma_k-1) (docs/design.md, equation 7)."""
-    pairs = zip(states, states[1:], sigmas, sigmas[1:], strict=False)
-    return torch.stack([(after - before) / (s_after - s_before) for before, after, s_before, s_after in pairs])
+    velocities = []
+    for k in range(1, len(states)):
+        moved = states[k] - states[k - 1]
+        velocities.append(moved / (sigmas[k] - sigmas[k - 1]))
+    return torch.stack(velocities)
 
 
 def _x0(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:

@@ -24,12 +24,16 @@ def columns(horizons: int, rewards: Sequence[str] = ("",)) -> list[str]:
     `teacher_age`: steps since the followed trajectories were made; `teacher_beaten`: share of samples with R_S >= R_T.
     """
     per_horizon = [f"loss_shape_k{k}" for k in range(1, horizons + 1)]
+    per_reward = []
+    if len(rewards) > 1:
+        for name in rewards:
+            per_reward += [f"student_{name}", f"teacher_{name}"]
     return [
         *("step", "nfe", "reward_student", "reward_teacher", "gap", "gate_mean", "gate_std"),
         *("loss_total", "loss_reward", "loss_shape", *per_horizon),
         *("grad_reward", "grad_shape", "grad_total", "lr", "seconds", "position"),
         *("alpha", "bad", "teacher_age", "teacher_beaten"),
-        *(f"{who}_{name}" for name in rewards for who in ("student", "teacher") if len(rewards) > 1),
+        *per_reward,
     ]
 
 
@@ -64,7 +68,9 @@ class CsvLog:
 
 
 def _cell(value: float | int | str | None) -> str:
-    return value if isinstance(value, str) else "" if value is None else repr(value)
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else repr(value)
 
 
 def _text(rows: Sequence[Sequence[str]]) -> str:

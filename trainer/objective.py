@@ -1,31 +1,24 @@
-"""What one micro-batch costs: both losses, the gate between them, and what is written about them.
+"""What a step is asked for: the objective of a run, and what a method answers for one micro-batch.
 
-B samples, R rewards that train, N student steps, T latent tokens, C channels.
+B samples, R rewards that train, K values a sample of what is logged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rats.pipeline.protocols import Reward, Student
-from rats.pipeline.rewards.base import is_differentiable
 from rats.schemas.errors import DataError
-from rats.schemas.horizons import rows_of
 from rats.schemas.train_params import TrainParams
-from rats.trainer.augment import Draws, augment
-from rats.trainer.black_box import estimated
 from rats.trainer.data import Batch
 from rats.trainer.distributed import Ranks
-from rats.trainer.gate import Part, gate_all, spread, total
-from rats.trainer.losses import compared, reward_loss, shape_loss
-from rats.trainer.randomness import generator
-from rats.trainer.sampling import Trajectory, rounded, sample
-from rats.trainer.scoring import Scored, score
+from rats.trainer.gate import Part
+from rats.trainer.sampling import Bridge, Trajectory, sample
 
 
 @dataclass(frozen=True)
@@ -40,6 +33,12 @@ class Settings:
     parts: tuple[Part, ...] = (Part(),)
     """Weight and unit of each reward that trains."""
 
+    def moment(self, step: int) -> Moment:
+        """A step, counted from 0, before its batch is cut into micro-batches."""
+        train = self.train
+        nfe = train.nfe[step % len(train.nfe)]
+        return Moment(step, nfe, split=step % train.log_gradients_every == 0)
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -48,128 +47,102 @@ class Moment:
     step: int
     nfe: int
     first: int = 0
+    """Place of the micro-batch's first sample in the global batch."""
+    split: bool = False
+    """Whether the gradients of both terms are logged apart, which takes a backward pass for each."""
 
 
 @dataclass(frozen=True)
 class Losses:
-    """One micro-batch, before any mean is taken. Where `good_B` is false a reward gave no score: nothing counts."""
+    """What a method makes of one micro-batch: a value a sample, before any mean is taken.
+
+    The step minimises the sum of `reward_B + weight * shape_B` over the good samples, as a share of the global batch.
+    """
 
     reward_B: Tensor
-    shape_NB: Tensor
+    """The term that climbs a reward. Its gradient stops at `bridge`, the shaping term's does not."""
+    shape_B: Tensor
+    """The term that follows the teacher, gate included, before its weight."""
+    weight: float
+    """Of the shaping term at this moment: alpha."""
     gate_B: Tensor
-    r_student_RB: Tensor
-    r_teacher_RB: Tensor
+    """How much of the shaping loss each sample feels; ones in a method without a gate."""
     good_B: Tensor
+    """False where a reward gave no score: nothing of that sample counts."""
+    logged: Mapping[str, Tensor]
+    """More columns of metrics.csv, (B,) or (K, B): the mean over good samples under its name, of K values also each
+    one's under name_k1, name_k2, ..."""
+    bridge: Bridge | None = None
 
     def gathered(self, ranks: Ranks) -> Losses:
         """Those of all ranks, in the global order."""
-        values = {f.name: getattr(self, f.name).detach() for f in fields(self)}
         # the batch is every tensor's last axis, and gathering is along the first
-        return Losses(**{name: ranks.gather(value.movedim(-1, 0)).movedim(0, -1) for name, value in values.items()})
+        return self._with({name: ranks.gather(x.movedim(-1, 0)).movedim(0, -1) for name, x in self._tensors().items()})
 
     @staticmethod
     def joined(parts: Sequence[Losses]) -> Losses:
-        """Micro-batches side by side, without gradient."""
-        return Losses(**{f.name: torch.cat([getattr(p, f.name).detach() for p in parts], -1) for f in fields(Losses)})
+        """Micro-batches of one step side by side, without gradient."""
+        tensors = [part._tensors() for part in parts]
+        return parts[0]._with({name: torch.cat([found[name] for found in tensors], -1) for name in tensors[0]})
+
+    def of_good(self) -> Losses:
+        """The good samples alone."""
+        return self._with({name: value[..., self.good_B] for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        own = {name: getattr(self, name) for name in _PER_SAMPLE}
+        return {name: value.detach() for name, value in {**own, **self.logged}.items()}
+
+    def _with(self, tensors: Mapping[str, Tensor]) -> Losses:
+        own: dict[str, Any] = {name: tensors[name] for name in _PER_SAMPLE}
+        return replace(self, **own, logged={name: tensors[name] for name in self.logged}, bridge=None)
 
 
-def evaluate(
-    student: Student,
-    rewards: Sequence[Reward],
-    batch: Batch,
-    trajectory: Trajectory,
-    sigmas: Sequence[float],
-    settings: Settings,
-    moment: Moment,
-) -> Losses:
-    """Both losses and the gate of one micro-batch: one decoding; with augmentation, two scorings by each reward."""
-    train, final_BTC = settings.train, rounded(trajectory.final)
-    climbed = [train.reward_weight > 0 and is_differentiable(reward) for reward in rewards]
-    with torch.set_grad_enabled(any(climbed)):
-        images_B3HW = student.decode(final_BTC)
-        if any(climbed):
-            draws = Draws(generator(train.seed, moment.step), moment.first, train.batch)
-            seen_B3HW = augment(images_B3HW, draws, train.augment)
-    seen, bare = [], []
-    for reward, own in zip(rewards, climbed, strict=True):
-        if own:
-            seen.append(score(reward, seen_B3HW, batch.prompts))
-        # R_S is scored as R_T was: the bare picture
-        bare.append(seen[-1] if own and not train.augment else scored_bare(reward, images_B3HW, batch.prompts))
-        if not own:
-            estimate = train.reward_weight > 0
-            seen.append(
-                _estimated(student, reward, bare[-1], final_BTC, batch, train, moment) if estimate else bare[-1]
-            )
-    return _losses(seen, bare, batch, shape(batch, trajectory, sigmas, settings), settings)
+_PER_SAMPLE = ("reward_B", "shape_B", "gate_B", "good_B")
 
 
-@torch.no_grad()
-def scored_bare(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> Scored:
-    """Scored as R_T was: the picture as it is, without gradient."""
-    return score(reward, images_B3HW.detach(), prompts)
+@dataclass(frozen=True)
+class Objective:
+    """What a training run is for: a student, the rewards that it climbs, by which method; `ranks` share the work."""
+
+    student: Student
+    rewards: Sequence[Reward]
+    settings: Settings
+    ranks: Ranks
+    method: Method
+
+    def sample(self, batch: Batch, nfe: int) -> Trajectory:
+        """The student's path from the batch's noise in `nfe` steps, in the ranks' precision, with gradient."""
+        sigmas = self.student.stock_sigmas(nfe)
+        with self.ranks.autocast():
+            return sample(self.student, batch.noise, sigmas, batch.conditioning, self.settings.train.last_k)
 
 
-def _estimated(
-    student: Student,
-    reward: Reward,
-    center: Scored,
-    final_BTC: Tensor,
-    batch: Batch,
-    train: TrainParams,
-    moment: Moment,
-) -> Scored:
-    """What a reward without a gradient is climbed by; each sample's randomness is its own, whatever the cut."""
-    randoms = [generator(train.seed, moment.step, "black box", moment.first + i) for i in range(len(batch.keys))]
-    ask = partial(score, reward)
-    return estimated(student.decode, ask, center, final_BTC, batch.prompts, train.black_box, randoms)
+Method = Callable[[Objective, Batch, Moment], Losses]
+"""A few-step method: see `trainer.methods`."""
 
 
-def _losses(
-    seen: Sequence[Scored], bare: Sequence[Scored], batch: Batch, shape_NB: Tensor, settings: Settings
-) -> Losses:
-    train, parts = settings.train, settings.parts
-    r_student_RB = torch.stack([scored.scores_B.detach() for scored in bare])
-    answers = [scored.good_B for scored in (*seen, *bare)] + ([] if batch.good_B is None else [batch.good_B])
-    scores_B = total(torch.stack([scored.scores_B for scored in seen]), parts)
-    return Losses(
-        reward_B=reward_loss(scores_B, train.reward_weight, train.margin),
-        shape_NB=shape_NB,
-        gate_B=gate_all(train.gate, batch.r_teacher_RB, r_student_RB, parts, settings.tau, settings.gate_value),
-        r_student_RB=r_student_RB,
-        r_teacher_RB=batch.r_teacher_RB,
-        good_B=torch.stack(answers).all(0),
-    )
-
-
-def shape(batch: Batch, trajectory: Trajectory, sigmas: Sequence[float], settings: Settings) -> Tensor:
-    """Shaping loss (N, B) of the student's path against the stored one, row by exact sigma."""
-    rows, space = rows_of(settings.horizons, sigmas), settings.train.shape.space
-    student = compared(space, trajectory.states, trajectory.x0s, sigmas)
-    teacher = compared(space, [*batch.x_HBTC[rows]], [*batch.x0_HBTC[rows[:-1]]], sigmas)
-    return shape_loss(student, teacher, settings.train.shape.l2, settings.train.shape.cos)
-
-
-def terms(losses: Losses, train: TrainParams, alpha: float) -> tuple[Tensor, Tensor]:
+def terms(losses: Losses, train: TrainParams) -> tuple[Tensor, Tensor]:
     """The two scalars whose sum is the loss: sums over the good samples, as shares of the whole global batch.
 
     docs/design.md, equation 14.
     """
     good = losses.good_B
-    shaped = alpha * ((losses.gate_B * losses.shape_NB.mean(0))[good].sum() / train.batch)
-    return losses.reward_B[good].sum() / train.batch, shaped if alpha > 0 else shaped.detach()
+    climbed = losses.reward_B[good].sum() / train.batch
+    shaped = losses.weight * (losses.shape_B[good].sum() / train.batch)
+    return climbed, shaped if losses.weight > 0 else shaped.detach()
 
 
-def check(losses: Losses, keys: Sequence[str], step: int) -> None:
+def check(losses: Losses, batch: Batch, step: int) -> None:
     """Raise DataError naming step, term and samples when something of ours is NaN or infinite, before it is used.
 
     A reward's bad scores are none of ours: their samples are left out.
     """
-    named = {"the teacher's score": losses.r_teacher_RB.sum(0), "the shaping loss": losses.shape_NB.sum(0)}
+    named = {"the teacher's score": batch.r_teacher_RB.sum(0), "the shaping loss": losses.shape_B}
     for term, value_B in named.items():
         bad_B = ~torch.isfinite(value_B.detach())
         if bad_B.any():
-            raise refusal(step, term, [key for key, bad in zip(keys, bad_B.tolist(), strict=True) if bad])
+            raise refusal(step, term, [key for key, bad in zip(batch.keys, bad_B.tolist(), strict=True) if bad])
 
 
 def refusal(step: int, term: str, keys: Sequence[str]) -> DataError:
@@ -179,46 +152,24 @@ def refusal(step: int, term: str, keys: Sequence[str]) -> DataError:
     return DataError(f"step {step}: {term} is not finite for {shown}; {way_out}")
 
 
-def gap_spread(student: Student, rewards: Sequence[Reward], batch: Batch, settings: Settings, ranks: Ranks) -> float:
-    """Standard deviation of R_T - R_S over a batch sampled at each of the student's NFE: `gate.tau: gap`."""
-    gaps = []
-    for nfe in settings.train.grid:
-        with torch.no_grad(), ranks.autocast():
-            trajectory = sample(student, batch.noise, student.stock_sigmas(nfe), batch.conditioning)
-        with torch.no_grad():
-            images_B3HW = student.decode(rounded(trajectory.final))
-        scored = [scored_bare(reward, images_B3HW, batch.prompts) for reward in rewards]
-        good_B = torch.stack([one.good_B for one in scored]).all(0)
-        r_student_B = total(torch.stack([one.scores_B for one in scored]), settings.parts)
-        gaps.append((total(batch.r_teacher_RB, settings.parts) - r_student_B)[good_B])
-    return spread([gap for found in ranks.gather_objects(torch.cat(gaps).tolist()) for gap in found])
-
-
 Value = float | int | None
 
 
-def row_of(losses: Losses, norms: Mapping[str, float], settings: Settings, alpha: float) -> dict[str, Value]:
+def row_of(losses: Losses, norms: Mapping[str, float]) -> dict[str, Value]:
     """The step's means over the good samples of the whole batch, for `metrics.csv`; empty where there is none."""
-    good, parts = losses.good_B, settings.parts
-    row: dict[str, Value] = {"alpha": alpha, "bad": int((~good).sum())}
+    row: dict[str, Value] = {"alpha": losses.weight, "bad": int((~losses.good_B).sum())}
     row |= {f"grad_{term}": norms.get(term) for term in ("reward", "shape", "total")}
-    if not good.any():
+    if not losses.good_B.any():
         return row
-    r_student_RB, r_teacher_RB = losses.r_student_RB[:, good], losses.r_teacher_RB[:, good]
-    r_student, r_teacher = total(r_student_RB, parts), total(r_teacher_RB, parts)
-    gate_B, reward_B, shape_NB = losses.gate_B[good], losses.reward_B[good], losses.shape_NB[:, good]
+    good = losses.of_good()
     row |= {
-        "reward_student": float(r_student.mean()),
-        "reward_teacher": float(r_teacher.mean()),
-        "gap": float((r_teacher - r_student).mean()),
-        "gate_mean": float(gate_B.mean()),
-        "gate_std": float(gate_B.std(correction=0)),
-        "loss_total": float(reward_B.mean() + alpha * (gate_B * shape_NB.mean(0)).mean()),
-        "loss_reward": float(reward_B.mean()),
-        "loss_shape": float(shape_NB.mean()),
-        "teacher_beaten": float((r_student >= r_teacher).float().mean()),
+        "gate_mean": float(good.gate_B.mean()),
+        "gate_std": float(good.gate_B.std(correction=0)),
+        "loss_total": float(good.reward_B.mean() + good.weight * good.shape_B.mean()),
+        "loss_reward": float(good.reward_B.mean()),
     }
-    if len(parts) > 1:
-        row |= {f"student_{part.name}": float(r.mean()) for part, r in zip(parts, r_student_RB, strict=True)}
-        row |= {f"teacher_{part.name}": float(r.mean()) for part, r in zip(parts, r_teacher_RB, strict=True)}
-    return row | {f"loss_shape_k{k}": float(loss) for k, loss in enumerate(shape_NB.mean(1), 1)}
+    for name, value in good.logged.items():
+        row[name] = float(value.mean())
+        if value.ndim == 2:
+            row |= {f"{name}_k{k}": float(mean) for k, mean in enumerate(value.mean(1), 1)}
+    return row

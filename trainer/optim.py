@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,28 @@ from rats.trainer.sampling import Bridge
 NonFinite = Callable[[str], Exception]
 
 
-def rate(lr: float, warmup: int, step: int) -> float:
-    """Learning rate of a step (from 0): linear over the first `warmup` steps, then constant."""
-    return lr * min(1.0, (step + 1) / warmup) if warmup else lr
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate of each step: linear over the first `warmup` steps, then constant.
+
+    It sees its own fields and the step, nothing else. Each is a field of `params.train` that is in the settings' hash,
+    as a test holds: a rate that hung on `train.steps`, which is not, would change when a run is made longer, and the
+    run that goes on would not be told. A schedule that needs a length gets a field for it.
+    """
+
+    lr: float
+    warmup: int
+
+    @classmethod
+    def of(cls, settings: TrainParams) -> Schedule:
+        """Each field by its name."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
+
+    def at(self, step: int) -> float:
+        """The rate of a step, counted from 0."""
+        if step >= self.warmup:
+            return self.lr
+        return self.lr * ((step + 1) / self.warmup)
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
@@ -33,6 +53,7 @@ class Learner:
         """Trains all of `network`'s parameters that ask for a gradient; `ranks` may shard them in place."""
         self.network = network
         self.settings = settings
+        self.schedule = Schedule.of(settings)
         self.ranks = ranks or Ranks()
         self.ranks.shard(network)
         self.named = {name: p for name, p in network.named_parameters() if p.requires_grad}
@@ -47,21 +68,27 @@ class Learner:
         One backward pass for the sum, or, with `split`, one for each term, whose norms `update` then tells apart;
         a reward that reaches only the last steps (`bridge`) always needs its own pass.
         """
-        factor = self.ranks.world if self.ranks.is_sharded else 1  # FSDP takes the mean over ranks, we want the sum
-        terms = [loss * factor if factor > 1 else loss for loss in (loss_reward, loss_shape) if loss.requires_grad]
+        if self.ranks.is_sharded:  # FSDP takes the mean over the ranks, the loss is a sum
+            loss_reward = loss_reward * self.ranks.world
+            loss_shape = loss_shape * self.ranks.world
         if bridge is None and not split:
-            return torch.autograd.backward(terms) if terms else None
+            terms = [loss for loss in (loss_reward, loss_shape) if loss.requires_grad]
+            if terms:
+                torch.autograd.backward(terms)
+            return
         with self._reward_slot(), (bridge or Bridge()).closed():
             if loss_reward.requires_grad:
-                terms.pop(0).backward(retain_graph=loss_shape.requires_grad)
-        for shaped in terms:
-            shaped.backward()
+                # both terms share the student's path: the second pass needs the graph again
+                loss_reward.backward(retain_graph=loss_shape.requires_grad)
+        if loss_shape.requires_grad:
+            loss_shape.backward()
 
     @contextmanager
     def _reward_slot(self) -> Iterator[None]:
         """Gradients made inside the block are added up apart from those made outside."""
         outside = [p.grad for p in self.parameters]
-        for p, grad in zip(self.parameters, self._reward_gradient or [None] * len(outside), strict=True):
+        inside = self._reward_gradient or [None] * len(outside)
+        for p, grad in zip(self.parameters, inside, strict=True):
             p.grad = grad
         yield
         self._reward_gradient = [p.grad for p in self.parameters]
@@ -82,29 +109,32 @@ class Learner:
         """
         norms = self._join(split)
         for term, value in norms.items():
-            if not value < float("inf"):
+            if not value < float("inf"):  # NaN is not below anything
                 raise refuse(f"the gradient ({term})")
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, torch.tensor(norms["total"]))
+        total_norm = torch.tensor(norms["total"])
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, total_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.settings.lr, self.settings.warmup, step)
+            group["lr"] = self.schedule.at(step)
         self.optimizer.step()
         self._follow()
         return norms
 
     def _join(self, split: bool) -> dict[str, float]:
         """Both terms' gradients as one, summed over the ranks; their norms."""
-        norms = {"reward": 0.0} if split else {}
         if self._reward_gradient:
             with self._reward_slot():
                 self.ranks.sum_gradients(self.parameters)
         self.ranks.sum_gradients(self.parameters)
-        apart = [grad for grad in self._reward_gradient if grad is not None]
+        norms = {}
         if split:
-            norms = {"reward": norm(apart), "shape": norm(self._gradient())}
+            norms["reward"] = norm([grad for grad in self._reward_gradient if grad is not None])
+            norms["shape"] = norm(self._gradient())
+        # no reward gradient lies apart where one backward pass made both
         for p, grad in zip(self.parameters, self._reward_gradient, strict=False):
             if grad is not None:
                 p.grad = grad if p.grad is None else p.grad.add_(grad)
-        return {**norms, "total": norm(self._gradient())}
+        norms["total"] = norm(self._gradient())
+        return norms
 
     def _gradient(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
@@ -112,7 +142,8 @@ class Learner:
     @torch.no_grad()
     def _follow(self) -> None:
         if self.ema:
-            torch._foreach_lerp_(list(self.ema.values()), [*self.parameters], 1.0 - self.settings.ema)
+            share_of_now = 1.0 - self.settings.ema
+            torch._foreach_lerp_(list(self.ema.values()), [*self.parameters], share_of_now)
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -136,17 +167,27 @@ class Learner:
 
     def size(self) -> int:
         """Bytes of a checkpoint: weights, two moments and, if there is one, the moving average."""
-        return sum(p.numel() * p.element_size() for p in self.parameters) * (4 if self.ema else 3)
+        copies = 4 if self.ema else 3
+        return copies * sum(p.numel() * p.element_size() for p in self.parameters)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """All that a bit-exact resume needs, by file name: `network`, `optimizer` and, if there is one, `ema`.
 
         On the CPU and whole; where they are sharded, all ranks must ask at once.
         """
-        slots = self.optimizer.state_dict()["state"]
-        moments = {f"{n}.{k}": whole(t) for i, n in enumerate(self.named) for k, t in slots.get(i, {}).items()}
-        files = {"network": whole_by_name(self._kept()), "optimizer": moments}
-        return {**files, "ema": whole_by_name(self.ema)} if self.ema else files
+        files = {"network": whole_by_name(self._kept()), "optimizer": self._moments()}
+        if self.ema:
+            files["ema"] = whole_by_name(self.ema)
+        return files
+
+    def _moments(self) -> dict[str, Tensor]:
+        """The optimizer's state by the parameters' names, in place of their numbers."""
+        slots_by_number = self.optimizer.state_dict()["state"]
+        moments = {}
+        for number, name in enumerate(self.named):
+            for slot, tensor in slots_by_number.get(number, {}).items():
+                moments[f"{name}.{slot}"] = whole(tensor)
+        return moments
 
     def weights(self) -> dict[str, Tensor]:
         """What the run leaves, whole, on the CPU: the moving average where one is kept. All ranks must ask at once."""
@@ -159,12 +200,13 @@ class Learner:
         self._restore_moments(files["optimizer"])
 
     def _restore_moments(self, moments: dict[str, Tensor]) -> None:
-        slots: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(self.named))}
-        index = {name: i for i, name in enumerate(self.named)}
+        numbers = {name: number for number, name in enumerate(self.named)}
+        state: dict[int, dict[str, Tensor]] = {}
         for key, tensor in moments.items():
             name, _, slot = key.rpartition(".")
-            if name not in index:
+            if name not in numbers:
                 raise DataError(f"the checkpoint's optimizer has a state for {name!r}, which is not trained")
-            slots[index[name]][slot] = like(tensor, self.named[name]) if tensor.ndim else tensor
-        state = {i: slot for i, slot in slots.items() if slot}
+            # moments lie as their parameter does; a step counter is a scalar, whole on every rank
+            placed = like(tensor, self.named[name]) if tensor.ndim else tensor
+            state.setdefault(numbers[name], {})[slot] = placed
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

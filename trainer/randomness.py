@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rats.schemas.errors import DataError
+from rats.schemas.errors import DataError, reason
 
 
 def generator(seed: int, step: int, purpose: str = "augment", index: int = 0) -> torch.Generator:
@@ -51,8 +51,9 @@ def restore(states: Mapping[str, Tensor]) -> None:
     try:
         _put(states)
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(f"the checkpoint's generators are damaged ({reason}): start over without --resume") from error
+        raise DataError(
+            f"the checkpoint's generators are damaged ({reason(error)}): start over without --resume"
+        ) from error
 
 
 def _put(states: Mapping[str, Tensor]) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 
 from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.train_params import TrainParams
 from rats.trainer import randomness
-from rats.trainer.checkpoint import RNG, Checkpoints, Identity, Saved, State
+from rats.trainer.checkpoint import RNG, Checkpoints, Identity, Saved, State, read
 from rats.trainer.data import Batch
 from rats.trainer.distributed import Ranks
-from rats.trainer.metrics import CsvLog, Row
+from rats.trainer.metrics import CsvLog, Row, columns
+from rats.trainer.objective import Objective
 from rats.trainer.optim import Learner
 
 log = logging.getLogger(__name__)
@@ -29,7 +33,7 @@ QUICK = 2 * 2**30
 
 
 class Live(Protocol):
-    """A teacher that moves: one that runs in the loop, or the average that the next generation is rolled from."""
+    """What moves beside the student: a teacher that runs in the loop, or the average that rolls the next generation."""
 
     in_loop: bool
     """Whether each batch's trajectories are made anew."""
@@ -39,7 +43,7 @@ class Live(Protocol):
         ...
 
     def follow(self, learner: Learner) -> None:
-        """One step of the moving average, after an update."""
+        """One step of its own, after each update of the student."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -53,25 +57,53 @@ class Live(Protocol):
 
 @dataclass
 class Run:
-    """What `train` moves forward. `observers` are called after each step, on every rank, before a checkpoint is saved.
+    """What `train` moves forward. Its attributes are for reading: the methods below change them.
 
-    `student_step`: of which step the student is left that an observer has chosen; None: of the last.
-    `teacher_born`: the step at which the followed trajectories were made.
+    `student_step`: the step that the student is left of, where that is not the last one.
     """
 
     learner: Learner
     checkpoints: Checkpoints
-    logs: dict[str, CsvLog]
     identity: Identity
     snapshot: int
     state: State = field(default_factory=State)
-    ranks: Ranks = field(default_factory=Ranks)
-    observers: list[Callable[[Run, Row], None]] = field(default_factory=list)
-    stopping: Callable[[], bool] = lambda: False
     live: Live | None = None
+    logs: dict[str, CsvLog] = field(default_factory=dict)
+    """By file name; on the main rank only."""
     student_step: int | None = None
-    teacher_born: int = 0
+    stopping: Callable[[], bool] = lambda: False
+    observers: list[Observer] = field(default_factory=list)
     recent: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    """Bad and all samples of each of the last steps."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that train together."""
+        return self.learner.ranks
+
+    @property
+    def teacher_age(self) -> int:
+        """Steps since the followed trajectories were made."""
+        is_new = self.live is not None and self.live.in_loop
+        return 0 if is_new else self.state.step - self.state.generation
+
+    def open_log(self, log: CsvLog) -> None:
+        """Every checkpoint from here on has a copy of this file."""
+        self.logs[log.path.name] = log
+
+    def stop_when(self, stopping: Callable[[], bool]) -> None:
+        """Stop in the middle of the step in which `stopping` turns true."""
+        self.stopping = stopping
+
+    @contextmanager
+    def observed(self, *observers: Observer) -> Iterator[None]:
+        """Call `observers` after each step in this block, in order, on every rank, before a checkpoint is saved."""
+        before = self.observers
+        self.observers = [*before, *observers]
+        try:
+            yield
+        finally:
+            self.observers = before
 
     def advance(self, row: dict[str, float | int | None], gates: list[float], bad: int, position: int) -> None:
         """Write the step's row, count the step as done, let the observers see it."""
@@ -82,18 +114,27 @@ class Run:
         for observer in self.observers:
             observer(self, row)
 
-    @property
-    def teacher_age(self) -> int:
-        """Steps since the followed trajectories were made."""
-        return 0 if self.live is not None and self.live.in_loop else self.state.step - self.teacher_born
+    def follow_generation(self, step: int) -> None:
+        """Read the shards that were made at `step`, from their first sample on."""
+        self.state = replace(self.state, generation=step, position=0)
+
+    def keep_tau(self, tau: float) -> None:
+        """What was measured at the start, for a run that goes on."""
+        self.state = replace(self.state, tau=tau)
 
     def finish(self, reason: str) -> None:
         """End the run after this step, as if it were the last."""
         self.state = replace(self.state, finished=reason)
 
+    def go_back_to(self, step: int) -> None:
+        """Leave the student of this step's checkpoint, not of the last step."""
+        self.learner.restore(read(self.checkpoints.path(step)).tensors())
+        self.student_step = step
+
     def check_rewards(self, max_bad: float, last: bool) -> None:
         """Raise DataError when too many of the last ten steps' samples (at the end, of what there is) had no score."""
-        bad, asked = (sum(counts) for counts in zip(*self.recent, strict=True)) if self.recent else (0, 0)
+        bad = sum(count for count, _ in self.recent)
+        asked = sum(count for _, count in self.recent)
         if (last or len(self.recent) == WINDOW) and bad > max_bad * asked:
             raise DataError(
                 f"the reward gave no score for {bad} of the last {asked} samples, more than train.max_bad = {max_bad}: "
@@ -104,12 +145,11 @@ class Run:
         """Half the micro-batch, for good, after `error`; any other error than an exhausted memory is raised again."""
         if not (should_reduce_batch_size(error) or isinstance(error, MemoryError)):
             raise error
-        hint = "set train.gradient_checkpointing, train.lora or a smaller resolution"
-        if size == 1 or self.ranks.world > 1:
-            raise ConfigError(
-                f"a micro-batch of {size} does not fit in memory: "
-                + (hint if size == 1 else f"set train.micro_batch: {size // 2}")
-            ) from error
+        if size == 1 or self.ranks.world > 1:  # several ranks would have to shrink together
+            hint = f"set train.micro_batch: {size // 2}"
+            if size == 1:
+                hint = "set train.gradient_checkpointing, train.lora or a smaller resolution"
+            raise ConfigError(f"a micro-batch of {size} does not fit in memory: {hint}") from error
         self.learner.forget()
         clear_device_cache(garbage_collection=True)
         self.state = replace(self.state, micro_batch=size // 2)
@@ -143,3 +183,46 @@ class Run:
         name = RNG.format(rank=self.ranks.rank)
         if name in files or self.ranks.rank == 0:  # a rank that the saved run did not have keeps its own seed
             randomness.restore(files.get(name, {}))
+
+
+Observer = Callable[[Run, Row], None]
+
+
+def checkpoints_in(out: Path, settings: TrainParams) -> Checkpoints:
+    """The checkpoints of the run in `out`, whether or not there are any."""
+    return Checkpoints(out / "checkpoints", settings.checkpoints_total_limit)
+
+
+def nobody(learner: Learner) -> None:
+    """Nothing moves beside the student: it follows the stored teacher."""
+
+
+def open_run(
+    objective: Objective,
+    out: Path,
+    identity: Identity,
+    snapshot: int,
+    saved: Saved | None = None,
+    state: State | None = None,
+    follower: Callable[[Learner], Live | None] = nobody,
+) -> Run:
+    """A run of `objective` in the folder `out`; what an earlier run has left beyond its step is removed.
+
+    All ranks must call. `saved`: the checkpoint that it goes on from; without one it starts at `state` (None: at its
+    first step). `follower` makes what moves beside the student.
+
+    Raises DataError when the checkpoint is of another network or lacks something.
+    """
+    train, ranks = objective.settings.train, objective.ranks
+    learner = Learner(objective.student.network, train, ranks)
+    checkpoints = checkpoints_in(out, train)
+    run = Run(learner, checkpoints, identity, snapshot, state or State(), follower(learner))
+    if saved:
+        run.restore(saved)
+        log.info("going on from %s", saved.path)
+    ranks.wait()  # nobody reads any more what is removed now
+    if ranks.is_main:
+        header = columns(max(train.nfe), [part.name for part in objective.settings.parts])
+        run.open_log(CsvLog(out / METRICS, header, saved.log(METRICS) if saved else None))
+        checkpoints.keep_until(run.state.step)
+    return run

@@ -48,11 +48,13 @@ class _Cross(torch.autograd.Function):
 class Trajectory:
     """A student's path: N + 1 states (the noise first) and the N clean latents predicted before each step.
 
-    `bridge` lies before the last k steps; None when the reward's gradient takes all of them.
+    `sigmas`: the N + 1 of the states. `bridge` lies before the last k steps; None when the reward's gradient takes all
+    of them.
     """
 
     states: list[Tensor]
     x0s: list[Tensor]
+    sigmas: Sequence[float]
     bridge: Bridge | None = field(default=None)
 
     @property
@@ -76,9 +78,10 @@ def sample(
     pass is the same, with a bridge before those steps that is closed for the reward's backward pass.
     """
     steps = len(sigmas) - 1
-    cut = steps - min(last_k or steps, steps)
+    cut = steps - min(last_k or steps, steps)  # steps that the reward does not reach
     bridge = Bridge() if cut else None
-    x, states, x0s = noise_BTC, [noise_BTC], []
+    x = noise_BTC
+    states, x0s = [x], []
     for k in range(steps):
         if bridge and k == cut:
             x = _Cross.apply(x, bridge)
@@ -86,7 +89,7 @@ def sample(
         x0s.append(solver.x0_hat(x, v, sigmas[k]))
         x = solver.step(x, v, sigmas[k], sigmas[k + 1])
         states.append(x)
-    return Trajectory(states, x0s, bridge)
+    return Trajectory(states, x0s, sigmas, bridge)
 
 
 def rounded(x_BTC: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from rats.pipeline.protocols import Reward
-from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask, one_line
+from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask
+from rats.schemas.errors import one_line
 
 log = logging.getLogger(__name__)
 

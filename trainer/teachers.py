@@ -74,7 +74,8 @@ class LiveTeacher(Average):
         """`teacher.network` holds the learner's parameters by name; `grids`: the snapped sigmas, and the kept ones."""
         network = dict(teacher.network.named_parameters())
         self.weights = {name: network[name] for name in learner.named}
-        self.decay, self.teacher, self.ranks = decay, teacher, learner.ranks
+        self.decay = decay
+        self.teacher, self.ranks = teacher, learner.ranks
         self.decode, self.rewards = decode, rewards
         self.sigmas, horizons = grids
         self.rows = rows_of(self.sigmas, horizons)
@@ -88,8 +89,9 @@ class LiveTeacher(Average):
         x0_HBTC = as_stored(torch.stack([x0s[row] for row in self.rows[:-1]]))
         images_B3HW = self.decode(x_HBTC[-1].float())
         scored = [score(reward, images_B3HW, batch.prompts) for reward in self.rewards]
-        r_teacher_RB, good_RB = (torch.stack([getattr(s, name) for s in scored]) for name in ("scores_B", "good_B"))
-        return replace(batch, x_HBTC=x_HBTC, x0_HBTC=x0_HBTC, r_teacher_RB=r_teacher_RB, good_B=good_RB.all(0))
+        r_teacher_RB = torch.stack([one.scores_B for one in scored])
+        good_B = torch.stack([one.good_B for one in scored]).all(0)
+        return replace(batch, x_HBTC=x_HBTC, x0_HBTC=x0_HBTC, r_teacher_RB=r_teacher_RB, good_B=good_B)
 
     def _velocity(self, batch: Batch) -> Callable[[Tensor, float], Tensor]:
         return lambda x, sigma: self.teacher.guided_velocity(x, sigma, batch.conditioning)

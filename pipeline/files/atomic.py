@@ -1,7 +1,7 @@
 """Files and folders that are there whole or not at all: temporary name, fsync, rename.
 
 A final name never holds a part of a file; what a killed process left under a temporary name is removed
-when the same file is written next. In a remote place one upload is what the rename is here (`places`).
+when the same file is written next. In a remote place one upload is what the rename is here (`remote`).
 """
 
 from __future__ import annotations
@@ -9,47 +9,29 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rats.pipeline.files import places
-from rats.pipeline.files.places import Place
+from rats.pipeline.files.leftovers import is_abandoned, own_prefix, temporary_name
 from rats.schemas.errors import CannotCreateError, RatsError, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EROFS, errno.EISDIR, errno.EEXIST)
 
 
-def atomic_write(path: Place, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes) -> None:
     """Write a whole file.
 
     Raises:
         StorageError: the disk is full or fails; what was at `path` is still there.
         CannotCreateError: the folder cannot be written.
     """
-    if not isinstance(path, Path):
-        places.write(path, data)
-        return
     with storage_errors(path, len(data)), atomic_path(path) as temporary:
         temporary.write_bytes(data)
-
-
-def create(path: Place, data: bytes) -> bool:
-    """As `atomic_write`, unless something is there already; says whether it wrote.
-
-    A remote store decides between two at once; on a local one the caller holds a lock.
-    """
-    if not isinstance(path, Path):
-        return places.create(path, data)
-    if path.exists():
-        return False
-    atomic_write(path, data)
-    return True
 
 
 @contextmanager
@@ -66,12 +48,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def temporary_path(path: Place) -> Iterator[Path]:
-    """A local name to write under, beside `path` if that is local; removed at the end unless `put` has moved it."""
-    if not isinstance(path, Path):
-        with tempfile.TemporaryDirectory(prefix="rats-") as folder:
-            yield Path(folder) / path.name
-        return
+def temporary_path(path: Path) -> Iterator[Path]:
+    """A name to write under, beside `path`; removed at the end unless `put` has moved it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -80,11 +58,8 @@ def temporary_path(path: Place) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def put(temporary: Path, path: Place) -> None:
+def put(temporary: Path, path: Path) -> None:
     """Make a written temporary file the one at `path`, on the disk when this returns."""
-    if not isinstance(path, Path):
-        places.upload(temporary, path)
-        return
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -154,7 +129,7 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def storage_errors(path: Place, size: int | None = None) -> Iterator[None]:
+def storage_errors(path: object, size: int | None = None) -> Iterator[None]:
     """Turn the operating system's errors while writing `path` (`size` bytes) into ours."""
     try:
         yield
@@ -163,11 +138,11 @@ def storage_errors(path: Place, size: int | None = None) -> Iterator[None]:
     except Exception as error:
         number = _errno(error)
         if number in _FULL:
-            raise StorageError(f"disk full writing {path}; {_free(size)}, run the same command again") from error
+            raise StorageError(f"disk full writing {path}", f"{_free(size)}, run the same command again") from error
         if number in _CANNOT:
-            raise CannotCreateError(f"cannot create {path}: {os.strerror(number)}; choose another folder") from error
+            raise CannotCreateError(f"cannot create {path}: {os.strerror(number)}", "choose another folder") from error
         if isinstance(error, OSError):
-            raise StorageError(f"cannot write {path}: {error}; run the same command again") from error
+            raise StorageError(f"cannot write {path}: {error}", "run the same command again") from error
         raise
 
 
@@ -185,27 +160,11 @@ def _free(size: int | None) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    """A hidden name in the same folder that says who writes it; dead writers' leftovers go first."""
-    mine = f".{path.name}.{socket.gethostname()}-"
-    for stale in path.parent.glob(f"{_escape(mine)}*.tmp"):
-        owner = stale.name[len(mine) :].split("-")[0]
-        if owner.isdigit() and not _alive(int(owner)):
+    """A temporary name in the same folder; leftovers of the same file go first, if their writers are dead."""
+    for stale in path.parent.glob(f"{escape(own_prefix(path.name))}*.tmp"):
+        if is_abandoned(stale.name):
             remove(stale)
-    return path.parent / f"{mine}{os.getpid()}-{os.urandom(4).hex()}.tmp"
-
-
-def _escape(text: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+    return path.parent / temporary_name(path.name)
 
 
 @contextmanager

@@ -1,163 +1,148 @@
 """Where a store lies: a local folder, or any fsspec location ("s3://bucket/store", "gs://...", "memory://...").
 
-An object store has no rename, no links and no locks. What stands in for them: an object appears whole when its one
-upload ends, so nothing has to be renamed; the document that vouches for it comes after it, so a killed writer leaves
-nothing that is believed; and a name that must be taken once is created with the store's own condition "only if there
-is none" (`create`), where a local store uses a lock.
+`Place` is what the rest of the program knows of it. Code that is local by its nature (runs, checkpoints, models,
+reports) uses pathlib.
 """
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
-from upath import UPath
 from upath.registry import available_implementations
 
-from rats.schemas.errors import CannotCreateError, ConfigError, DataError, RatsError, StorageError
+from rats.pipeline.files.local import LocalPlace
+from rats.pipeline.files.remote import RemotePlace
+from rats.schemas.errors import ConfigError
 
-Place = Path | UPath
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-
-REQUESTS = 32
-"""Remote requests at once: each waits tens of milliseconds and costs nothing."""
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 """The extra of this package that brings a protocol's file system."""
 
 
-def open_place(text: str | Path | UPath) -> Place:
+class Place(Protocol):
+    """A file or folder of a store; `LocalPlace` and `RemotePlace` say how.
+
+    Attributes:
+        has_locks: Whether `lock` keeps others out. Where it does not, `create` decides between two at once.
+    """
+
+    has_locks: bool
+
+    # as of pathlib
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def stem(self) -> str: ...
+    @property
+    def suffix(self) -> str: ...
+    @property
+    def parent(self) -> Self: ...
+    def __truediv__(self, name: str, /) -> Self: ...
+    def absolute(self) -> Self: ...
+    def exists(self) -> bool: ...
+    def is_dir(self) -> bool: ...
+    def iterdir(self) -> Iterator[Self]: ...
+    def glob(self, pattern: str) -> Iterator[Self]: ...
+    def stat(self) -> Any: ...
+
+    # our own
+
+    @property
+    def local(self) -> Path | None:
+        """The place as the operating system knows it; None of a remote one."""
+
+    def open_plain(self) -> Any:
+        """An unbuffered binary reader of a plain file.
+
+        Raises:
+            DataError: it is missing, a link or a device.
+            StorageError: the store cannot be reached.
+        """
+
+    def read(self) -> bytes:
+        """All bytes of a plain file; raises as `open_plain`."""
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """The bytes from `start` to before `end`, fewer where the file ends earlier; raises as `open_plain`."""
+
+    def cached(self, name: str, read: Callable[[], bytes], is_whole: Callable[[bytes], bool]) -> bytes:
+        """What `read` gives; of a remote place kept under `name` in the local cache if `is_whole`, and found there."""
+
+    def sizes(self) -> dict[str, int]:
+        """Size by name of the files directly in a folder; empty when there is none."""
+
+    def refuse_links(self) -> None:
+        """DataError when a folder of the set that lies here is a link."""
+
+    def write(self, data: bytes) -> None:
+        """Write a whole file, or leave what is there.
+
+        Raises:
+            StorageError: the disk is full or fails, or the store cannot be reached.
+            CannotCreateError: a missing right, or something in the way.
+        """
+
+    def create(self, data: bytes) -> bool:
+        """As `write`, unless something is there already; says whether it wrote."""
+
+    def temporary(self) -> AbstractContextManager[LocalPlace]:
+        """A local name to write a large file under, removed at the end; errors of the body are those of `write`."""
+
+    def put(self, temporary: Path) -> None:
+        """Make the file written under `temporary` the one at this place."""
+
+    def lock(self, seconds: float) -> AbstractContextManager[bool]:
+        """Whether the lock of this name was got within `seconds`."""
+
+    def concurrently(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """`function` of every item, in order: many at once where each is a request to a remote place."""
+
+    def free(self) -> int | None:
+        """Bytes that can still be written here; None where that cannot be known."""
+
+    def copy_to(self, target: Path) -> None:
+        """Make a local file with this content, its folder made where needed."""
+
+    def is_copied_to(self, target: Path) -> bool:
+        """Whether `target` is what `copy_to` makes."""
+
+
+def open_place(text: str | Path | Place) -> Place:
     """The place that `text` names: a URL with "://", else a local path.
 
     Raises:
         ConfigError: a protocol that fsspec does not know, or whose package is not installed.
     """
-    if isinstance(text, Path | UPath) or "://" not in text:
-        return text if isinstance(text, UPath) else Path(text)
+    if isinstance(text, Path):
+        return LocalPlace(text)
+    if not isinstance(text, str):
+        return text
+    if "://" not in text:
+        return LocalPlace(text)
     protocol, _, rest = text.partition("://")
-    if protocol in ("file", "local"):
-        return Path(rest)
+    return LocalPlace(rest) if protocol in ("file", "local") else _open_remote(text, protocol)
+
+
+def _open_remote(url: str, protocol: str) -> RemotePlace:
     if protocol not in available_implementations():
-        raise ConfigError(f"{text}: unknown protocol {protocol!r}; use a folder, s3://, gs:// or another of fsspec's")
+        raise ConfigError(f"{url}: unknown protocol {protocol!r}", "use a folder, s3://, gs:// or another of fsspec's")
     try:
         # a cached listing would hide what other workers have written
-        place = UPath(text, use_listings_cache=False)
+        place = RemotePlace(url, use_listings_cache=False)
         place.fs  # noqa: B018  (imports the file system)
         return place
     except ImportError as error:
         extra = f"'rats[{EXTRAS[protocol]}]'" if protocol in EXTRAS else "its fsspec package"
-        raise ConfigError(f"{text} needs {extra}: pip install {extra} ({error})") from None
-
-
-def is_remote(place: Place) -> bool:
-    """Whether the place is not on a local file system."""
-    return not isinstance(place, Path)
-
-
-def absolute(place: Place) -> Place:
-    """The place as a worker in another folder finds it."""
-    return place.absolute() if isinstance(place, Path) else place
-
-
-def concurrently(place: Place, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """`function` of every item, in order: many at once where each is a request to a remote `place`."""
-    if not is_remote(place):
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(REQUESTS) as pool:
-        return list(pool.map(function, items))
-
-
-def read(place: UPath, remedy: str, start: int | None = None, end: int | None = None) -> bytes:
-    """An object's bytes, or those from `start` to before `end`.
-
-    Raises:
-        DataError: there is no such object; `remedy` ends the text.
-        StorageError: the store cannot be reached.
-    """
-    with reading(place, remedy):
-        return place.fs.cat_file(place.path, start=start, end=end)
-
-
-def write(place: UPath, data: bytes) -> None:
-    """One upload: the object is there whole, or as it was before."""
-    with writing(place):
-        place.fs.pipe_file(place.path, data)
-
-
-def upload(file: Path, place: UPath) -> None:
-    """As `write`, of a local file."""
-    with writing(place):
-        place.fs.put_file(str(file), place.path)
-        if (size := place.fs.size(place.path)) != file.stat().st_size:
-            raise StorageError(f"{place} has {size} of {file.stat().st_size} bytes; run the same command again")
-
-
-def create(place: UPath, data: bytes) -> bool:
-    """Write an object unless there is one; says whether it did. Of several at once, exactly one does."""
-    with writing(place):
-        try:
-            place.fs.pipe_file(place.path, data, mode="create")
-        except FileExistsError:
-            return False
-        return True
-
-
-@contextmanager
-def reading(place: UPath, remedy: str) -> Iterator[None]:
-    """Turns a remote file system's errors, of a dozen libraries, into ours."""
-    try:
-        yield
-    except RatsError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{place} is missing; {remedy}") from None
-    except Exception as error:
-        raise StorageError(f"cannot read {place}: {_reason(error)}; run the same command again") from error
-
-
-@contextmanager
-def writing(place: UPath) -> Iterator[None]:
-    """As `reading`, for writes."""
-    try:
-        yield
-    except RatsError:
-        raise
-    except Exception as error:
-        denied = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EACCES
-        if denied or isinstance(error, FileNotFoundError):
-            raise CannotCreateError(
-                f"cannot create {place}: {_reason(error)}; check the bucket and your rights"
-            ) from error
-        raise StorageError(f"cannot write {place}: {_reason(error)}; run the same command again") from error
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConfigError(f"{url} needs {extra}: pip install {extra} ({error})") from None
 
 
 def matching(folder: Place, pattern: str) -> list[Place]:
     """What matches below a folder, by name; nothing when there is none."""
     found: list[Place] = list(folder.glob(pattern))
     return sorted(found, key=str)
-
-
-def download(place: UPath, file: Path, remedy: str) -> None:
-    """An object as a local file."""
-    with reading(place, remedy):
-        place.fs.get_file(place.path, str(file))
-
-
-def sizes(folder: Place) -> dict[str, int]:
-    """Size by name of the files directly in a folder; empty when there is none. One request."""
-    if isinstance(folder, Path):
-        return {path.name: path.lstat().st_size for path in folder.iterdir()} if folder.is_dir() else {}
-    try:
-        entries: list[Any] = folder.fs.ls(folder.path, detail=True)
-    except FileNotFoundError:
-        return {}
-    return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}

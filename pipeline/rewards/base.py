@@ -38,11 +38,6 @@ def is_differentiable(reward: Reward) -> bool:
     return bool(getattr(reward, "differentiable", True))
 
 
-def one_line(error: Exception) -> str:
-    """An error as a table's cell or a log's line may hold it: its kind and at most 300 characters."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 class CheckpointReward:
     """A reward that is read from one file of weights and the small files beside it."""
 

@@ -15,7 +15,7 @@ from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, as_pil, resize
 from rats.pipeline.weights.hashes import SMALL_FILES, read_json
 from rats.pipeline.weights.hub import resolve
 from rats.pipeline.weights.loading import load_state, quiet_loading, read_state, torch_device
-from rats.schemas.errors import ConfigError
+from rats.schemas.errors import ConfigError, reason
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
@@ -65,8 +65,7 @@ def open_tokenizer(cls: Any, folder: Path, source: HubCommit) -> Any:
     try:
         return cls.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"no {cls.__name__} can be read from {folder} ({reason}): fetch it again") from error
+        raise ConfigError(f"no {cls.__name__} can be read from {folder} ({reason(error)}): fetch it again") from error
 
 
 def vocabulary(folder: Path, source: HubCommit) -> Path:

@@ -24,7 +24,7 @@ from rats.pipeline.rewards.base import CheckpointReward
 from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, resize_normalise
 from rats.pipeline.weights.hashes import adapter_fingerprint
 from rats.pipeline.weights.loading import load_state, quiet_imports, read_state, torch_device
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, reason
 
 INSTALL = "pip install 'rats[rewards]', in an environment of its own (docs/rewards.md)"
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
@@ -53,8 +53,7 @@ def _importing(package: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"the package {package!r} cannot be used here ({reason}): {INSTALL}") from error
+        raise ConfigError(f"the package {package!r} cannot be used here ({reason(error)}): {INSTALL}") from error
 
 
 def own_pixels(images_B3HW: Tensor, preprocess: Callable[[Image.Image], Tensor], ours_B3SS: Tensor) -> Tensor:

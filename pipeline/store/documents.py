@@ -8,24 +8,22 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from rats.pipeline.files import places
-from rats.pipeline.files.atomic import atomic_write, create
 from rats.pipeline.files.places import Place
-from rats.pipeline.files.reading import hash_bytes, read_regular
+from rats.pipeline.files.reading import hash_bytes
 from rats.schemas.canonical import canonical_json
-from rats.schemas.errors import DataError, brief
+from rats.schemas.errors import DataError, brief, reason
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
 def write_sealed(path: Place, document: BaseModel) -> None:
     """Write a document atomically, with its seal."""
-    atomic_write(path, _sealed(document))
+    path.write(_sealed(document))
 
 
 def create_sealed(path: Place, document: BaseModel) -> bool:
-    """As `write_sealed`, unless there is one already; says whether it wrote (`atomic.create`)."""
-    return create(path, _sealed(document))
+    """As `write_sealed`, unless there is one already; says whether it wrote (`Place.create`)."""
+    return path.create(_sealed(document))
 
 
 def _sealed(document: BaseModel) -> bytes:
@@ -33,20 +31,20 @@ def _sealed(document: BaseModel) -> bytes:
     return canonical_json({**content, "seal": hash_bytes(canonical_json(content))})
 
 
-def read_all_sealed(paths: Sequence[Place], model: type[_Model], remedy: str) -> list[_Model]:
+def read_all_sealed(paths: Sequence[Place], model: type[_Model]) -> list[_Model]:
     """Many documents, in order; from a remote place many at once."""
     if not paths:
         return []
-    return places.concurrently(paths[0], lambda path: read_sealed(path, model, remedy), paths)
+    return paths[0].concurrently(lambda path: read_sealed(path, model), paths)
 
 
-def read_sealed(path: Place, model: type[_Model], remedy: str) -> _Model:
-    """Read a document back; `remedy` ends the error.
+def read_sealed(path: Place, model: type[_Model]) -> _Model:
+    """Read a document back.
 
     Raises:
         DataError: missing, damaged, of an unknown format, or not what its seal says.
     """
-    data = read_regular(path, remedy)
+    data = path.read()
     try:
         content = json.loads(data)
         if canonical_json(content) != data:
@@ -57,19 +55,18 @@ def read_sealed(path: Place, model: type[_Model], remedy: str) -> _Model:
             raise ValueError("its content does not match its seal")
         return model.model_validate_json(canonical_json(content))
     except (ValidationError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        reason = _reason(error)
-        raise DataError(f"{path} is damaged ({reason}); {remedy}") from None
+        raise DataError(f"{path} is damaged ({_damage(error)})") from None
 
 
 def check_version(content: Any, path: Place) -> None:
     """Refuse a later format by name, before its unknown fields do."""
     version = content.get("format_version", 1)
     if version != 1:
-        raise DataError(f"{path} has format version {brief(version)}, this rats reads 1; update rats")
+        raise DataError(f"{path} has format version {brief(version)}, this rats reads 1", "update rats")
 
 
-def _reason(error: Exception) -> str:
+def _damage(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors()[0]
         return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:200]
+    return f"no {error}" if isinstance(error, KeyError) else reason(error)

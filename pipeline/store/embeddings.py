@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
@@ -11,12 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rats.pipeline.files import cache
-from rats.pipeline.files.atomic import atomic_write
-from rats.pipeline.files.places import Place
-from rats.pipeline.files.reading import hash_bytes, read_regular
+from rats.pipeline.files.reading import hash_bytes
 from rats.pipeline.store.shard_set import ShardSet
-from rats.schemas.errors import DataError
+from rats.schemas.errors import DataError, reason, remedy
 
 _DAMAGE = (SafetensorError, ValueError, KeyError, TypeError, RecursionError)
 _REMEDY = "delete it and run `rats stage rollout`, which encodes the prompt again"
@@ -30,29 +26,23 @@ def has_embedding(shards: ShardSet, prompt_id: str) -> bool:
 def write_embedding(shards: ShardSet, prompt_id: str, tensors: dict[str, Tensor]) -> None:
     """Store one prompt's conditioning: by name, without the batch axis, in its own dtype."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(shards.embedding_path(prompt_id), save(plain, {"seal": _seal(prompt_id, plain)}))
+    shards.embedding_path(prompt_id).write(save(plain, {"seal": _seal(prompt_id, plain)}))
 
 
+@remedy(_REMEDY)
 def read_embedding(shards: ShardSet, prompt_id: str) -> dict[str, Tensor]:
-    """One prompt's conditioning, without the batch axis.
+    """One prompt's conditioning, without the batch axis; from a remote place through the local cache.
 
     Raises:
         DataError: missing, damaged, or another prompt's.
     """
     path = shards.embedding_path(prompt_id)
-    data = _bytes_of(path, prompt_id)
+    name = hash_bytes(str(path).encode())
+    data = path.cached(name, path.read, lambda found: _is_whole(found, prompt_id))
     try:
         return _parse(data, prompt_id)
     except _DAMAGE as error:
-        raise DataError(f"{path} is damaged ({str(error)[:120]}); {_REMEDY}") from None
-
-
-def _bytes_of(path: Place, prompt_id: str) -> bytes:
-    """From a remote place through the local cache."""
-    if isinstance(path, Path):
-        return read_regular(path, _REMEDY)
-    name = hash_bytes(str(path).encode())
-    return cache.shared().get(name, lambda: read_regular(path, _REMEDY), lambda data: _is_whole(data, prompt_id))
+        raise DataError(f"{path} is damaged ({reason(error)})") from None
 
 
 def _is_whole(data: bytes, prompt_id: str) -> bool:
@@ -68,14 +58,15 @@ def _parse(data: bytes, prompt_id: str) -> dict[str, Tensor]:
     return load(data)
 
 
+@remedy(_REMEDY)
 def verify_embedding(shards: ShardSet, prompt_id: str) -> int:
     """As `read_embedding`, but past any cache and without making tensors; returns how many bytes were read."""
     path = shards.embedding_path(prompt_id)
-    data = read_regular(path, _REMEDY)
+    data = path.read()
     try:
         _check_seal(data, prompt_id)
     except _DAMAGE as error:
-        raise DataError(f"{path} is damaged ({str(error)[:120]}); {_REMEDY}") from None
+        raise DataError(f"{path} is damaged ({reason(error)})") from None
     return len(data)
 
 

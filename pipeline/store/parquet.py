@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
 from rats.pipeline.files.places import Place
-from rats.pipeline.files.reading import hash_bytes, read_regular
-from rats.schemas.errors import DataError
+from rats.pipeline.files.reading import hash_bytes
+from rats.schemas.errors import DataError, reason
 from rats.schemas.manifest import IndexRow, ScoreRow
 
 _Row = TypeVar("_Row", bound=BaseModel)
@@ -48,20 +48,19 @@ def encode_rows(model: type[_Row], rows: Sequence[_Row]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def read_rows(path: Place, model: type[_Row], blake3: str, remedy: str) -> list[_Row]:
-    """Rows of the file whose hash is `blake3`; `remedy` ends the error.
+def read_rows(path: Place, model: type[_Row], blake3: str) -> list[_Row]:
+    """Rows of the file whose hash is `blake3`.
 
     Raises:
         DataError: missing, damaged, or of another schema.
     """
-    data = read_regular(path, remedy)
+    data = path.read()
     if (found := hash_bytes(data)) != blake3:
-        raise DataError(f"{path} is damaged (blake3 {found[:12]}, recorded {blake3[:12]}); {remedy}")
+        raise DataError(f"{path} is damaged (blake3 {found[:12]}, recorded {blake3[:12]})")
     try:
         return [model.model_validate(row) for row in _table(data, _SCHEMAS[model]).to_pylist()]
     except (pa.ArrowException, OSError, ValidationError, ValueError) as error:  # pyarrow's damage is an OSError
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(f"{path} is not a table of this format ({reason}); {remedy}") from None
+        raise DataError(f"{path} is not a table of this format ({reason(error)})") from None
 
 
 def _table(data: bytes, schema: Any) -> Any:

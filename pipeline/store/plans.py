@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from rats.pipeline.store.layout import shard_name, shard_number
 from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 
@@ -13,7 +14,7 @@ def distinct(wanted: Sequence[PlannedSample]) -> set[str]:
     keys: set[str] = set()
     for sample in wanted:
         if sample.key in keys:
-            raise ConfigError(f"sample {sample.key} ({sample.prompt!r}) is wanted twice; remove the repeated prompt")
+            raise ConfigError(f"sample {sample.key} ({sample.prompt!r}) is wanted twice", "remove the repeated prompt")
         keys.add(sample.key)
     return keys
 
@@ -22,9 +23,9 @@ def packed(wanted: Sequence[PlannedSample], plans: Sequence[ShardPlan], size: in
     """Plans of `size` samples for those that no plan names, numbered on from the last."""
     planned = {sample.key for plan in plans for sample in plan.samples}
     new = sorted((sample for sample in wanted if sample.key not in planned), key=lambda sample: sample.key)
-    first = 1 + max((_number(plan.shard) for plan in plans), default=-1)
+    first = 1 + max((shard_number(plan.shard) for plan in plans), default=-1)
     parts = [tuple(new[start : start + size]) for start in range(0, len(new), size)]
-    return [ShardPlan(shard=f"rollout-{first + i:06d}", samples=samples) for i, samples in enumerate(parts)]
+    return [ShardPlan(shard=shard_name(first + i), samples=samples) for i, samples in enumerate(parts)]
 
 
 def needed(plans: Sequence[ShardPlan], done: Iterable[ShardDone], keys: set[str]) -> list[ShardPlan]:
@@ -36,7 +37,3 @@ def needed(plans: Sequence[ShardPlan], done: Iterable[ShardDone], keys: set[str]
         return any(sample.key in (keys if plan.shard in rows else missing) for sample in plan.samples)
 
     return [plan for plan in plans if is_needed(plan)]
-
-
-def _number(shard: str) -> int:
-    return int(shard.rpartition("-")[2])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from rats.pipeline.files.atomic import atomic_write
-from rats.pipeline.files.places import Place, concurrently, matching
+from rats.pipeline.files.places import Place, matching
 from rats.pipeline.files.reading import hash_bytes
+from rats.pipeline.store import layout
 from rats.pipeline.store.documents import read_all_sealed, read_sealed, write_sealed
 from rats.pipeline.store.parquet import encode_rows, read_rows
 from rats.pipeline.store.shard_set import ShardSet
-from rats.schemas.errors import DataError
+from rats.schemas.errors import DataError, remedy
 from rats.schemas.manifest import RewardRecord, ScoreRow, ScoresDone
 
 REMEDY = "delete it and run `rats stage rollout`, which scores it again without the teacher"
@@ -22,19 +22,20 @@ MAX_BAD = 0.1
 def record_reward(shards: ShardSet, name: str, hashes: dict[str, str]) -> str:
     """Open a column of scores: writes `reward.json` once, returns the column's fingerprint."""
     record = RewardRecord(name=name, hashes=hashes)
-    path = _record_path(shards, record.fingerprint)
+    path = shards.path(layout.REWARD, reward=record.fingerprint)
     if not path.exists():
         write_sealed(path, record)
     return record.fingerprint
 
 
+@remedy(REMEDY)
 def reward_columns(shards: ShardSet) -> dict[str, RewardRecord]:
     """All columns, by fingerprint."""
     found = {}
-    paths = matching(shards.root / "scores", "*/reward.json")
-    for path, record in zip(paths, read_all_sealed(paths, RewardRecord, REMEDY), strict=True):
+    paths = matching(shards.root, layout.REWARD.wildcard())
+    for path, record in zip(paths, read_all_sealed(paths, RewardRecord), strict=True):
         if record.fingerprint != path.parent.name:
-            raise DataError(f"{path} is the record of {record.fingerprint[:12]}, not of its folder; {REMEDY}")
+            raise DataError(f"{path} is the record of {record.fingerprint[:12]}, not of its folder")
         found[record.fingerprint] = record
     return found
 
@@ -43,7 +44,7 @@ def reward_column(shards: ShardSet, name: str) -> tuple[str, RewardRecord]:
     """The one column of that name."""
     found = [(key, record) for key, record in reward_columns(shards).items() if record.name == name]
     if len(found) != 1:
-        raise DataError(f"{shards.root} has {len(found)} columns of scores named {name!r}; run `rats stage rollout`")
+        raise DataError(f"{shards.root} has {len(found)} columns of scores named {name!r}", "run `rats stage rollout`")
     return found[0]
 
 
@@ -51,49 +52,56 @@ def write_scores(shards: ShardSet, reward_fp: str, shard: str, rows: Sequence[Sc
     """One row for each sample of a finished shard; the table first, what vouches for it last."""
     done = shards.done(shard)
     if done is None:
-        raise DataError(f"{shard} has no samples to score yet; run `rats stage rollout`")
+        raise DataError(f"{shard} has no samples to score yet", "run `rats stage rollout`")
     if sorted(row.key for row in rows) != sorted(row.key for row in done.rows):
-        raise DataError(f"the scores for {shard} are not for its samples; {REMEDY}")
+        raise DataError(f"the scores for {shard} are not for its samples", REMEDY)
     table, vouched = _paths(shards, reward_fp, shard)
     data = encode_rows(ScoreRow, sorted(rows, key=lambda row: row.key))
-    atomic_write(table, data)
+    table.write(data)
     write_sealed(vouched, ScoresDone(shard=shard, shard_blake3=done.blake3, rows=len(rows), blake3=hash_bytes(data)))
 
 
-def scores_done(shards: ShardSet, reward_fp: str, shard: str) -> bool:
-    """Whether the shard, as it is now, has its scores."""
+@remedy(REMEDY)
+def scores_done(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str | None = None) -> bool:
+    """Whether the shard, as it is now, has its scores.
+
+    `shard_blake3`: the hash of its tar, read from the shard's document if it is not known.
+    """
     table, vouched = _paths(shards, reward_fp, shard)
-    done = shards.done(shard)
-    if done is None or not table.exists() or not vouched.exists():
+    digest = shard_blake3 or _blake3(shards, shard)
+    if digest is None or not table.exists() or not vouched.exists():
         return False
-    return read_sealed(vouched, ScoresDone, REMEDY).shard_blake3 == done.blake3
+    return read_sealed(vouched, ScoresDone).shard_blake3 == digest
 
 
-def score_rows(shards: ShardSet, reward_fp: str, shard: str) -> list[ScoreRow]:
-    """A shard's scores, the failed ones included."""
+@remedy(REMEDY)
+def score_rows(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str | None = None) -> list[ScoreRow]:
+    """A shard's scores, the failed ones included; `shard_blake3` as for `scores_done`."""
     table, vouched = _paths(shards, reward_fp, shard)
-    seal = read_sealed(vouched, ScoresDone, REMEDY)
-    done = shards.done(shard)
-    if seal.shard != shard or done is None or seal.shard_blake3 != done.blake3:
-        raise DataError(f"{table} scores another {shard}; {REMEDY}")
-    return read_rows(table, ScoreRow, seal.blake3, REMEDY)
+    seal = read_sealed(vouched, ScoresDone)
+    if (seal.shard, seal.shard_blake3) != (shard, shard_blake3 or _blake3(shards, shard)):
+        raise DataError(f"{table} scores another {shard}")
+    return read_rows(table, ScoreRow, seal.blake3)
 
 
 def read_scores(shards: ShardSet, reward_fp: str, keys: Iterable[str]) -> dict[str, float]:
     """Score by key; failed samples are left out, a key that was never scored is an error."""
     wanted = set(keys)
-    names = [path.name.partition(".")[0] for path in matching(shards.scores_folder(reward_fp), "rollout-*.done.json")]
-    parts = concurrently(shards.root, lambda name: score_rows(shards, reward_fp, name), names)
+    paths = matching(shards.root, layout.SCORES_DONE.wildcard(reward=reward_fp))
+    names = [path.name.partition(".")[0] for path in paths]
+    parts = shards.root.concurrently(lambda name: score_rows(shards, reward_fp, name), names)
     found = {row.key: row for rows in parts for row in rows if row.key in wanted}
     if missing := sorted(wanted - set(found)):
-        raise DataError(f"{len(missing)} samples have no score, {missing[0]} first; run `rats stage rollout`")
+        raise DataError(f"{len(missing)} samples have no score, {missing[0]} first", "run `rats stage rollout`")
     return {key: row.score for key, row in sorted(found.items()) if row.score is not None}
 
 
 def _paths(shards: ShardSet, reward_fp: str, shard: str) -> tuple[Place, Place]:
-    folder = shards.scores_folder(reward_fp)
-    return folder / f"{shard}.parquet", folder / f"{shard}.done.json"
+    """The table, and the document that vouches for it."""
+    parts = {"reward": reward_fp, "shard": shard}
+    return shards.path(layout.SCORES, **parts), shards.path(layout.SCORES_DONE, **parts)
 
 
-def _record_path(shards: ShardSet, reward_fp: str) -> Place:
-    return shards.scores_folder(reward_fp) / "reward.json"
+def _blake3(shards: ShardSet, shard: str) -> str | None:
+    done = shards.done(shard)
+    return done.blake3 if done else None

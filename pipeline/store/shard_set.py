@@ -1,25 +1,25 @@
 """A shard set: `<store>/<fingerprint>/`, content-addressed, only ever added to, in a folder or a remote place.
 
-Everything is found through `ShardSet`; the layout is docs/design.md#a-shard-set-on-disk.
+Everything is found through `ShardSet`; `layout` says which files there are, docs/design.md#a-shard-set-on-disk why.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from rats.pipeline.files.atomic import atomic_write, create, file_lock
-from rats.pipeline.files.places import Place, concurrently, is_remote, matching, open_place, sizes
-from rats.pipeline.files.reading import hash_bytes, read_regular, refuse_linked_folders
+from rats.pipeline.files.places import Place, matching, open_place
+from rats.pipeline.files.reading import hash_bytes
+from rats.pipeline.store import layout
 from rats.pipeline.store.documents import check_version, create_sealed, read_all_sealed, read_sealed
 from rats.pipeline.store.parquet import encode_rows, read_rows
 from rats.pipeline.store.plans import distinct, needed, packed
 from rats.schemas.canonical import canonical_json, sha256
-from rats.schemas.errors import DataError, RetryLaterError
+from rats.schemas.errors import DataError, RetryLaterError, reason, remedy
 from rats.schemas.manifest import (
     IndexRow,
     PlannedSample,
@@ -33,7 +33,6 @@ from rats.schemas.recipe import Recipe, fingerprint
 REMAKE = "delete it and run `rats stage rollout`, which makes it again"
 ROLLOUT = "run `rats stage rollout`"
 _LOCK_SECONDS = 60.0
-_NUMBER = "[0-9]" * 4
 
 
 class ShardSet:
@@ -48,15 +47,18 @@ class ShardSet:
     def __init__(self, root: Place) -> None:
         """Read the recipe; see `open`."""
         self.root = root
-        data = read_regular(self.root / "recipe.json", "name a folder that `rats stage rollout` has published")
-        refuse_linked_folders(self.root, "copy it to where the link is")
-        self.recipe = _parse_recipe(self.root / "recipe.json", data)
+        path = self.path(layout.RECIPE)
+        with remedy("name a folder that `rats stage rollout` has published"):
+            data = path.read()
+        with remedy("copy it to where the link is"):
+            self.root.refuse_links()
+        self.recipe = _parse_recipe(path, data)
         self.fingerprint = sha256(data)
         if len(self.root.name) == 64 and self.root.name != self.fingerprint:
-            raise DataError(f"{self.root} holds recipe {self.fingerprint[:12]}, not the one of its name; {REMAKE}")
+            raise DataError(f"{self.root} holds recipe {self.fingerprint[:12]}, not the one of its name", REMAKE)
 
     @classmethod
-    def open(cls, folder: Place | str) -> ShardSet:
+    def open(cls, folder: Place | Path | str) -> ShardSet:
         """Open a store's `<fingerprint>` folder or a published one; a text may be a URL.
 
         Raises:
@@ -65,40 +67,50 @@ class ShardSet:
         return cls(open_place(folder))
 
     @classmethod
-    def open_or_create(cls, store: Place | str, recipe: Recipe) -> ShardSet:
+    def open_or_create(cls, store: Place | Path | str, recipe: Recipe) -> ShardSet:
         """The set of `recipe` in `store`, made if it is new."""
         root = open_place(store) / fingerprint(recipe)
-        if not (root / "recipe.json").exists():
-            atomic_write(root / "recipe.json", canonical_json(recipe.model_dump(mode="json")))
+        if not is_set(root):
+            (root / layout.RECIPE.name()).write(canonical_json(recipe.model_dump(mode="json")))
         return cls(root)
+
+    def path(self, kind: layout.Kind, **parts: str | int) -> Place:
+        """Where the file of a kind with these parts lies."""
+        return self.root / kind.name(**parts)
 
     def shard_path(self, shard: str) -> Place:
         """The tar of a shard, there once it is whole."""
-        return self.root / "shards" / f"{shard}.tar"
+        return self.path(layout.SHARD, shard=shard)
 
     def done_path(self, shard: str) -> Place:
         """The document that says a shard is whole."""
-        return self.root / "shards" / f"{shard}.done.json"
+        return self.path(layout.DONE, shard=shard)
 
     def plan_path(self, shard: str) -> Place:
         """The document that says what a shard will hold."""
-        return self.root / "shards" / f"{shard}.plan.json"
+        return self.path(layout.PLAN, shard=shard)
 
     def embedding_path(self, prompt_id: str) -> Place:
         """Where a prompt's embeddings lie (`embeddings` reads and writes them)."""
-        return self.root / "embeddings" / f"{prompt_id}.safetensors"
+        return self.path(layout.EMBEDDING, prompt=prompt_id)
 
     def scores_folder(self, reward_fp: str) -> Place:
         """The folder of one reward's scores."""
-        return self.root / "scores" / reward_fp
+        return self.path(layout.REWARD, reward=reward_fp).parent
+
+    def encoded(self) -> set[str]:
+        """Ids of all prompts whose embeddings are there."""
+        folder = layout.EMBEDDING.folder
+        names = (layout.EMBEDDING.parts(f"{folder}/{name}") for name in (self.root / folder).sizes())
+        return {parts["prompt"] for parts in names if parts}
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
         """Exclusive among the processes of this machine; released when the holder dies. Nothing in a remote store."""
         with self._held(name, _LOCK_SECONDS) as held:
             if not held:
-                place = self.root / "locks" / f"{name}.lock"
-                raise RetryLaterError(f"{place} is held by another process; run the same command later")
+                place = self.path(layout.LOCK, lock=name)
+                raise RetryLaterError(f"{place} is held by another process", "run the same command later")
             yield
 
     def claim(self, shard: str) -> AbstractContextManager[bool]:
@@ -109,15 +121,16 @@ class ShardSet:
         return self._held(f"{shard}.claim", 0.0)
 
     def _held(self, name: str, seconds: float) -> AbstractContextManager[bool]:
-        if not isinstance(self.root, Path):
-            return nullcontext(True)
-        return file_lock(self.root / "locks" / f"{name}.lock", seconds)
+        return self.path(layout.LOCK, lock=name).lock(seconds)
 
-    def plan(self, wanted: Sequence[PlannedSample], shard_samples: int) -> list[ShardPlan]:
+    def plan(
+        self, wanted: Sequence[PlannedSample], shard_samples: int, known: Iterable[ShardDone] = ()
+    ) -> list[ShardPlan]:
         """The shards that hold `wanted`; samples that no shard was ever planned for get new ones.
 
         A plan is written before its first sample is made and never changed, so a killed or grown run finds
         every shard as it was. New shards are packed in the order of keys, not of the prompt file.
+        Of the finished shards the `known` ones are not read again.
         """
         keys = distinct(wanted)
         with self.lock("plan"):
@@ -127,13 +140,15 @@ class ShardSet:
                 # a number that another driver has just taken: look again at what is planned now
                 if all(create_sealed(self.plan_path(plan.shard), plan) for plan in new):
                     break
-        return needed([*plans, *new], self.finished(), keys)
+        return needed([*plans, *new], self.finished(known), keys)
 
     def plans(self) -> list[ShardPlan]:
         """All plans of the set, by shard."""
-        paths = matching(self.root / "shards", "rollout-*.plan.json")
-        return read_all_sealed(paths, ShardPlan, "restore it from a copy of the store")
+        paths = matching(self.root, layout.PLAN.wildcard())
+        with remedy("restore it from a copy of the store"):
+            return read_all_sealed(paths, ShardPlan)
 
+    @remedy(REMAKE)
     def done(self, shard: str) -> ShardDone | None:
         """What a finished shard holds; None when it is still to be made (or its tar was deleted).
 
@@ -143,35 +158,46 @@ class ShardSet:
         tar, path = self.shard_path(shard), self.done_path(shard)
         if not path.exists() or not tar.exists():
             return None
-        return self._checked(shard, read_sealed(path, ShardDone, REMAKE), tar.stat().st_size)
+        return self._checked(shard, read_sealed(path, ShardDone), tar.stat().st_size)
 
-    def finished(self) -> list[ShardDone]:
-        """`done` of every finished shard, by name."""
-        found = sizes(self.root / "shards")
-        names = sorted(name.removesuffix(".done.json") for name in found if name.endswith(".done.json"))
-        names = [name for name in names if f"{name}.tar" in found]
-        documents = read_all_sealed([self.done_path(name) for name in names], ShardDone, REMAKE)
-        pairs = zip(names, documents, strict=True)
-        return [self._checked(name, done, found[f"{name}.tar"]) for name, done in pairs]
+    @remedy(REMAKE)
+    def finished(self, known: Iterable[ShardDone] = ()) -> list[ShardDone]:
+        """`done` of every finished shard, by name; documents that are `known` are not read again."""
+        tars = self._finished_tars()
+        documents = {done.shard: done for done in known}
+        new = [shard for shard in tars if shard not in documents]
+        read = read_all_sealed([self.done_path(shard) for shard in new], ShardDone)
+        documents |= dict(zip(new, read, strict=True))
+        return [self._checked(shard, documents[shard], size) for shard, size in tars.items()]
+
+    def _finished_tars(self) -> dict[str, int]:
+        """Size of the tar of every shard that has its document too, by name: one listing."""
+        folder = layout.DONE.folder
+        found = {f"{folder}/{name}": size for name, size in (self.root / folder).sizes().items()}
+        shards = sorted(parts["shard"] for name in found if (parts := layout.DONE.parts_of_alike(name)))
+        tars = {shard: layout.SHARD.name(shard=shard) for shard in shards}
+        return {shard: found[tar] for shard, tar in tars.items() if tar in found}
 
     def _checked(self, shard: str, done: ShardDone, size: int) -> ShardDone:
         if {done.shard, *(row.shard for row in done.rows)} != {shard}:
-            raise DataError(f"{self.done_path(shard)} describes another shard; {REMAKE}")
+            raise DataError(f"{self.done_path(shard)} describes another shard")
         if size != done.bytes:
-            raise DataError(f"{self.shard_path(shard)} is damaged ({size} bytes, {done.bytes} recorded); {REMAKE}")
+            raise DataError(f"{self.shard_path(shard)} is damaged ({size} bytes, {done.bytes} recorded)")
         return done
 
-    def write_snapshot(self, wanted: Iterable[str]) -> Snapshot:
+    def write_snapshot(self, wanted: Iterable[str], known: Iterable[ShardDone] = ()) -> Snapshot:
         """Name the samples of these keys; the same content gives the snapshot that is already there.
+
+        Of the finished shards the `known` ones are not read again.
 
         Raises:
             DataError: a key is in no finished shard.
         """
         with self.lock("snapshot"):
-            rows, shards = self._rows_of(set(wanted))
+            rows, shards = self._rows_of(set(wanted), self.finished(known))
             name = snapshot_hash(rows)
             while True:
-                old = concurrently(self.root, self.snapshot, self.snapshots())
+                old = self.root.concurrently(self.snapshot, self.snapshots())
                 if same := [snapshot for snapshot in old if snapshot.hash == name and snapshot.shards == shards]:
                     return same[-1]
                 if new := self._new_snapshot(rows, shards, 1 + self._last_number()):
@@ -179,7 +205,7 @@ class ShardSet:
 
     def _new_snapshot(self, rows: list[IndexRow], shards: dict[str, str], number: int) -> Snapshot | None:
         """The index first, the manifest that vouches for it last; None when another driver took the number."""
-        index, data = self.root / "index" / f"{number:04d}.parquet", encode_rows(IndexRow, rows)
+        index, data = self.path(layout.INDEX, number=number), encode_rows(IndexRow, rows)
         snapshot = Snapshot(
             number=number,
             fingerprint=self.fingerprint,
@@ -189,36 +215,39 @@ class ShardSet:
             index=index.name,
             index_blake3=hash_bytes(data),
         )
-        if is_remote(index) and not create(index, data):
+        if self.root.has_locks:
+            index.write(data)  # under the lock, what lies there is of a killed writer
+        elif not index.create(data):
             return None
-        if not is_remote(index):
-            atomic_write(index, data)  # under the lock, what lies there is of a killed writer
-        return snapshot if create_sealed(self._manifest_path(number), snapshot) else None
+        return snapshot if create_sealed(self.path(layout.MANIFEST, number=number), snapshot) else None
 
     def _last_number(self) -> int:
-        """Of all snapshots, and in a remote store of all indexes: there one may be of a snapshot that is to come."""
-        indexes = matching(self.root / "index", f"{_NUMBER}.parquet") if is_remote(self.root) else ()
-        return max([*self.snapshots(), *(int(path.stem) for path in indexes)], default=0)
+        """Of all snapshots, and without locks of all indexes: there one may be of a snapshot that is to come."""
+        indexes = () if self.root.has_locks else self._numbers(layout.INDEX)
+        return max([*self.snapshots(), *indexes], default=0)
 
-    def _rows_of(self, wanted: set[str]) -> tuple[list[IndexRow], dict[str, str]]:
+    def _rows_of(self, wanted: set[str], done: Sequence[ShardDone]) -> tuple[list[IndexRow], dict[str, str]]:
         """Index rows in the order of keys, and the hashes of the shards they lie in.
 
         A sample that lies in two shards, after an import, counts in the first.
         """
-        done = self.finished()
         found: dict[str, IndexRow] = {}
         for row in (row for part in done for row in part.rows if row.key in wanted):
             found.setdefault(row.key, row)
         if missing := sorted(wanted - set(found)):
-            raise DataError(f"{len(missing)} samples are not rolled out yet, {missing[0]} first; {ROLLOUT}")
+            raise DataError(f"{len(missing)} samples are not rolled out yet, {missing[0]} first", ROLLOUT)
         rows = [found[key] for key in sorted(found)]
         used = {row.shard for row in rows}
         return rows, {part.shard: part.blake3 for part in done if part.shard in used}
 
     def snapshots(self) -> list[int]:
         """Numbers of all snapshots, rising."""
-        return sorted(int(path.stem) for path in matching(self.root / "manifests", f"{_NUMBER}.json"))
+        return self._numbers(layout.MANIFEST)
 
+    def _numbers(self, kind: layout.Kind) -> list[int]:
+        return sorted(int(path.stem) for path in matching(self.root, kind.wildcard()))
+
+    @remedy(ROLLOUT)
     def snapshot(self, number: int | None = None) -> Snapshot:
         """A snapshot by number, the newest by default.
 
@@ -227,28 +256,29 @@ class ShardSet:
         """
         numbers = self.snapshots()
         if not numbers and number is None:
-            raise DataError(f"{self.root} has no snapshot; {ROLLOUT}")
-        path = self._manifest_path(numbers[-1] if number is None else number)
-        snapshot = read_sealed(path, Snapshot, ROLLOUT)
+            raise DataError(f"{self.root} has no snapshot")
+        path = self.path(layout.MANIFEST, number=numbers[-1] if number is None else number)
+        snapshot = read_sealed(path, Snapshot)
         if snapshot.fingerprint != self.fingerprint:
-            raise DataError(
-                f"{path} is of recipe {snapshot.fingerprint[:12]}, this set is {self.fingerprint[:12]}; {ROLLOUT}"
-            )
+            raise DataError(f"{path} is of recipe {snapshot.fingerprint[:12]}, this set is {self.fingerprint[:12]}")
         return snapshot
 
+    @remedy(ROLLOUT)
     def index(self, snapshot: Snapshot) -> list[IndexRow]:
         """The snapshot's rows in the order of keys, checked against its hash."""
-        path = self.root / "index" / snapshot.index
-        rows = read_rows(path, IndexRow, snapshot.index_blake3, ROLLOUT)
+        path = self.root / layout.index_of(snapshot)
+        rows = read_rows(path, IndexRow, snapshot.index_blake3)
         keys = [row.key for row in rows]
         if keys != sorted(set(keys)) or len(rows) != snapshot.samples or snapshot_hash(rows) != snapshot.hash:
-            raise DataError(f"{path} does not hold the samples of snapshot {snapshot.number}; {ROLLOUT}")
+            raise DataError(f"{path} does not hold the samples of snapshot {snapshot.number}")
         if not {row.shard for row in rows} <= set(snapshot.shards):
-            raise DataError(f"{path} names a shard that snapshot {snapshot.number} does not know; {ROLLOUT}")
+            raise DataError(f"{path} names a shard that snapshot {snapshot.number} does not know")
         return rows
 
-    def _manifest_path(self, number: int) -> Place:
-        return self.root / "manifests" / f"{number:04d}.json"
+
+def is_set(folder: Place | Path) -> bool:
+    """Whether the folder holds a shard set."""
+    return (folder / layout.RECIPE.name()).exists()
 
 
 def _parse_recipe(path: Place, data: bytes) -> Recipe:
@@ -257,4 +287,4 @@ def _parse_recipe(path: Place, data: bytes) -> Recipe:
         check_version(content, path)
         return Recipe.model_validate_json(data)
     except (ValidationError, ValueError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is no recipe of this rats ({' '.join(str(error).split())[:160]}); {ROLLOUT}") from None
+        raise DataError(f"{path} is no recipe of this rats ({reason(error)})", ROLLOUT) from None

@@ -10,7 +10,6 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +18,12 @@ from safetensors.numpy import load, save
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from rats.pipeline.files import cache, places
-from rats.pipeline.files.atomic import put, storage_errors, temporary_path
-from rats.pipeline.files.places import Place
-from rats.pipeline.files.reading import hash_bytes, hash_file, hash_ranges, open_regular
+from rats.pipeline.files.local import LocalPlace
+from rats.pipeline.files.reading import hash_bytes, hash_file, hash_ranges
 from rats.pipeline.store.documents import write_sealed
 from rats.pipeline.store.shard_set import REMAKE, ShardSet
 from rats.schemas.canonical import canonical_json
-from rats.schemas.errors import DataError, StorageError
+from rats.schemas.errors import DataError, StorageError, reason, remedy
 from rats.schemas.manifest import IndexRow, PlannedSample, ShardDone, ShardPlan
 from rats.schemas.recipe import LATENT_DTYPE
 
@@ -49,14 +46,13 @@ def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[Sample]) ->
     """
     if done := shards.done(plan.shard):
         return done
-    path = shards.shard_path(plan.shard)
-    with storage_errors(path), temporary_path(path) as temporary:
+    with shards.shard_path(plan.shard).temporary() as temporary:
         hashes = _write_tar(temporary, shards.recipe.horizons, plan, samples)
         done = _read_back(temporary, plan, hashes)
         return _finish(shards, temporary, done)
 
 
-def _finish(shards: ShardSet, temporary: Path, done: ShardDone) -> ShardDone:
+def _finish(shards: ShardSet, temporary: LocalPlace, done: ShardDone) -> ShardDone:
     """Give the shard its name; of two writers the first wins, so that tar and document belong together.
 
     In a remote store nothing keeps two that finish in one moment apart: of one recipe they wrote the same bytes, and
@@ -65,7 +61,7 @@ def _finish(shards: ShardSet, temporary: Path, done: ShardDone) -> ShardDone:
     with shards.lock(done.shard):
         if earlier := shards.done(done.shard):
             return earlier
-        put(temporary, shards.shard_path(done.shard))
+        shards.shard_path(done.shard).put(temporary)
         write_sealed(shards.done_path(done.shard), done)
     return done
 
@@ -77,7 +73,7 @@ def _write_tar(path: Path, horizons: tuple[float, ...], plan: ShardPlan, samples
     with path.open("wb") as file, TarWriter(file, user="rats", group="rats", encoder=False, mtime=0) as tar:
         for planned, (given, arrays) in zip(plan.samples, _exactly(samples, plan), strict=True):
             if given.key != planned.key:
-                raise DataError(f"{plan.shard} expected sample {planned.key}, got {given.key}; keep the plan's order")
+                raise DataError(f"{plan.shard} expected sample {planned.key}, got {given.key}", "keep the plan's order")
             latents = save(_checked(planned.key, arrays, len(horizons)))
             tar.write({"__key__": planned.key, LATENTS: latents, "json": _describe(planned, horizons)})
             hashes.append(hash_bytes(latents))
@@ -112,12 +108,12 @@ def _checked(key: str, arrays: dict[str, np.ndarray], rows: int) -> dict[str, np
     for name, array in arrays.items():
         if array.dtype != LATENT_DTYPE or not np.isfinite(array).all():
             raise DataError(
-                f"sample {key}: {name} ({array.dtype}) must be finite {LATENT_DTYPE}; check the model's dtype"
+                f"sample {key}: {name} ({array.dtype}) must be finite {LATENT_DTYPE}", "check the model's dtype"
             )
     return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
 
-def _read_back(path: Path, plan: ShardPlan, hashes: list[str]) -> ShardDone:
+def _read_back(path: LocalPlace, plan: ShardPlan, hashes: list[str]) -> ShardDone:
     """Hash what the disk gives back and note where each sample's latents lie."""
     rows = []
     with tarfile.open(path, "r:") as tar:
@@ -127,11 +123,14 @@ def _read_back(path: Path, plan: ShardPlan, hashes: list[str]) -> ShardDone:
             offset, length = places[f"{sample.key}.{LATENTS}"]
             file.seek(offset)
             if hash_bytes(file.read(length)) != expected:
-                raise StorageError(f"{path} does not read back as written; check the disk, run the same command again")
+                raise StorageError(
+                    f"{path} does not read back as written", "check the disk, run the same command again"
+                )
             rows.append(
                 IndexRow(**sample.model_dump(), shard=plan.shard, offset=offset, length=length, blake3=expected)
             )
-    digest, size = hash_file(path, "run the same command again")
+    with remedy("run the same command again"):
+        digest, size = hash_file(path)
     return ShardDone(shard=plan.shard, bytes=size, blake3=digest, rows=tuple(rows))
 
 
@@ -140,6 +139,7 @@ def as_stored(x: Tensor) -> Tensor:
     return x.to(getattr(torch, LATENT_DTYPE))
 
 
+@remedy(REMAKE)
 def read_sample(shards: ShardSet, row: IndexRow) -> dict[str, np.ndarray]:
     """A sample's `x` (H, T, C) and `x0` (H - 1, T, C), as stored, after its hash was checked.
 
@@ -148,10 +148,11 @@ def read_sample(shards: ShardSet, row: IndexRow) -> dict[str, np.ndarray]:
     Raises:
         DataError: the shard is missing, cut or changed, or a link.
     """
-    data = _bytes_of(shards.shard_path(row.shard), row)
+    path = shards.shard_path(row.shard)
+    read = partial(path.read_range, row.offset, row.offset + row.length)
+    data = path.cached(row.blake3, read, partial(_is_whole, row))
     if not _is_whole(row, data):
-        path = shards.shard_path(row.shard)
-        raise DataError(f"{path} is damaged at sample {row.key} ({len(data)} of {row.length} bytes); {REMAKE}")
+        raise DataError(f"{path} is damaged at sample {row.key} ({len(data)} of {row.length} bytes)")
     return _parse(shards, row, data)
 
 
@@ -159,46 +160,25 @@ def _is_whole(row: IndexRow, data: bytes) -> bool:
     return len(data) == row.length and hash_bytes(data) == row.blake3
 
 
-def _bytes_of(path: Place, row: IndexRow) -> bytes:
-    if isinstance(path, Path):
-        with open_regular(path, REMAKE) as file:
-            return _pread(file, row)
-    fetch = partial(places.read, path, REMAKE, row.offset, row.offset + row.length)
-    return cache.shared().get(row.blake3, fetch, partial(_is_whole, row))
-
-
-def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> int:
-    """Read every byte of a shard once; returns how many. `expected`: the tar's blake3 by the snapshot.
+@remedy(REMAKE)
+def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> ShardDone:
+    """Read every byte of a shard once; returns its document. `expected`: the tar's blake3 by the snapshot.
 
     Raises:
         DataError: the tar is not the recorded one, or a row of its document points at something else.
     """
     done = shards.done(shard)
     if done is None:
-        raise DataError(f"{shards.shard_path(shard)} is missing; run `rats stage rollout`")
+        raise DataError(f"{shards.shard_path(shard)} is missing", "run `rats stage rollout`")
     path = shards.shard_path(shard)
     ranges = [(row.offset, row.length) for row in done.rows]
-    whole, parts = hash_ranges(path, ranges, REMAKE)
+    whole, parts = hash_ranges(path, ranges)
     if whole != done.blake3 or whole != (expected or whole):
-        raise DataError(f"{path} is damaged (blake3 {whole[:12]}, not the recorded one); {REMAKE}")
+        raise DataError(f"{path} is damaged (blake3 {whole[:12]}, not the recorded one)")
     for row, part in zip(done.rows, parts, strict=True):
         if part != row.blake3:
-            raise DataError(f"{path} is damaged at sample {row.key}; {REMAKE}")
-    return done.bytes
-
-
-def _pread(file: Any, row: IndexRow) -> bytes:
-    """The row's bytes, fewer at the end of a truncated file (never more memory than the file has)."""
-    try:
-        file.seek(0, 2)
-        length = max(0, min(row.length, file.tell() - row.offset))
-        file.seek(row.offset)
-        pieces = [file.read(length)]  # a plain file gives all at once, save beyond 2 GiB or after a signal
-        while pieces[-1] and (left := length - sum(map(len, pieces))):
-            pieces.append(file.read(left))
-    except (OSError, OverflowError) as error:
-        raise StorageError(f"cannot read {file.name}: {error}; check the disk") from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            raise DataError(f"{path} is damaged at sample {row.key}")
+    return done
 
 
 def _parse(shards: ShardSet, row: IndexRow, data: bytes) -> dict[str, np.ndarray]:
@@ -207,10 +187,9 @@ def _parse(shards: ShardSet, row: IndexRow, data: bytes) -> dict[str, np.ndarray
         arrays = load(data)
         x, x0 = arrays["x"], arrays["x0"]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise DataError(f"{row.shard}: sample {row.key} is not in this format ({reason}); {REMAKE}") from None
+        raise DataError(f"{row.shard}: sample {row.key} is not in this format ({reason(error)})") from None
     rows, kinds = len(shards.recipe.horizons), {x.dtype, x0.dtype}
     shapes = (rows, *x.shape[1:]), (rows - 1, *x.shape[1:])
     if x.ndim != 3 or (x.shape, x0.shape) != shapes or kinds != {np.dtype(LATENT_DTYPE)}:
-        raise DataError(f"{row.shard}: sample {row.key} has x {x.dtype} {x.shape}, x0 {x0.shape}; {REMAKE}")
+        raise DataError(f"{row.shard}: sample {row.key} has x {x.dtype} {x.shape}, x0 {x0.shape}")
     return {"x": x, "x0": x0}

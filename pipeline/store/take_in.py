@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from rats.pipeline.files.atomic import put, storage_errors, temporary_path
-from rats.pipeline.files.places import Place, sizes
-from rats.pipeline.files.reading import hash_file, open_regular
+from rats.pipeline.files.places import Place
+from rats.pipeline.files.reading import hash_file
+from rats.pipeline.store import layout
 from rats.pipeline.store.documents import create_sealed, write_sealed
 from rats.pipeline.store.scores import record_reward, scores_done, write_scores
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.untrusted import FETCH, Advance, Foreign
-from rats.schemas.errors import DataError, RetryLaterError
+from rats.schemas.errors import DataError, RetryLaterError, remedy
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan, Snapshot
 
 AGAIN = "run the same command again"
@@ -47,29 +47,31 @@ def take_in(foreign: Foreign, store: Place, advance: Advance = lambda count: Non
         RetryLaterError: another process is making one of the shards.
     """
     shards = ShardSet.open_or_create(store, foreign.shards.recipe)
-    missing = _missing(shards, foreign)
+    there = shards.finished()
+    missing = _missing(shards, foreign, there)
     embeddings = _take_embeddings(shards, foreign)
     names = _names(shards, missing)
     for part in foreign.parts:
         if part in missing:
             _take_shard(foreign.shards, shards, part, names[part.shard])
         advance(len(part.rows))
-    scores = _take_scores(shards, foreign)
-    snapshot = shards.write_snapshot(row.key for row in foreign.index)
+    there = shards.finished(there)
+    scores = _take_scores(shards, foreign, there)
+    snapshot = shards.write_snapshot((row.key for row in foreign.index), there)
     if snapshot.hash != foreign.snapshot.hash:
-        raise DataError(f"{shards.root} does not hold what was imported (snapshot {snapshot.number}); {AGAIN}")
+        raise DataError(f"{shards.root} does not hold what was imported (snapshot {snapshot.number})", AGAIN)
     return Taken(shards, snapshot, names, embeddings, scores)
 
 
-def _missing(shards: ShardSet, foreign: Foreign) -> list[ShardDone]:
+def _missing(shards: ShardSet, foreign: Foreign, finished: Sequence[ShardDone]) -> list[ShardDone]:
     """Shards with a sample that the store lacks."""
-    there = {row.key: row.blake3 for part in shards.finished() for row in part.rows}
+    there = {row.key: row.blake3 for part in finished for row in part.rows}
     for row in (row for part in foreign.parts for row in part.rows):
         if there.get(row.key, row.blake3) != row.blake3:
             raise DataError(
                 f"one recipe gave different bytes: sample {row.key} is {there[row.key][:12]} in {shards.root} and "
-                f"{row.blake3[:12]} in {foreign.shards.root}; they come from machines of different kinds, keep them "
-                "in two stores"
+                f"{row.blake3[:12]} in {foreign.shards.root}",
+                "they come from machines of different kinds, keep them in two stores",
             )
     return [part for part in foreign.parts if not {row.key for row in part.rows} <= set(there)]
 
@@ -78,7 +80,7 @@ def _names(shards: ShardSet, parts: Sequence[ShardDone]) -> dict[str, str]:
     """Name in the store of each shard by its own, planned as a rollout plans them."""
     with shards.lock("plan"):
         while True:
-            names, new = choose_names(parts, shards.plans(), sizes(shards.root / "shards"))
+            names, new = choose_names(parts, shards.plans(), (shards.root / layout.SHARD.folder).sizes())
             # a number that another driver of a remote store has just taken: look again
             if all(create_sealed(shards.plan_path(plan.shard), plan) for plan in new):
                 return names
@@ -101,7 +103,7 @@ def choose_names(
     taken = {plan.shard for plan in plans} | {name.partition(".")[0] for name in files}
     # names that other shards keep are not given away
     kept = {part.shard for part in parts}
-    last = max((int(name[-6:]) for name in taken | kept if name.startswith("rollout-")), default=-1)
+    last = max((layout.shard_number(name) for name in taken | kept if layout.is_shard(name)), default=-1)
     names, new = {}, []
     for part in parts:
         samples = tuple(
@@ -110,7 +112,7 @@ def choose_names(
         name = planned.get(samples) or (part.shard if part.shard not in taken else None)
         if name is None:
             last += 1
-            name = f"rollout-{last:06d}"
+            name = layout.shard_name(last)
         names[part.shard] = name
         if samples not in planned:
             new.append(ShardPlan(shard=name, samples=samples))
@@ -127,7 +129,7 @@ def _take_shard(source: ShardSet, shards: ShardSet, part: ShardDone, name: str) 
     )
     with shards.claim(name) as mine:
         if not mine:
-            raise RetryLaterError(f"{shards.shard_path(name)} is being made by another process; {AGAIN} later")
+            raise RetryLaterError(f"{shards.shard_path(name)} is being made by another process", f"{AGAIN} later")
         if shards.done(name) is None:
             _copy(source.shard_path(part.shard), shards.shard_path(name), part.blake3)
             write_sealed(shards.done_path(name), done)
@@ -141,23 +143,25 @@ def _take_embeddings(shards: ShardSet, foreign: Foreign) -> int:
         if not target.exists():
             _copy(foreign.shards.embedding_path(prompt), target, digest)
             count += 1
-        elif hash_file(target, AGAIN)[0] != digest:
+        elif _hash(target) != digest:
             raise DataError(
-                f"one recipe gave different bytes: {target} is not {foreign.shards.embedding_path(prompt)}; "
-                "keep the two in two stores"
+                f"one recipe gave different bytes: {target} is not {foreign.shards.embedding_path(prompt)}",
+                "keep the two in two stores",
             )
     return count
 
 
-def _take_scores(shards: ShardSet, foreign: Foreign) -> int:
+def _take_scores(shards: ShardSet, foreign: Foreign, finished: Sequence[ShardDone]) -> int:
     """Rows for every shard that lacks them and all of whose samples are scored; returns how many tables."""
     count = 0
     keys = {row.key for part in foreign.parts for row in part.rows}
     for column, record in foreign.records.items():
         rows = foreign.scores[column]
-        for part in shards.finished():
+        for part in finished:
             own = [row.key for row in part.rows]
-            if keys.isdisjoint(own) or not rows.keys() >= set(own) or scores_done(shards, column, part.shard):
+            if keys.isdisjoint(own) or not rows.keys() >= set(own):
+                continue
+            if scores_done(shards, column, part.shard, part.blake3):
                 continue
             record_reward(shards, record.name, record.hashes)
             write_scores(shards, column, part.shard, [rows[key] for key in own])
@@ -167,9 +171,14 @@ def _take_scores(shards: ShardSet, foreign: Foreign) -> int:
 
 def _copy(source: Place, target: Place, blake3: str) -> None:
     """A file, under its name once it reads back as what was found good."""
-    with storage_errors(target), temporary_path(target) as temporary:
-        with open_regular(source, FETCH) as file, temporary.open("wb") as copy:
+    with target.temporary() as temporary:
+        with remedy(FETCH), source.open_plain() as file, temporary.open("wb") as copy:
             shutil.copyfileobj(file, copy, 1 << 20)
-        if hash_file(temporary, AGAIN)[0] != blake3:
-            raise DataError(f"{source} was changed while it was being imported; {AGAIN}")
-        put(temporary, target)
+        if _hash(temporary) != blake3:
+            raise DataError(f"{source} was changed while it was being imported", AGAIN)
+        target.put(temporary)
+
+
+@remedy(AGAIN)
+def _hash(place: Place) -> str:
+    return hash_file(place)[0]

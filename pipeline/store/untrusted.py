@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from rats.pipeline.files.atomic import link_or_copy, storage_errors
-from rats.pipeline.files.reading import hash_file, open_regular
+from rats.pipeline.files.reading import hash_file
 from rats.pipeline.noise import noise
+from rats.pipeline.store import layout
 from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.scores import reward_columns, score_rows, scores_done
 from rats.pipeline.store.shard_set import ShardSet
@@ -33,9 +34,6 @@ from rats.schemas.recipe import fingerprint
 Advance = Callable[[int], None]
 
 FETCH = "fetch the set again; nothing was imported"
-PARTS = ("recipe.json", "shards", "index", "embeddings", "scores", "manifests")
-"""What a set consists of; anything else in its folder is not looked at."""
-
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_TEXT = 1 << 20
 _ROUNDING = 0.01
@@ -65,12 +63,12 @@ def examine(folder: Path, advance: Advance = lambda count: None) -> Foreign:
         return _examine(ShardSet.open(folder), advance)
     except (DataError, StorageError) as error:
         # what the store advises, to roll out again, is no help to somebody who has only the folder
-        raise type(error)(f"{str(error).rpartition('; ')[0] or error}; {FETCH}") from None
+        raise error.with_remedy(FETCH) from None
 
 
 def _examine(shards: ShardSet, advance: Advance) -> Foreign:
     if fingerprint(shards.recipe) != shards.fingerprint:
-        raise DataError(f"{shards.root / 'recipe.json'} is not spelled as rats spells it; {FETCH}")
+        raise DataError(f"{shards.path(layout.RECIPE)} is not spelled as rats spells it")
     snapshot = shards.snapshot()
     index = shards.index(snapshot)
     parts = []
@@ -85,15 +83,13 @@ def _examine(shards: ShardSet, advance: Advance) -> Foreign:
 
 def _part(shards: ShardSet, shard: str, digest: str) -> ShardDone:
     """A shard's document, after every byte of its tar was compared with it."""
-    verify_shard(shards, shard, digest)
-    done = shards.done(shard)
+    done = verify_shard(shards, shard, digest)
     path = shards.shard_path(shard)
-    assert done is not None  # verify_shard has read it
     if len({row.key for row in done.rows}) != len(done.rows):
-        raise DataError(f"{path} holds a sample twice; {FETCH}")
+        raise DataError(f"{path} holds a sample twice")
     for row in done.rows:
         _check_sample(shards, row)
-    with open_regular(path, FETCH) as file:
+    with path.open_plain() as file:
         _check_members(file, path, done, list(shards.recipe.horizons))
     return done
 
@@ -101,13 +97,13 @@ def _part(shards: ShardSet, shard: str, digest: str) -> ShardDone:
 def _check_sample(shards: ShardSet, row: IndexRow) -> None:
     """Its name is its prompt's and noise's, its values are finite, and it starts from the recipe's noise."""
     if row.prompt_id != prompt_id(row.prompt) or row.key != sample_key(row.prompt_id, row.noise_index):
-        raise DataError(f"{row.shard}: sample {row.key} is not named after its prompt {row.prompt!r}; {FETCH}")
+        raise DataError(f"{row.shard}: sample {row.key} is not named after its prompt {row.prompt!r}")
     arrays = read_sample(shards, row)
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise DataError(f"{row.shard}: sample {row.key} has values that are not finite; {FETCH}")
+        raise DataError(f"{row.shard}: sample {row.key} has values that are not finite")
     start = noise(shards.recipe.seed, row.prompt_id, row.noise_index, arrays["x"].shape[1:]).numpy()
     if not np.allclose(arrays["x"][0], start, rtol=0, atol=_ROUNDING):
-        raise DataError(f"{row.shard}: sample {row.key} does not start from the noise of its recipe; {FETCH}")
+        raise DataError(f"{row.shard}: sample {row.key} does not start from the noise of its recipe")
 
 
 def _check_members(file: Any, path: Any, done: ShardDone, horizons: list[float]) -> None:
@@ -122,11 +118,11 @@ def _check_members(file: Any, path: Any, done: ShardDone, horizons: list[float])
             else:
                 good = name == f"{row.key}.json" and _read_json(file, size) == described | {"sigmas": horizons}
             if not good:
-                raise DataError(f"{path}: member {name!r} is not what is recorded of sample {row.key}; {FETCH}")
+                raise DataError(f"{path}: member {name!r} is not what is recorded of sample {row.key}")
             position = start + size + -size % _BLOCK
     file.seek(position)
     if done.bytes - position > _LONGEST_TEXT or any(file.read(_LONGEST_TEXT)):
-        raise DataError(f"{path} holds more than its samples; {FETCH}")
+        raise DataError(f"{path} holds more than its samples")
 
 
 def _member(file: Any, path: Any, position: int) -> tuple[str, int, int]:
@@ -135,9 +131,9 @@ def _member(file: Any, path: Any, position: int) -> tuple[str, int, int]:
     try:
         header = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "strict")
     except (tarfile.TarError, ValueError) as error:
-        raise DataError(f"{path} is no tar of samples at byte {position} ({error}); {FETCH}") from None
+        raise DataError(f"{path} is no tar of samples at byte {position} ({error})") from None
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or header.size < 0:
-        raise DataError(f"{path}: member {header.name!r} is no plain file; {FETCH}")
+        raise DataError(f"{path}: member {header.name!r} is no plain file")
     return header.name, position + _BLOCK, header.size
 
 
@@ -153,19 +149,19 @@ def _check_index(shards: ShardSet, index: list[IndexRow], parts: list[ShardDone]
     found: dict[str, str] = {}
     for row in (row for part in parts for row in part.rows):
         if found.setdefault(row.key, row.blake3) != row.blake3:
-            raise DataError(f"{shards.root} holds sample {row.key} with two contents; {FETCH}")
+            raise DataError(f"{shards.root} holds sample {row.key} with two contents")
     rows = {row for part in parts for row in part.rows}
     if strangers := [row.key for row in index if row not in rows]:
-        raise DataError(f"the index of {shards.root} places sample {strangers[0]} where it is not; {FETCH}")
+        raise DataError(f"the index of {shards.root} places sample {strangers[0]} where it is not")
 
 
 def _scores(shards: ShardSet, column: str, parts: list[ShardDone]) -> dict[str, ScoreRow]:
     """Rows by key, of the shards that have their scores."""
     found = {}
-    for part in (part for part in parts if scores_done(shards, column, part.shard)):
-        rows = score_rows(shards, column, part.shard)
+    for part in (part for part in parts if scores_done(shards, column, part.shard, part.blake3)):
+        rows = score_rows(shards, column, part.shard, part.blake3)
         if sorted(row.key for row in rows) != sorted(row.key for row in part.rows):
-            raise DataError(f"{shards.scores_folder(column)} does not score the samples of {part.shard}; {FETCH}")
+            raise DataError(f"{shards.scores_folder(column)} does not score the samples of {part.shard}")
         found.update({row.key: row for row in rows})
     return found
 
@@ -175,7 +171,7 @@ def _embeddings(shards: ShardSet, parts: list[ShardDone]) -> dict[str, str]:
     found = {}
     for prompt in sorted({row.prompt_id for part in parts for row in part.rows}):
         read_embedding(shards, prompt)
-        found[prompt] = hash_file(shards.embedding_path(prompt), FETCH)[0]
+        found[prompt] = hash_file(shards.embedding_path(prompt))[0]
     return found
 
 
@@ -188,7 +184,7 @@ def plain_view(folder: Path) -> Iterator[Path]:
     """
     folder = folder.resolve()
     if not folder.is_dir():
-        raise DataError(f"no folder {folder}; name one that `rats shards export` wrote or the Hub's client fetched")
+        raise DataError(f"no folder {folder}", "name one that `rats shards export` wrote or the Hub's client fetched")
     files = list(_files(folder))
     if not any(path.is_symlink() for path in files):
         yield folder
@@ -202,8 +198,8 @@ def plain_view(folder: Path) -> Iterator[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files and links of the set below a folder, no link followed."""
-    for part in PARTS:
+    """Files and links of the set below a folder, no link followed; anything else in it is not looked at."""
+    for part in layout.TOPS:
         if (folder / part).is_symlink() or not (folder / part).is_dir():
             yield from [folder / part] if os.path.lexists(folder / part) else []
             continue
@@ -217,5 +213,7 @@ def _blob(folder: Path, path: Path) -> Path:
     target = path.resolve()
     allowed = (folder, folder.parents[1] / "blobs", folder.parents[2] / "blobs") if len(folder.parents) > 2 else ()
     if folder.parent.name != "snapshots" or not target.is_file() or not any(target.is_relative_to(p) for p in allowed):
-        raise DataError(f"{path} is a link to {target}, which is refused; fetch the set with `hf download --local-dir`")
+        raise DataError(
+            f"{path} is a link to {target}, which is refused", "fetch the set with `hf download --local-dir`"
+        )
     return target

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from rats.pipeline.weights.hashes import SMALL_FILES
-from rats.schemas.errors import ConfigError
+from rats.schemas.errors import ConfigError, reason
 
 _CACHED: ContextVar[bool] = ContextVar("cached", default=False)
 """Whether the hub itself is left alone."""
@@ -102,8 +102,7 @@ def _download(repository: str, revision: str | None, patterns: Sequence[str] | N
                 f"'{repository}'{revised} is no local folder and not in the hub's cache: the first command that needs "
                 f"it fetches it, or `hf download {repository}` now (a gated one after `hf auth login`)"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"no local folder '{repository}' and no such hub repository{revised} in reach ({reason}): "
+            f"no local folder '{repository}' and no such hub repository{revised} in reach ({reason(error)}): "
             "check the name, the network and `hf auth login`"
         ) from error

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rats.pipeline.weights.hashes import read_json
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.params import ComputeParams, ModelParams
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -53,7 +53,7 @@ def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeP
             module, info = cls.from_pretrained(folder, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(
-            f"{folder} does not load as {cls.__name__} ({_first_line(error)}): fetch or export it again"
+            f"{folder} does not load as {cls.__name__} ({reason(error)}): fetch or export it again"
         ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -103,7 +103,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is damaged or holds more than tensors ({_first_line(error)}): get it anew") from error
+        raise DataError(f"{path} is damaged or holds more than tensors ({reason(error)}): get it anew") from error
     inner = state.get("state_dict")
     return inner if isinstance(inner, dict) else state
 
@@ -117,12 +117,8 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     try:
         module.load_state_dict({key: state[key] for key in wanted})
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise DataError(f"{path} does not fit its configuration ({reason}): take both from one source") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        last = str(error).splitlines()[-1].strip()
+        raise DataError(f"{path} does not fit its configuration ({last}): take both from one source") from error
 
 
 def quiet_imports() -> AbstractContextManager[None]:

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rats.pipeline.weights.hashes import NETWORK
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.train_params import LoraParams
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -49,8 +49,7 @@ def add_lora(network: nn.Module, lora: LoraParams, targets: Sequence[str], seed:
     try:
         _inject(network, config, seed)
     except ValueError as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"train.lora.targets: peft cannot adapt {', '.join(wanted)} ({reason})") from None
+        raise ConfigError(f"train.lora.targets: peft cannot adapt {', '.join(wanted)} ({reason(error)})") from None
 
 
 def is_lora(folder: Path) -> bool:
@@ -79,8 +78,9 @@ def load_lora(network: nn.Module, folder: Path) -> None:
     try:
         _inject(network, LoraConfig(**about), seed=0)
     except (TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{folder / WEIGHTS} does not fit this network ({reason}): name the model of its run") from None
+        raise DataError(
+            f"{folder / WEIGHTS} does not fit this network ({reason(error)}): name the model of its run"
+        ) from None
     expected = {name: tuple(tensor.shape) for name, tensor in _layers(network).items()}
     _check_keys(folder / WEIGHTS, {name: tuple(tensor.shape) for name, tensor in state.items()}, expected)
     set_peft_model_state_dict(network, state, adapter_name=ADAPTER)
@@ -121,8 +121,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except (OSError, ValueError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{folder / WEIGHTS} is damaged ({reason}): train or export it again") from None
+        raise DataError(f"{folder / WEIGHTS} is damaged ({reason(error)}): train or export it again") from None
     if not about:
         raise DataError(f"{folder / WEIGHTS} does not say its rank, alpha and targets: use one that rats has written")
     named = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}

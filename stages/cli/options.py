@@ -147,7 +147,9 @@ def place(text: str) -> Place:
     from rats.pipeline.files.places import open_place
 
     found = open_place(text)
-    return existing(found) if isinstance(found, Path) else found
+    if found.local:
+        existing(found.local)
+    return found
 
 
 def existing(path: Path) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
+from rats.pipeline.files.local import LocalPlace
 from rats.pipeline.files.places import EXTRAS, open_place
 from rats.pipeline.prompts import Prompt, planned
 from rats.pipeline.rewards.clip import vocabulary
@@ -23,7 +24,6 @@ from rats.schemas.recipe import DECODER, make_recipe
 from rats.stages.doctor.devices import devices, driver
 from rats.stages.doctor.packages import Row, extras, plugins, row
 from rats.stages.plan.flops import conditioning_shapes
-from rats.stages.plan.plan import free_bytes
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.stages.plan.text import size
 from rats.stages.rollout.rollout import wanted_samples
@@ -77,7 +77,7 @@ def _hub() -> Iterator[Row]:
     from huggingface_hub import constants, get_token
 
     offline = ", offline by HF_HUB_OFFLINE: nothing will be fetched" if constants.HF_HUB_OFFLINE else ""
-    free = free_bytes(Path(constants.HF_HUB_CACHE) / "any")
+    free = LocalPlace(constants.HF_HUB_CACHE).free()
     yield row("hub cache", True, f"{constants.HF_HUB_CACHE}, {size(free or 0)} free{offline}", needed=False)
     login = "there is a token" if get_token() else "no token: `hf auth login`, for models behind a licence"
     yield row("hub login", bool(get_token()), login, needed=False)
@@ -151,10 +151,10 @@ def _disk(params: Params, model: Model) -> str:
     found = [_samples(params, split) for split in _splits(params)]
     needed = sum(_rollout_bytes(params, student, samples) for samples in found if samples is not None)
     all_ = "all prompts" if None not in found else "all prompts whose number is known"
-    free, said = free_bytes(place / "any"), f"rollouts of {all_} write {size(needed)}"
-    if free is None or not isinstance(place, Path):
+    free, said = place.free(), f"rollouts of {all_} write {size(needed)}"
+    if free is None or place.local is None:
         return f"{said} to {place}"
-    there = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    there = sum(file.stat().st_size for file in place.local.rglob("*") if file.is_file())
     said += f"; {size(free)} are free in {place}, which holds {size(there)}"
     if needed > free + there:
         raise ConfigError(f"{said}: free some space, or name another store.path")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rats.pipeline.families.base import EULER
 from rats.pipeline.families.open import Model
 from rats.pipeline.weights.lora import WEIGHTS
-from rats.schemas.errors import DataError
+from rats.schemas.errors import DataError, reason
 from rats.schemas.reports import Cell, EvaluateReport
 from rats.schemas.run import RunRecord
 from rats.stages.templates.render import code, render
@@ -65,8 +65,7 @@ def own_cells(record: RunRecord, evaluation: Path) -> list[Cell]:
     try:
         report = EvaluateReport.model_validate_json(evaluation.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{evaluation} is no evaluation ({reason}): run `rats stage evaluate` again") from None
+        raise DataError(f"{evaluation} is no evaluation ({reason(error)}): run `rats stage evaluate` again") from None
     if report.students.get(record.variant) != record.student:
         log.warning("%s is not of this student and stays off the card: run `rats stage evaluate`", evaluation)
         return []

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place, open_place
 from rats.pipeline.store.plans import needed, packed
-from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.pipeline.weights.loading import torch_dtype
 from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import PlannedSample
@@ -52,9 +50,9 @@ def survey(params: Params, model: Model, split: Split) -> Survey:
     wanted = wanted_samples(params, split)
     recipe = read_recipe(params, model)
     root = open_place(params.store.path) / fingerprint(recipe)
-    shards = ShardSet.open(root) if (root / "recipe.json").exists() else None
+    shards = ShardSet.open(root) if is_set(root) else None
     plans, done = (shards.plans(), shards.finished()) if shards else ([], [])
-    encoded = {path.stem for path in (root / "embeddings").glob("*.safetensors")} if shards else set()
+    encoded = shards.encoded() if shards else set()
     keys, finished = {sample.key for sample in wanted}, {part.shard for part in done}
     used = needed([*plans, *packed(wanted, plans, params.store.shard_samples)], done, keys)
     return Survey(
@@ -139,7 +137,7 @@ def plan_stage(
         bytes_to_write=_bytes(found, latents, len(params.rewards)) + work.embeddings_to_make * embedding,
         bytes_per_sample=latents,
         bytes_per_prompt=embedding,
-        bytes_free=free_bytes(found.root),
+        bytes_free=found.root.free(),
         rollout_memory=rollout_memory(params, model),
         train_memory=train_memory(params, model),
         comparison=compare(params, len(found.wanted), experiments, flops / rate, price),
@@ -186,10 +184,3 @@ def _measured(model: Model) -> float:
 
 def _usd(worker_seconds: float, price: float | None) -> float | None:
     return None if price is None else worker_seconds / 3600 * price
-
-
-def free_bytes(root: Place) -> int | None:
-    """Bytes free where the set will lie; None where that cannot be known."""
-    if not isinstance(root, Path):
-        return None
-    return shutil.disk_usage(next(folder for folder in root.absolute().parents if folder.exists())).free

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 
 from rats.pipeline.files.atomic import atomic_write
-from rats.schemas.errors import DataError
+from rats.schemas.errors import DataError, reason
 from rats.schemas.params import Params
 from rats.schemas.reports import EvaluateReport
 from rats.schemas.run import RunRecord
@@ -60,8 +60,7 @@ def read_evaluation(path: Path) -> EvaluateReport:
     try:
         return EvaluateReport.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{path} is no evaluation ({reason}): run `rats stage evaluate`") from error
+        raise DataError(f"{path} is no evaluation ({reason(error)}): run `rats stage evaluate`") from error
 
 
 def read_json(path: Path) -> Entry:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files.places import concurrently
 from rats.pipeline.rewards.open import reward_fingerprint
 from rats.pipeline.store.scores import reward_columns, score_rows
 from rats.pipeline.store.shard_set import ShardSet
@@ -113,13 +112,18 @@ def check_failed(
     failed = 0
     for name, column in columns.items():
         # of a key that lies in two shards the first one counts
-        names = sorted(snapshot.shards, reverse=True)
-        tables = concurrently(shards.root, partial(score_rows, shards, column), names)
+        tars = sorted(snapshot.shards.items(), reverse=True)
+        tables = shards.root.concurrently(partial(_scored, shards, column), tars)
         rows = {row.key: row for table in tables for row in table}
         bad = [rows[key] for key in sorted(wanted) if rows[key].status == "failed"]
         check_share(name, bad, len(wanted), max_bad)
         failed += len(bad)
     return failed
+
+
+def _scored(shards: ShardSet, column: str, tar: tuple[str, str]) -> list[ScoreRow]:
+    """The scores of a shard and the hash of its tar."""
+    return score_rows(shards, column, *tar)
 
 
 def check_share(name: str, bad: Sequence[ScoreRow], total: int, max_bad: float) -> None:

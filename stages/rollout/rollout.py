@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files import places
 from rats.pipeline.files.places import open_place
 from rats.pipeline.prompts import planned, read_prompts
 from rats.pipeline.rewards.open import pin_reward
@@ -19,7 +18,7 @@ from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import ConfigError
-from rats.schemas.manifest import PlannedSample, ShardPlan
+from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 from rats.schemas.params import Params, Split
 from rats.schemas.recipe import DECODER, Recipe, make_recipe
 from rats.schemas.reports import RolloutReport
@@ -62,18 +61,20 @@ def rollout_stage(
     wanted = wanted_samples(params, split) if samples is None else samples
     recipe = read_recipe(params, model)
     hashes = column_hashes(params, model.folder.hash_of(DECODER))
-    shards = ShardSet.open_or_create(places.absolute(open_place(params.store.path)), recipe)
+    shards = ShardSet.open_or_create(open_place(params.store.path).absolute(), recipe)
     columns = {name: record_reward(shards, name, parts) for name, parts in hashes.items()}
-    plans = shards.plan(wanted, params.store.shard_samples)
-    finished = {done.shard for done in shards.finished()}
+    done = shards.finished()
+    plans = shards.plan(wanted, params.store.shard_samples, done)
+    finished = {part.shard: part for part in done}
     reused = sum(plan.shard in finished for plan in plans)
     tasks = _missing(shards, plans, finished, columns)
     _announce(shards, plans, reused, tasks)
     made = _make(params, shards, tasks, where or Where(workers=params.store.workers))
-    snapshot = shards.write_snapshot(sample.key for sample in wanted)
+    done = shards.finished(done)
+    snapshot = shards.write_snapshot((sample.key for sample in wanted), done)
     failed = check_failed(shards, columns, snapshot, {sample.key for sample in wanted}, max_bad)
     if out is not None:
-        publish(shards, snapshot, out, list(columns.values()))
+        publish(shards, snapshot, out, list(columns.values()), done)
     return RolloutReport(
         fingerprint=shards.fingerprint,
         snapshot=snapshot.hash,
@@ -103,16 +104,17 @@ def wanted_samples(params: Params, split: Split) -> list[PlannedSample]:
 
 
 def _missing(
-    shards: ShardSet, plans: Sequence[ShardPlan], finished: Collection[str], columns: dict[str, str]
+    shards: ShardSet, plans: Sequence[ShardPlan], finished: Mapping[str, ShardDone], columns: dict[str, str]
 ) -> list[Task]:
     """A task for every shard that lacks samples, scores, or a prompt's embeddings."""
-    encoded = {path.stem for path in (shards.root / "embeddings").glob("*.safetensors")}
+    encoded = shards.encoded()
 
     def complete(plan: ShardPlan) -> bool:
-        there = plan.shard in finished and encoded.issuperset(sample.prompt_id for sample in plan.samples)
-        return there and not missing_columns(shards, plan.shard, columns)
+        if plan.shard not in finished or not encoded.issuperset(sample.prompt_id for sample in plan.samples):
+            return False
+        return not missing_columns(shards, finished[plan.shard], columns)
 
-    there = places.concurrently(shards.root, complete, plans)
+    there = shards.root.concurrently(complete, plans)
     return [Task(shard=p.shard, plan=p, columns=columns) for p, done in zip(plans, there, strict=True) if not done]
 
 

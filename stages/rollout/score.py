@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files import places
 from rats.pipeline.files.places import Place, open_place
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward, scores_done
-from rats.pipeline.store.shard_set import ShardSet
+from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.schemas.errors import ConfigError, DataError, nearest
 from rats.schemas.manifest import RewardRecord, ShardDone, Snapshot
 from rats.schemas.params import Params, Split
@@ -47,7 +46,7 @@ class Source:
     def done(self, snapshot: Snapshot) -> list[ShardDone]:
         """The snapshot's shards, which must all be there."""
         found = sorted(snapshot.shards.items())
-        return places.concurrently(self.shards.root, lambda item: _whole(self.shards, *item), found)
+        return self.shards.root.concurrently(lambda item: _whole(self.shards, *item), found)
 
 
 def score_stage(
@@ -96,7 +95,7 @@ def score_stage(
     keys = {row.key for row in source.shards.index(named)}
     failed = check_failed(source.shards, columns, named, keys, max_bad)
     if out is not None:
-        publish(source.shards, named, out, _complete(source.shards, done, hashes))
+        publish(source.shards, named, out, _complete(source.shards, done, hashes), done)
     return ScoreReport(
         fingerprint=source.shards.fingerprint,
         snapshot=named.hash,
@@ -148,7 +147,7 @@ def _open(params: Params, split: Split | None, shards: Place | str | None) -> So
     if split is not None:
         raise ConfigError(f"--split {split} and --shards {shards} name two sets: give one of them")
     params, model = absolute(params, decoder_alone=True)
-    found = ShardSet.open(places.absolute(open_place(shards)))
+    found = ShardSet.open(open_place(shards).absolute())
     folder = model.decoder_folder
     if not (folder.decoder_root / DECODER).is_dir():
         raise ConfigError(
@@ -159,8 +158,8 @@ def _open(params: Params, split: Split | None, shards: Place | str | None) -> So
 
 def _open_split(params: Params, model: Model, split: Split) -> Source:
     keys = frozenset(sample.key for sample in wanted_samples(params, split))
-    root = places.absolute(open_place(params.store.path)) / fingerprint(read_recipe(params, model))
-    if not (root / "recipe.json").exists():
+    root = open_place(params.store.path).absolute() / fingerprint(read_recipe(params, model))
+    if not is_set(root):
         raise DataError(f"{root} is not there: nothing is rolled out with these parameters; run `rats stage rollout`")
     return Source(ShardSet.open(root), params, model.folder.hash_of(DECODER), keys)
 
@@ -203,11 +202,11 @@ def _whole(shards: ShardSet, shard: str, digest: str) -> ShardDone:
 
 
 def _tasks(shards: ShardSet, done: Sequence[ShardDone], columns: dict[str, str], retry: bool) -> list[ScoreTask]:
-    names = [part.shard for part in done]
-    missing = places.concurrently(shards.root, lambda name: missing_columns(shards, name, columns, retry), names)
-    return [
-        ScoreTask(shard=name, columns=columns, retry=retry) for name, some in zip(names, missing, strict=True) if some
-    ]
+    def missing(part: ShardDone) -> dict[str, str]:
+        return missing_columns(shards, part, columns, retry)
+
+    found = zip(done, shards.root.concurrently(missing, done), strict=True)
+    return [ScoreTask(shard=part.shard, columns=columns, retry=retry) for part, some in found if some]
 
 
 def _announce(shards: ShardSet, done: Sequence[ShardDone], tasks: Sequence[ScoreTask]) -> None:
@@ -219,4 +218,4 @@ def _announce(shards: ShardSet, done: Sequence[ShardDone], tasks: Sequence[Score
 def _complete(shards: ShardSet, done: Sequence[ShardDone], hashes: dict[str, dict[str, str]]) -> list[str]:
     """Those of the columns that every shard has."""
     columns = [RewardRecord(name=name, hashes=parts).fingerprint for name, parts in hashes.items()]
-    return [column for column in columns if all(scores_done(shards, column, part.shard) for part in done)]
+    return [column for column in columns if all(scores_done(shards, column, part.shard, part.blake3) for part in done)]

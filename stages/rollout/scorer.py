@@ -19,12 +19,12 @@ from rats.pipeline.families.models import FamilyDecoder
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place
 from rats.pipeline.protocols import Decoder, Reward
-from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask, one_line
+from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.store.scores import reward_columns, score_rows, scores_done, write_scores
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, one_line
 from rats.schemas.manifest import IndexRow, ScoreRow, ShardDone
 from rats.schemas.params import Params
 from rats.stages.workers.tasks import Busy, Made, ShardTask, claimed
@@ -184,18 +184,20 @@ def do_score(scorer: Scorer, task: ScoreTask) -> Made | Busy:
         done = scorer.shards.done(task.shard)
         if done is None:
             raise DataError(f"{scorer.shards.shard_path(task.shard)} is gone; run `rats stage rollout`")
-        columns = missing_columns(scorer.shards, task.shard, task.columns, task.retry)
+        columns = missing_columns(scorer.shards, done, task.columns, task.retry)
         with threads(scorer.params.compute.threads), forwards(scorer.model.family.network_class) as count:
             scored = scorer.score(done, columns)
         return Made(len(done.rows), count(), scored)
 
 
-def missing_columns(shards: ShardSet, shard: str, columns: dict[str, str], retry: bool = False) -> dict[str, str]:
+def missing_columns(shards: ShardSet, done: ShardDone, columns: dict[str, str], retry: bool = False) -> dict[str, str]:
     """Those of the columns in which the shard has no scores yet, or failed ones that are to be tried again."""
 
     def complete(column: str) -> bool:
-        there = scores_done(shards, column, shard)
-        return there and not (retry and any(row.status == "failed" for row in score_rows(shards, column, shard)))
+        if not scores_done(shards, column, done.shard, done.blake3):
+            return False
+        rows = score_rows(shards, column, done.shard, done.blake3) if retry else []
+        return not any(row.status == "failed" for row in rows)
 
     return {name: column for name, column in columns.items() if not complete(column)}
 

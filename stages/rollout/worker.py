@@ -84,7 +84,7 @@ def do_task(context: Context, task: Task) -> Made | Busy:
             return Busy(task.shard)
         encode(context, task.plan)
         done = context.shards.done(task.shard) or roll_shard(context.teacher, context.shards, task.plan)
-        scored = context.score(done, missing_columns(context.shards, task.shard, task.columns))
+        scored = context.score(done, missing_columns(context.shards, done, task.columns))
     return Made(len(done.rows), context.teacher_forwards - before, scored)
 
 

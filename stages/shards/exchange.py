@@ -10,6 +10,7 @@ from typing import Any
 
 from rats.pipeline.files.atomic import atomic_folder
 from rats.pipeline.files.places import Place
+from rats.pipeline.store import layout
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import reward_columns, scores_done
 from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
@@ -26,12 +27,7 @@ EXPORTED = {
     "README.md",
     ".gitattributes",
     ".cache",  # where the Hub's client notes what it has uploaded
-    "recipe.json",
-    "shards",
-    "index",
-    "embeddings",
-    "scores",
-    "manifests",
+    *layout.TOPS,
 }
 """Names at the top of an export; a folder with anything else is not replaced."""
 
@@ -102,14 +98,13 @@ def _check_out(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     names = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    if not {"README.md", "recipe.json", "manifests"} <= names <= EXPORTED:
+    if not {"README.md", layout.RECIPE.name(), layout.MANIFEST.folder} <= names <= EXPORTED:
         raise CannotCreateError(f"{out} holds something else than an export; choose another folder or empty it")
 
 
 def _check_embeddings(shards: ShardSet, snapshot: Snapshot) -> None:
     prompts = {row.prompt_id for row in shards.index(snapshot)}
-    missing = [prompt for prompt in sorted(prompts) if not shards.embedding_path(prompt).exists()]
-    if missing:
+    if missing := sorted(prompts - shards.encoded()):
         raise DataError(
             f"{len(missing)} of {len(prompts)} prompts have no embedding, {missing[0][:12]} first; {ROLLOUT}"
         )
@@ -118,7 +113,7 @@ def _check_embeddings(shards: ShardSet, snapshot: Snapshot) -> None:
 def _complete_columns(shards: ShardSet, snapshot: Snapshot) -> list[str]:
     complete = []
     for column, record in reward_columns(shards).items():
-        if all(scores_done(shards, column, shard) for shard in snapshot.shards):
+        if all(scores_done(shards, column, *shard) for shard in snapshot.shards.items()):
             complete.append(column)
         else:
             log.warning("the scores of %s are not complete and stay behind; run `rats stage score`", record.name)

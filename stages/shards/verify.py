@@ -6,16 +6,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar
 
-from rats.pipeline.files.places import Place, is_remote, sizes
+from rats.pipeline.files.places import Place
+from rats.pipeline.store import layout
 from rats.pipeline.store.documents import read_sealed
 from rats.pipeline.store.embeddings import verify_embedding
 from rats.pipeline.store.parquet import read_rows
 from rats.pipeline.store.scores import REMEDY as RESCORE
 from rats.pipeline.store.shard_set import REMAKE, ROLLOUT, ShardSet
 from rats.pipeline.store.shards import verify_shard
-from rats.schemas.errors import DataError, StorageError
+from rats.schemas.errors import DataError, StorageError, remedy
 from rats.schemas.manifest import IndexRow, RewardRecord, ScoreRow, ScoresDone, ShardDone, ShardPlan, Snapshot
 from rats.stages.progress import progress
 
@@ -74,26 +76,26 @@ class Audit:
     rows: set[int] = field(default_factory=set)
     read: int = 0
 
-    @property
+    @cached_property
     def published(self) -> bool:
         """A folder of exactly one snapshot; in a store every shard has a plan."""
         named = self.shards.root.name == self.shards.fingerprint
-        return not named and not self.names("shards/", ".plan.json")
+        return not named and not self.found(layout.PLAN, "shard")
 
-    def names(self, folder: str, suffix: str) -> list[str]:
-        """Stems of the files of that kind, sorted."""
-        found = (name for name in self.files if name.startswith(folder) and name.endswith(suffix))
-        stems = (name[len(folder) : -len(suffix)] for name in found)
-        return sorted(stem for stem in stems if "/" not in stem)
+    def found(self, kind: layout.Kind, part: str, **known: str) -> list[str]:
+        """A part of the names of all files of a kind, sorted; of those alone whose other parts are `known`."""
+        names = [parts for name in self.files if (parts := kind.parts_of_alike(name)) is not None]
+        return sorted(parts[part] for parts in names if parts.items() >= known.items())
 
-    def look(self, check: Callable[[], Found], *names: str) -> Found | None:
+    def look(self, check: Callable[[], Found], *names: str, way_out: str = "") -> Found | None:
         """What `check` returns, or None when it finds damage; `names` are the files it reads."""
         try:
-            return check()
+            with remedy(way_out):
+                return check()
         except DataError as error:
             self.report(str(error))
         except StorageError as error:
-            if is_remote(self.shards.root):  # a network that is down is no damage
+            if self.shards.root.local is None:  # a network that is down is no damage
                 raise
             self.report(str(error))
         finally:
@@ -106,10 +108,10 @@ class Audit:
             log.error("%s", text)
         self.damage[text] = None
 
-    def missing(self, name: str, remedy: str) -> bool:
+    def missing(self, name: str, way_out: str) -> bool:
         """Report a file that is not there."""
         if name not in self.files:
-            self.report(f"{self.shards.root / name} is missing; {remedy}")
+            self.report(f"{self.shards.root / name} is missing; {way_out}")
         return name not in self.files
 
     def _count(self, size: int) -> None:
@@ -119,17 +121,18 @@ class Audit:
 
 
 def _verify_all(audit: Audit) -> dict[str, Any]:
-    audit.look(lambda: None, "recipe.json")  # opening the set has read it
+    audit.look(lambda: None, layout.RECIPE.name())  # opening the set has read it
     snapshots = [snapshot for number in audit.shards.snapshots() if (snapshot := _snapshot(audit, number))]
-    plans = {stem: _plan(audit, stem) for stem in audit.names("shards/", ".plan.json")}
+    plans = {shard: _plan(audit, shard) for shard in audit.found(layout.PLAN, "shard")}
     done = _shards(audit, plans, {shard for snapshot in snapshots for shard in snapshot.shards})
     indexes = [_index(audit, snapshot, done) for snapshot in snapshots]
-    columns = sorted({name.split("/")[1] for name in audit.files if name.startswith("scores/")})
+    scores = [name.split("/") for name in audit.files if name.startswith(f"{layout.REWARD.top}/")]
+    columns = sorted({column for _, column, _ in scores})
     for column in columns:
         _column(audit, column, done)
-    embeddings = audit.names("embeddings/", ".safetensors")
+    embeddings = audit.found(layout.EMBEDDING, "prompt")
     for prompt in embeddings:
-        name = f"embeddings/{prompt}.safetensors"
+        name = layout.EMBEDDING.name(prompt=prompt)
         audit.look(lambda prompt=prompt: verify_embedding(audit.shards, prompt), name)  # type: ignore[misc]
     _complete(audit, indexes)
     return {
@@ -143,7 +146,7 @@ def _verify_all(audit: Audit) -> dict[str, Any]:
 
 
 def _snapshot(audit: Audit, number: int) -> Snapshot | None:
-    name = f"manifests/{number:04d}.json"
+    name = layout.MANIFEST.name(number=number)
     snapshot = audit.look(lambda: audit.shards.snapshot(number), name)
     if snapshot and snapshot.number != number:
         audit.report(f"{audit.shards.root / name} is snapshot {snapshot.number}, not the one of its name; {RESTORE}")
@@ -151,8 +154,8 @@ def _snapshot(audit: Audit, number: int) -> Snapshot | None:
 
 
 def _plan(audit: Audit, shard: str) -> ShardPlan | None:
-    name = f"shards/{shard}.plan.json"
-    plan = audit.look(lambda: read_sealed(audit.shards.root / name, ShardPlan, RESTORE), name)
+    name = layout.PLAN.name(shard=shard)
+    plan = audit.look(lambda: read_sealed(audit.shards.root / name, ShardPlan), name, way_out=RESTORE)
     if plan and plan.shard != shard:
         audit.report(f"{audit.shards.root / name} plans {plan.shard}, not the shard of its name; {RESTORE}")
     return plan
@@ -160,7 +163,7 @@ def _plan(audit: Audit, shard: str) -> ShardPlan | None:
 
 def _shards(audit: Audit, plans: dict[str, ShardPlan | None], wanted: Iterable[str]) -> dict[str, ShardDone]:
     """Read every finished shard, and those that a snapshot names; what the whole ones hold."""
-    finished = set(audit.names("shards/", ".done.json"))
+    finished = set(audit.found(layout.DONE, "shard"))
     if to_do := len(set(plans) - finished):
         audit.unfinished.append(f"{to_do} planned shards are still to be made")
     whole = {}
@@ -173,15 +176,15 @@ def _shards(audit: Audit, plans: dict[str, ShardPlan | None], wanted: Iterable[s
 
 
 def _shard(audit: Audit, shard: str) -> ShardDone | None:
-    names = [f"shards/{shard}.tar", f"shards/{shard}.done.json"]
+    names = [kind.name(shard=shard) for kind in (layout.SHARD, layout.DONE)]
     if any([audit.missing(name, ROLLOUT) for name in names]):
         return None
-    return audit.look(lambda: (verify_shard(audit.shards, shard), audit.shards.done(shard))[1], *names)
+    return audit.look(lambda: verify_shard(audit.shards, shard), *names)
 
 
 def _check_plan(audit: Audit, done: ShardDone, plans: dict[str, ShardPlan | None]) -> None:
     """In a store a shard holds what was planned for it."""
-    name = f"shards/{done.shard}.plan.json"
+    name = layout.PLAN.name(shard=done.shard)
     if audit.published or audit.missing(name, RESTORE):
         return
     plan = plans.get(done.shard)
@@ -191,9 +194,9 @@ def _check_plan(audit: Audit, done: ShardDone, plans: dict[str, ShardPlan | None
 
 def _index(audit: Audit, snapshot: Snapshot, done: dict[str, ShardDone]) -> list[IndexRow] | None:
     """A snapshot's rows, each of which must be in the shard it names, as it is now."""
-    root, name = audit.shards.root, f"index/{snapshot.index}"
+    root, name = audit.shards.root, layout.index_of(snapshot)
     rows = audit.look(lambda: audit.shards.index(snapshot), name)
-    manifest = root / "manifests" / f"{snapshot.number:04d}.json"
+    manifest = audit.shards.path(layout.MANIFEST, number=snapshot.number)
     for shard, digest in snapshot.shards.items():
         if shard in done and done[shard].blake3 != digest:
             now = done[shard].blake3
@@ -205,37 +208,36 @@ def _index(audit: Audit, snapshot: Snapshot, done: dict[str, ShardDone]) -> list
 
 def _column(audit: Audit, column: str, done: dict[str, ShardDone]) -> None:
     """A reward's record and its scores of every shard that has some."""
-    folder = f"scores/{column}/"
-    if not audit.missing(folder + "reward.json", RESCORE):
-        _record(audit, folder + "reward.json", column)
-    scored = audit.names(folder, ".done.json")
+    record = layout.REWARD.name(reward=column)
+    if not audit.missing(record, RESCORE):
+        _record(audit, record, column)
+    scored = audit.found(layout.SCORES_DONE, "shard", reward=column)
     for shard in scored:
-        if not audit.missing(f"{folder}{shard}.parquet", RESCORE):
+        if not audit.missing(layout.SCORES.name(reward=column, shard=shard), RESCORE):
             _scores(audit, column, shard, done.get(shard))
     lacking = sorted(set(done) - set(scored))
     if audit.published:
         for shard in lacking:
-            audit.missing(f"{folder}{shard}.done.json", RESCORE)
+            audit.missing(layout.SCORES_DONE.name(reward=column, shard=shard), RESCORE)
     elif lacking:
         audit.unfinished.append(f"scores {column[:12]} lack {len(lacking)} of {len(done)} shards")
 
 
 def _record(audit: Audit, name: str, column: str) -> None:
     path = audit.shards.root / name
-    record = audit.look(lambda: read_sealed(path, RewardRecord, RESCORE), name)
+    record = audit.look(lambda: read_sealed(path, RewardRecord), name, way_out=RESCORE)
     if record and record.fingerprint != column:
         audit.report(f"{path} is the record of {record.fingerprint[:12]}, not of its folder; {RESCORE}")
 
 
 def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> None:
     """One shard's scores: the table as recorded, of the shard as it is now, a row for each of its samples."""
-    folder = audit.shards.scores_folder(column)
-    names = [f"scores/{column}/{shard}{suffix}" for suffix in (".done.json", ".parquet")]
-    seal = audit.look(lambda: read_sealed(folder / f"{shard}.done.json", ScoresDone, RESCORE), names[0])
+    vouched, scores = (kind.name(reward=column, shard=shard) for kind in (layout.SCORES_DONE, layout.SCORES))
+    seal = audit.look(lambda: read_sealed(audit.shards.root / vouched, ScoresDone), vouched, way_out=RESCORE)
     if seal is None:
         return
-    table = folder / f"{shard}.parquet"
-    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3, RESCORE), names[1])
+    table = audit.shards.root / scores
+    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3), scores, way_out=RESCORE)
     if rows is None or done is None:
         return
     same = (seal.shard, seal.shard_blake3, seal.rows) == (shard, done.blake3, len(rows))
@@ -245,21 +247,26 @@ def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> No
 
 def _complete(audit: Audit, indexes: list[list[IndexRow] | None]) -> None:
     """The newest snapshot can be trained on: it is there, and every prompt of it is encoded."""
-    if audit.published and not audit.names("manifests/", ".json"):
-        audit.report(f"{audit.shards.root / 'manifests'} is missing; {ROLLOUT}")
+    if audit.published and not audit.found(layout.MANIFEST, "number"):
+        audit.report(f"{audit.shards.root / layout.MANIFEST.folder} is missing; {ROLLOUT}")
     newest = indexes[-1] if indexes else None
     for prompt in sorted({row.prompt_id for row in newest or []}):
-        audit.missing(f"embeddings/{prompt}.safetensors", ROLLOUT)
+        audit.missing(layout.EMBEDDING.name(prompt=prompt), ROLLOUT)
 
 
 def _listing(root: Place) -> dict[str, int]:
     """Size by name of all that is read; hidden files (a writer's temporary ones) and locks are not."""
-    columns = root / "scores"
-    folders = ["", "shards", "manifests", "index", "embeddings"]
-    folders += sorted(f"scores/{path.name}" for path in columns.iterdir()) if columns.is_dir() else []
-    found = {}
-    for folder in folders:
-        for name, size in sizes(root / folder if folder else root).items():
-            if not name.startswith(".") and (folder or name == "recipe.json"):
-                found[f"{folder}/{name}".lstrip("/")] = size
+    found = {layout.RECIPE.name(): root.sizes()[layout.RECIPE.name()]}
+    for folder in _folders(root):
+        names = {f"{folder}/{name}": size for name, size in (root / folder).sizes().items() if not name.startswith(".")}
+        found.update(names)
     return found
+
+
+def _folders(root: Place) -> list[str]:
+    """Where files lie that are read; of the folders of scores those that are there."""
+    folders = {kind.folder for kind in layout.KINDS if kind not in (layout.RECIPE, layout.LOCK)}
+    columns = root / layout.REWARD.top
+    folders.remove(layout.REWARD.folder)
+    found = [f"{columns.name}/{path.name}" for path in columns.iterdir()] if columns.is_dir() else []
+    return sorted([*folders, *found])

@@ -19,12 +19,12 @@ from torch import Tensor
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder, atomic_write, link_or_copy, remove
-from rats.pipeline.files.places import open_place, sizes
+from rats.pipeline.files.places import open_place
 from rats.pipeline.protocols import Reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.weights.loading import save_component
 from rats.pipeline.weights.lora import merge_lora
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params
 from rats.schemas.run import Generation
@@ -87,7 +87,6 @@ def segments(
     while run.state.step < train.steps and run.state.finished is None:
         if run.state.step > 0 and run.state.step % every == 0:
             followed = line.renewed(run, followed)
-        run.teacher_born = run.state.generation
         until = min(train.steps, (run.state.step // every + 1) * every)
         yield replace(settings, train=train.model_copy(update={"steps": until})), followed
 
@@ -121,7 +120,7 @@ class Generations:
         self.ranks.wait()
         if not accepted:
             return followed
-        run.state = replace(run.state, generation=step, position=0)
+        run.follow_generation(step)
         return new
 
     def params_at(self, step: int) -> Params:
@@ -168,8 +167,8 @@ class Generations:
     def _link_embeddings(self, shards: ShardSet) -> None:
         """The same prompts by the same encoders: neither the work nor the space is spent twice."""
         for prompt in {sample.prompt_id for sample in self.samples}:
-            there, here = self.source.shards.embedding_path(prompt), shards.embedding_path(prompt)
-            if isinstance(there, Path) and isinstance(here, Path) and there.exists() and not here.exists():
+            there, here = self.source.shards.embedding_path(prompt).local, shards.embedding_path(prompt).local
+            if there and here and there.exists() and not here.exists():
                 link_or_copy(there, here)
 
     def _write(self, step: int, source: Source, accepted: bool) -> None:
@@ -212,7 +211,7 @@ def mean_reward(source: Source, parts: Sequence[Part]) -> float:
 
 def shard_bytes(source: Source) -> int:
     """What the set's shards take on disk, embeddings left out."""
-    return sum(sizes(source.shards.root / "shards").values())
+    return sum((source.shards.root / "shards").sizes().values())
 
 
 def describe(
@@ -248,5 +247,6 @@ def _read(path: Path) -> Generation:
     try:
         return Generation.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{path} is no record of a generation ({reason}): train again without --resume") from None
+        raise DataError(
+            f"{path} is no record of a generation ({reason(error)}): train again without --resume"
+        ) from None

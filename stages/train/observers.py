@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
@@ -16,9 +16,7 @@ from rats.stages.train.trackers import check_trackers, open_trackers
 from rats.trainer import randomness
 from rats.trainer.checkpoint import Saved
 from rats.trainer.metrics import Row
-from rats.trainer.run import Run
-
-Observer = Callable[[Run, Row], None]
+from rats.trainer.run import Observer, Run
 
 
 def check_observers(params: Params, chosen: TrainParams) -> None:
@@ -50,8 +48,8 @@ def looking_on(
         if panel is not None:
             with undisturbed():
                 panel.start(run)
-        run.observers += [quietly(observer) for observer in (panel, trackers) if observer is not None]
-        yield
+        with run.observed(*(quietly(observer) for observer in (panel, trackers) if observer is not None)):
+            yield
         if panel is not None:
             panel.leave_best(run)
 

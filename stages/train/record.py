@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from rats.pipeline.weights.hashes import hash_path
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.run import RunRecord
 
 
@@ -19,8 +19,7 @@ def read_record(run: Path) -> RunRecord:
     try:
         return RunRecord.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise DataError(f"{path} is no record of a run ({reason}): train it again") from None
+        raise DataError(f"{path} is no record of a run ({reason(error)}): train it again") from None
 
 
 def student_folder(run: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -38,15 +38,17 @@ from rats.stages.train.observers import check_observers, looking_on
 from rats.stages.train.resume import asked_for, belonging, stop_flag
 from rats.stages.train.source import Source, open_source, read_settings, settings_hash
 from rats.stages.train.witness import WatchedStream, WatchedStudent, Witness
-from rats.trainer.checkpoint import Checkpoints, Identity, Saved
+from rats.trainer.checkpoint import Identity
 from rats.trainer.data import StoredSamples, collate
 from rats.trainer.distributed import Accelerated, Ranks
 from rats.trainer.loop import train
-from rats.trainer.metrics import CsvLog, Row, columns
-from rats.trainer.objective import Settings, gap_spread
+from rats.trainer.methods import METHODS
+from rats.trainer.methods.rats import gap_spread
+from rats.trainer.metrics import Row
+from rats.trainer.objective import Objective, Settings
 from rats.trainer.optim import Learner
 from rats.trainer.randomness import seed_all
-from rats.trainer.run import METRICS, Live, Run
+from rats.trainer.run import Live, Run, checkpoints_in, open_run
 
 log = logging.getLogger(__name__)
 
@@ -69,27 +71,27 @@ def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: 
     check_observers(params, chosen)
     ranks = Accelerated(params.compute.device, autocast_dtype(params, chosen), chosen.fsdp)
     seed_all(chosen.seed + ranks.rank)
-    checkpoints = Checkpoints(out / "checkpoints", chosen.checkpoints_total_limit)
-    saved = asked_for(resume, checkpoints, chosen.steps)
+    saved = asked_for(resume, checkpoints_in(out, chosen), chosen.steps)
     model = Model.of(params)
     source = open_source(params, model, chosen, shards, saved.snapshot if saved else None)
     settings = read_settings(chosen, source)
     identity = Identity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
     saved = belonging(saved, identity, resume)
-    student = open_trainable(model, chosen, ranks)
-    witness = Witness()
+    student, rewards = open_trainable(model, chosen, ranks), open_rewards(params, chosen, ranks)
+    objective, witness = Objective(student, rewards, settings, ranks, METHODS["rats"]), Witness()
     watched = WatchedStudent(student, witness)
-    rewards = [open_reward(reward_params(params, name), str(ranks.device)) for name in chosen.reward_weights]
 
     def follower(learner: Learner) -> Live | None:
         return open_follower(model, chosen, student, learner, source, rewards, watched.decode_teachers)
 
-    run = start_run(student, settings, checkpoints, saved, identity, source.snapshot.number, out, ranks, follower)
-    settings = _with_tau(settings, student, rewards, source, run)
+    run = open_run(objective, out, identity, source.snapshot.number, saved, follower=follower)
+    _remove_results(out, ranks)
+    objective = _with_tau(objective, source, run)
+    settings = objective.settings
     by_name = dict(zip(chosen.reward_weights, rewards, strict=True))
     with looking_on(params, model, chosen, student, by_name, run, saved, out):
         for part, followed in segments(params, model, settings, source, run, out):
-            _train(watched, rewards, part, followed, run, witness)
+            _train(replace(objective, student=watched, settings=part), followed, run, witness)
     folder = save_student(run.learner, out / "student", model, chosen)
     record = _record(model, variant, settings, source, run, witness, folder, out)
     if ranks.is_main:
@@ -116,49 +118,31 @@ def open_trainable(model: Model, chosen: TrainParams, ranks: Ranks) -> FamilyStu
     return student
 
 
-def start_run(
-    student: FamilyStudent,
-    settings: Settings,
-    checkpoints: Checkpoints,
-    saved: Saved | None,
-    identity: Identity,
-    snapshot: int,
-    out: Path,
-    ranks: Ranks,
-    follower: Callable[[Learner], Live | None],
-) -> Run:
-    """A run at its first step, or where the checkpoint was; what an earlier run left beyond that is removed."""
-    run = Run(Learner(student.network, settings.train, ranks), checkpoints, {}, identity, snapshot, ranks=ranks)
-    run.live = follower(run.learner)
-    if saved:
-        run.restore(saved)
-        log.info("going on from %s", saved.path)
-    ranks.wait()  # nobody reads any more what is removed now
+def open_rewards(params: Params, chosen: TrainParams, ranks: Ranks) -> list[Reward]:
+    """The rewards that train, in the order of their weights."""
+    return [open_reward(reward_params(params, name), str(ranks.device)) for name in chosen.reward_weights]
+
+
+def _remove_results(out: Path, ranks: Ranks) -> None:
+    """What an earlier run has left at its end is no longer true."""
     if ranks.is_main:
-        header = columns(max(settings.train.nfe), [part.name for part in settings.parts])
-        run.logs[METRICS] = CsvLog(out / METRICS, header, saved.log(METRICS) if saved else None)
-        checkpoints.keep_until(run.state.step)
         for stale in ("student", "run.json"):
             remove(out / stale)
-    return run
 
 
-def _train(
-    student: WatchedStudent, rewards: Sequence[Reward], settings: Settings, source: Source, run: Run, witness: Witness
-) -> None:
+def _train(objective: Objective, source: Source, run: Run, witness: Witness) -> None:
     """Train on one set of shards, up to `train.steps`."""
-    chosen, ranks = settings.train, run.ranks
+    chosen, ranks = objective.settings.train, run.ranks
     left = max(0, chosen.steps - run.state.step)
     with (
         closing(_stream(source, chosen, ranks, run.state.position)) as stream,
         progress("train", left, "steps") if ranks.is_main else nullcontext(lambda done: None) as advance,
-        stop_flag() as run.stopping,
-        witness.watching(student.network),
+        stop_flag() as stopping,
+        witness.watching(objective.student.network),
+        run.observed(partial(_count, advance)),
     ):
-        count = partial(_count, advance)
-        run.observers.append(count)
-        train(student, WatchedStream(stream, witness), rewards, settings, run)
-        run.observers.remove(count)
+        run.stop_when(stopping)
+        train(objective, WatchedStream(stream, witness), run)
 
 
 def _count(advance: Callable[[int], None], run: Run, row: Row) -> None:
@@ -179,19 +163,17 @@ def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) ->
     )
 
 
-def _with_tau(
-    settings: Settings, student: FamilyStudent, rewards: Sequence[Reward], source: Source, run: Run
-) -> Settings:
+def _with_tau(objective: Objective, source: Source, run: Run) -> Objective:
     """`gate.tau: gap` measured on the student as it starts; a run that goes on keeps what was measured."""
+    settings, tau = objective.settings, run.state.tau
     if settings.train.gate.tau != "gap":
-        return settings
-    tau = run.state.tau
+        return objective
     if tau is None:
         with closing(_stream(source, settings.train, run.ranks, 0)) as stream:
             batch = collate(stream.take(), run.ranks.device)
-        tau = gap_spread(student, rewards, batch, settings, run.ranks)
-        run.state = replace(run.state, tau=tau)
-    return replace(settings, tau=tau)
+        tau = gap_spread(objective, batch)
+        run.keep_tau(tau)
+    return replace(objective, settings=replace(settings, tau=tau))
 
 
 def save_student(learner: Learner, folder: Path, model: Model, chosen: TrainParams) -> Path:

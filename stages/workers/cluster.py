@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from rats.schemas.errors import ConfigError, NoWorkerError
+from rats.schemas.errors import ConfigError, NoWorkerError, reason
 from rats.stages.workers.target import Tls, Where, checked_address
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _jobs(where: Where) -> Iterator[tuple[Any, Any]]:
             make.job_cls("tls://", name="check")  # a cluster that fails half-made is not closed by anybody
             cluster = make(job_cls=_telling(make.job_cls), security=security, scheduler_options=scheduler)
         except (ValueError, RuntimeError, OSError) as error:
-            text = f"cannot describe a {queue} job: {' '.join(str(error).split())}"
+            text = f"cannot describe a {queue} job: {reason(error)}"
             raise ConfigError(f"{text} (jobqueue.{queue} in Dask's configuration)") from error
         with _owned(cluster) as owned:
             refused = submit(cluster, where.workers)
@@ -213,7 +213,7 @@ def submit(cluster: Any, jobs: int) -> str:
     cluster.scale(jobs=jobs)
     cluster.sync(_settled, cluster)
     refused = cluster.job_cls.refused
-    texts = {" ".join(str(error).split()) for error in refused.values()}
+    texts = {reason(error, 1000) for error in refused.values()}
     for name in refused:
         cluster.workers.pop(name, None)
     refused.clear()

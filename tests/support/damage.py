@@ -12,31 +12,28 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from rats.pipeline.files.reading import hash_bytes
-from rats.pipeline.store.embeddings import read_embedding, write_embedding
+from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import read_scores, reward_column
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import verify_shard
 from rats.schemas.canonical import canonical_json
-from tests.support.shards import in_order, score, wanted, write_set
+from tests.support.shards import embed, in_order, score, wanted, write_set
 
 
 def publish_set(folder: Path, prompts: int = 3) -> Path:
     """A published set with everything in it, for tests that copy it before they spoil it."""
     shards = write_set(folder / "store", wanted(prompts))
     reward = score(shards)
-    for sample in wanted(prompts):
-        write_embedding(shards, sample.prompt_id, {"context": torch.arange(3.0)})
+    embed(shards, wanted(prompts))
     publish(shards, shards.snapshot(), folder / "out", [reward])
     return folder / "out"
 
 
 def files(folder: Path) -> list[Path]:
-    """All files of a set, in one order."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """All files of a set but its locks, in one order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.parent.name != "locks")
 
 
 def used(folder: Path) -> str:

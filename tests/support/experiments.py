@@ -6,15 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-from rats.pipeline.store.embeddings import write_embedding
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.params import Params
 from rats.stages.shards.gc.collect import collect
-from tests.support.project import tree
-from tests.support.shards import params, score, wanted, write_samples, write_set
+from tests.support import damage
+from tests.support.shards import embed, params, score, wanted, write_samples, write_set
 
 
 def write_grown(folder: Path) -> ShardSet:
@@ -22,8 +20,7 @@ def write_grown(folder: Path) -> ShardSet:
     shards = write_set(folder / "store", wanted(3))
     for prompts in (6, 2):
         write_samples(shards, wanted(prompts))
-    for sample in wanted(6):
-        write_embedding(shards, sample.prompt_id, {"context": torch.ones(3)})
+    embed(shards, wanted(6))
     score(shards)
     score(shards, "old")
     (folder / "work").mkdir()
@@ -56,4 +53,6 @@ def stranger(rewards: list[str]) -> Params:
 
 
 def files(shards: ShardSet) -> set[str]:
-    return {name for name in tree(Path(shards.root)) if not name.startswith("locks/")}
+    """Names of all files of the set but its locks."""
+    root = Path(shards.root)
+    return {path.relative_to(root).as_posix() for path in damage.files(root)}

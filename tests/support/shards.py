@@ -7,8 +7,10 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rats.pipeline.prompts import Prompt, planned
+from rats.pipeline.store.embeddings import has_embedding, write_embedding
 from rats.pipeline.store.scores import record_reward, write_scores
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import Sample, read_sample, write_shard
@@ -72,6 +74,14 @@ def write_samples(shards: ShardSet, samples: list[PlannedSample], shard_samples:
     for plan in shards.plan(samples, shard_samples):
         write_shard(shards, plan, fill(shards, plan))
     return shards.write_snapshot(sample.key for sample in samples)
+
+
+def embed(shards: ShardSet, samples: list[PlannedSample]) -> None:
+    """The embeddings of the samples' prompts, in two dtypes."""
+    for prompt in sorted({sample.prompt_id for sample in samples}):
+        if not has_embedding(shards, prompt):
+            tensors = {"context": torch.ones(3, 2, dtype=torch.bfloat16), "pooled": torch.arange(4.0)}
+            write_embedding(shards, prompt, tensors)
 
 
 def score(shards: ShardSet, name: str = "hps") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,13 +13,14 @@ from rats.pipeline import solver
 from rats.pipeline.noise import noise
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.train_params import TrainParams
-from rats.trainer.checkpoint import Checkpoints, Identity
+from rats.trainer.checkpoint import Identity
 from rats.trainer.data import Sample
+from rats.trainer.distributed import Ranks
 from rats.trainer.loop import train
-from rats.trainer.metrics import CsvLog, columns
-from rats.trainer.objective import Settings
+from rats.trainer.methods import rats
+from rats.trainer.objective import Method, Objective, Settings
 from rats.trainer.optim import Learner
-from rats.trainer.run import METRICS, Run
+from rats.trainer.run import Live, Run, checkpoints_in, nobody, open_run
 
 TOKENS, CHANNELS, PIXELS, SAMPLES = 3, 4, 4, 12
 NFE = (2, 3)
@@ -116,22 +118,32 @@ def settings(**changes: object) -> Settings:
     return Settings(train_params, HORIZONS, tau=0.05, gate_value=train_params.gate.value)
 
 
-def run_in(folder: Path, chosen: Settings, resume: bool = False, student: ToyStudent | None = None) -> Run:
+def objective(
+    chosen: Settings,
+    student: ToyStudent | None = None,
+    reward: ToyReward | None = None,
+    ranks: Ranks | None = None,
+    method: Method = rats.losses,
+) -> Objective:
+    """A toy student, a toy reward and these settings."""
+    return Objective(student or ToyStudent(), [reward or ToyReward()], chosen, ranks or Ranks(), method)
+
+
+def run_of(
+    given: Objective, folder: Path, resume: bool = False, follower: Callable[[Learner], Live | None] = nobody
+) -> Run:
     """A run in `folder`, from its newest checkpoint with `resume`."""
-    learner = Learner((student or ToyStudent()).network, chosen.train)
-    checkpoints = Checkpoints(folder / "checkpoints", limit=chosen.train.checkpoints_total_limit)
-    saved = checkpoints.newest() if resume else None
-    kept = saved.log(METRICS) if saved else None
-    logs = {METRICS: CsvLog(folder / METRICS, columns(max(chosen.train.nfe)), kept)}
-    run = Run(learner, checkpoints, logs, IDENTITY, 1)
-    if saved:
-        run.restore(saved)
+    saved = checkpoints_in(folder, given.settings.train).newest() if resume else None
+    return open_run(given, folder, IDENTITY, 1, saved, follower=follower)
+
+
+def train_on(given: Objective, run: Run) -> Run:
+    """Train on the toy stream from where the run stands, and return the finished run."""
+    train(given, ToyStream(run.state.position, given.settings.train.batch), run)
     return run
 
 
 def train_in(folder: Path, chosen: Settings, resume: bool = False, reward: ToyReward | None = None) -> Run:
     """Train a toy student in `folder` and return the finished run."""
-    student = ToyStudent()
-    run = run_in(folder, chosen, resume, student)
-    train(student, ToyStream(run.state.position, chosen.train.batch), [reward or ToyReward()], chosen, run)
-    return run
+    given = objective(chosen, reward=reward)
+    return train_on(given, run_of(given, folder, resume))

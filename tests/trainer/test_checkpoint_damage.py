@@ -15,7 +15,7 @@ from rats.schemas.errors import RatsError, StorageError
 from rats.trainer.checkpoint import Checkpoints, read
 from tests.support.full import Disk
 from tests.support.fuzz import changed, spoiled
-from tests.support.toy import run_in, settings, train_in
+from tests.support.toy import objective, run_of, settings, train_in
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def open_spoiled(trained: Path, folder: Path, case, seed: int) -> None:
     shutil.rmtree(path, ignore_errors=True)
     shutil.copytree(trained / "checkpoints" / "000006", path)
     case(path, random.Random(seed))
-    run, started = run_in(folder / "run", settings(ema=0.9)), time.monotonic()
+    run, started = run_of(objective(settings(ema=0.9)), folder / "run"), time.monotonic()
     try:
         run.restore(read(path))
     except RatsError as error:

@@ -15,7 +15,6 @@ from rats.stages.train.witness import WatchedStream, WatchedStudent, Witness
 from rats.trainer.checkpoint import Checkpoints, State, read
 from rats.trainer.loop import train
 from rats.trainer.metrics import CsvLog
-from rats.trainer.optim import rate
 from tests.support.toy import (
     IDENTITY,
     NFE,
@@ -23,10 +22,12 @@ from tests.support.toy import (
     ToyReward,
     ToyStream,
     ToyStudent,
-    run_in,
+    objective,
+    run_of,
     settings,
     stored,
     train_in,
+    train_on,
 )
 
 
@@ -100,33 +101,19 @@ def test_two_runs_are_equal_to_the_last_bit(tmp_path):
 
 
 def test_a_step_runs_the_students_n_evaluations_and_scores_no_teacher_sample(tmp_path):
-    student, reward, witness, chosen = ToyStudent(), ToyReward(), Witness(), settings(augment=1.0)
-    run, finals = run_in(tmp_path, chosen, student=student), [stored(i).x_HTC[-1:].float() for i in range(SAMPLES)]
+    student, reward, witness = ToyStudent(), ToyReward(), Witness()
+    given = objective(settings(augment=1.0), WatchedStudent(student, witness), reward)
+    run, finals = run_of(given, tmp_path), [stored(i).x_HTC[-1:].float() for i in range(SAMPLES)]
     with witness.watching(student.network):
-        train(WatchedStudent(student, witness), WatchedStream(ToyStream(), witness), [reward], chosen, run)
+        train(given, WatchedStream(ToyStream(), witness), run)
     assert witness.student_forwards == 3 * sum(NFE)
     assert (witness.teacher_forwards, witness.teacher_reward_calls, len(reward.seen)) == (0, 0, 2 * 6)
     decoded = {digest(student.decode(final)[0]) for final in finals}
     assert not decoded & {digest(picture) for pictures in reward.seen for picture in pictures}
 
 
-def test_the_witness_sees_a_teacher_forward():
-    witness, teacher, student = Witness(), ToyStudent(seed=7), ToyStudent()
-    with witness.watching(student.network):
-        teacher.velocity(torch.zeros(1, 3, 4), 1.0, {"c": torch.zeros(1, 4)})
-    assert (witness.teacher_forwards, witness.student_forwards) == (1, 0)
-
-
 def digest(picture: torch.Tensor) -> str:
     return blake3(picture.numpy().tobytes()).hexdigest()
-
-
-def test_the_witness_sees_a_teacher_sample_that_is_scored():
-    witness = Witness()
-    student, stream = WatchedStudent(ToyStudent(), witness), WatchedStream(ToyStream(), witness)
-    sample = stream.take()[0]
-    student.decode(torch.stack([sample.x_HTC[-1].float(), sample.x_HTC[0].float()]))
-    assert witness.teacher_reward_calls == 1
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -140,28 +127,21 @@ def test_a_score_that_is_not_finite_costs_its_sample_and_nothing_else(tmp_path, 
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(tmp_path):
-    run = run_in(tmp_path, settings())
+    given = objective(settings())
+    run = run_of(given, tmp_path)
     before = weights(run)
     run.learner.parameters[0].register_hook(lambda grad: grad * float("nan"))
     with pytest.raises(DataError, match="step 0: the gradient"):
-        train(ToyStudent0(run), ToyStream(), [ToyReward()], settings(), run)
+        train_on(given, run)
     assert weights(run) == before
 
 
-class ToyStudent0(ToyStudent):
-    """A toy student around the network of a run."""
-
-    def __init__(self, run) -> None:
-        super().__init__()
-        self.network = run.learner.network
-
-
 def test_a_stop_saves_the_step_and_exits_143(tmp_path):
-    student = ToyStudent()
-    run = run_in(tmp_path, settings(), student=student)
-    run.stopping = lambda: run.state.step == 3
+    given = objective(settings())
+    run = run_of(given, tmp_path)
+    run.stop_when(lambda: run.state.step == 3)
     with pytest.raises(SystemExit) as stopped:
-        train(student, ToyStream(), [ToyReward()], settings(), run)
+        train_on(given, run)
     assert stopped.value.code == 143 and read(tmp_path / "checkpoints" / "000003").state.position == 12
 
 
@@ -228,7 +208,7 @@ def test_a_run_that_goes_on_has_the_rows_of_its_checkpoint_whatever_became_of_th
         file.write("4,2,0.1" + (",0" * 17 + "\n" if damage == "a step too many" else ""))
     if damage == "gone":
         (tmp_path / "metrics.csv").unlink()
-    run_in(tmp_path, settings(steps=4), resume=True)
+    run_of(objective(settings(steps=4)), tmp_path, resume=True)
     assert trace(tmp_path) == expected
 
 
@@ -238,11 +218,6 @@ def test_metrics_never_write_through_a_hardlink_into_a_cache(tmp_path):
     before = (tmp_path / "cached.csv").read_bytes()
     CsvLog(tmp_path / "metrics.csv", ["step"], before).append({"step": 1})
     assert (tmp_path / "cached.csv").read_bytes() == before
-
-
-def test_the_learning_rate_warms_up_linearly_and_stays():
-    assert [rate(1.0, 4, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-    assert rate(1.0, 0, 0) == 1.0
 
 
 def test_the_average_of_the_weights_is_what_is_saved_for_the_student(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from rats.schemas.errors import DataError
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
 from rats.schemas.train_params import LoraParams
 from rats.trainer.data import Batch, collate
-from rats.trainer.loop import train
 from rats.trainer.objective import Settings
 from rats.trainer.optim import Learner
 from rats.trainer.run import Run
@@ -44,13 +44,9 @@ def batch_of(count: int = 4) -> Batch:
 
 def live_run(folder: Path, chosen: Settings, resume: bool = False, **how: object) -> Run:
     """A toy run with a live teacher, trained to its end."""
-    student = toy.ToyStudent()
-    run = toy.run_in(folder, chosen, student=student)
-    run.live = live_teacher(run.learner, **{"decay": 0.9, **how})  # type: ignore[arg-type]
-    if resume and (saved := run.checkpoints.newest()):
-        run.restore(saved)
-    train(student, toy.ToyStream(run.state.position), [toy.ToyReward()], chosen, run)
-    return run
+    given = toy.objective(chosen)
+    follower = partial(live_teacher, **{"decay": 0.9, **how})  # type: ignore[arg-type]
+    return toy.train_on(given, toy.run_of(given, folder, resume, follower))
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -96,13 +92,13 @@ def test_a_live_teachers_trajectories_are_always_of_this_step(tmp_path: Path) ->
 
 
 def test_an_average_that_is_only_kept_leaves_the_stored_batch_and_its_age(tmp_path: Path) -> None:
-    student, chosen = toy.ToyStudent(), toy.settings(steps=3)
-    run = toy.run_in(tmp_path, chosen, student=student)
-    run.live, run.teacher_born = Average(run.learner, 0.9), -5
+    given = toy.objective(toy.settings(steps=5))
+    run = toy.run_of(given, tmp_path, follower=lambda learner: Average(learner, 0.9))
     assert run.live.trace(batch := batch_of()) is batch
-    train(student, toy.ToyStream(), [toy.ToyReward()], chosen, run)
-    assert [row["teacher_age"] for row in rows(tmp_path)] == ["5", "6", "7"]
-    plain = toy.train_in(tmp_path / "plain", chosen)
+    with run.observed(lambda run, row: run.follow_generation(2) if row["step"] == 1 else None):
+        toy.train_on(given, run)
+    assert [row["teacher_age"] for row in rows(tmp_path)] == ["0", "1", "0", "1", "2"]
+    plain = toy.train_in(tmp_path / "plain", toy.settings(steps=5))
     assert all(torch.equal(plain.learner.named[name], p) for name, p in run.learner.named.items())
 
 

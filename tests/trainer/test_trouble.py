@@ -6,7 +6,6 @@ import csv
 import os
 import random
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,8 @@ from rats.trainer import randomness
 from rats.trainer.checkpoint import read
 from rats.trainer.data import collate
 from rats.trainer.loop import train
-from rats.trainer.objective import gap_spread
-from tests.support.toy import ToyReward, ToyStream, ToyStudent, run_in, settings, train_in
+from rats.trainer.methods.rats import gap_spread
+from tests.support.toy import ToyReward, ToyStream, ToyStudent, objective, run_of, settings, train_in, train_on
 
 
 class FlakyReward(ToyReward):
@@ -65,8 +64,8 @@ def test_a_bad_sample_is_as_if_its_terms_were_zero(tmp_path):
     chosen = settings(steps=1, checkpoint_every=1)
     train_in(tmp_path / "bad", chosen, reward=ToyReward({0: float("nan")}))
     three = settings(steps=1, checkpoint_every=1, batch=3)
-    run = run_in(tmp_path / "good", three)
-    train(StudentOf(run), ToyStream(position=1, batch=3), [ToyReward()], three, run)  # without the bad first one
+    given = objective(three)
+    train(given, ToyStream(position=1, batch=3), run_of(given, tmp_path / "good"))  # without the bad first one
     bad, good = rows(tmp_path / "bad")[0], rows(tmp_path / "good")[0]
     assert (bad["bad"], good["bad"]) == ("1", "0")
     for name in ("grad_total", "grad_reward", "grad_shape"):
@@ -75,21 +74,13 @@ def test_a_bad_sample_is_as_if_its_terms_were_zero(tmp_path):
 
 
 def test_a_step_of_bad_samples_only_has_no_update_and_moves_on(tmp_path):
-    chosen = settings(steps=1, checkpoint_every=1, max_bad=1.0)
-    run = run_in(tmp_path, chosen)
+    given = objective(settings(steps=1, checkpoint_every=1, max_bad=1.0), reward=FlakyReward(share=1.0))
+    run = run_of(given, tmp_path)
     before = weights(run)
-    train(StudentOf(run), ToyStream(), [FlakyReward(share=1.0)], chosen, run)
+    train_on(given, run)
     (row,) = rows(tmp_path)
     assert weights(run) == before and run.state.position == 4 and not run.learner.optimizer.state
     assert (row["bad"], row["loss_total"], row["grad_total"]) == ("4", "", "")
-
-
-class StudentOf(ToyStudent):
-    """A toy student around the network of a run."""
-
-    def __init__(self, run) -> None:
-        super().__init__()
-        self.network = run.learner.network
 
 
 def test_a_reward_that_fails_too_often_ends_the_run_with_65_and_a_way_out(tmp_path):
@@ -114,21 +105,21 @@ class SmallMemory(ToyStudent):
 
 def test_running_out_of_memory_halves_the_micro_batch_once_and_for_all(tmp_path, caplog):
     chosen, student = settings(augment=0.5), SmallMemory(fits=1)
-    run = run_in(tmp_path / "small", chosen, student=student)
-    train(student, ToyStream(), [ToyReward()], chosen, run)
+    given = objective(chosen, student)
+    run = train_on(given, run_of(given, tmp_path / "small"))
     assert student.refused == 2 and run.state.micro_batch == 1
     assert "out of memory with micro-batches of 4: 2 from here on" in caplog.text
     whole = train_in(tmp_path / "large", chosen)
     for p, q in zip(run.learner.parameters, whole.learner.parameters, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
-    again = run_in(tmp_path / "small", chosen, resume=True)
+    again = run_of(objective(chosen), tmp_path / "small", resume=True)
     assert again.state.micro_batch == 1
 
 
 def test_a_single_sample_that_does_not_fit_is_refused_with_the_ways_out(tmp_path):
-    chosen, student = settings(), SmallMemory(fits=0)
+    given = objective(settings(), SmallMemory(fits=0))
     with pytest.raises(ConfigError, match=r"micro-batch of 1 does not fit.*gradient_checkpointing.*lora"):
-        train(student, ToyStream(), [ToyReward()], chosen, run_in(tmp_path, chosen, student=student))
+        train_on(given, run_of(given, tmp_path))
 
 
 def test_any_other_error_of_the_network_is_not_taken_for_memory(tmp_path):
@@ -136,8 +127,9 @@ def test_any_other_error_of_the_network_is_not_taken_for_memory(tmp_path):
         def velocity(self, x_BTC, sigma, conditioning):
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
+    given = objective(settings(), Broken())
     with pytest.raises(RuntimeError, match="mat1"):
-        train(Broken(), ToyStream(), [ToyReward()], settings(), run_in(tmp_path, settings()))
+        train_on(given, run_of(given, tmp_path))
 
 
 def test_the_generators_come_back_as_they_were():
@@ -168,47 +160,41 @@ def test_a_checkpoint_without_the_generators_file_is_refused(tmp_path):
 
 
 def test_a_stop_abandons_the_step_under_way_and_keeps_the_one_before(tmp_path):
-    chosen, asked = settings(micro_batch=1), iter(range(100))
-    run = run_in(tmp_path, chosen)
+    given, asked = objective(settings(micro_batch=1)), iter(range(100))
+    run = run_of(given, tmp_path)
     before = weights(run)
-    run.stopping = lambda: next(asked) >= 2  # in the third of the first step's four micro-batches
+    run.stop_when(lambda: next(asked) >= 2)  # in the third of the first step's four micro-batches
     with pytest.raises(SystemExit) as stopped:
-        train(StudentOf(run), ToyStream(), [ToyReward()], chosen, run)
+        train_on(given, run)
     saved = read(tmp_path / "checkpoints" / "000000")
     assert stopped.value.code == 143 and (saved.state.step, saved.state.position) == (0, 0) and weights(run) == before
 
 
 def test_a_large_checkpoint_is_not_begun_when_seconds_are_left(tmp_path, monkeypatch):
-    chosen = settings()
-    run = run_in(tmp_path, chosen)
+    given = objective(settings())
+    run = run_of(given, tmp_path)
     monkeypatch.setattr("rats.trainer.run.QUICK", 1)
-    run.stopping = lambda: run.state.step == 3
+    run.stop_when(lambda: run.state.step == 3)
     with pytest.raises(SystemExit):
-        train(StudentOf(run), ToyStream(), [ToyReward()], chosen, run)
+        train_on(given, run)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000002"]
 
 
 def test_a_run_that_an_observer_finishes_ends_as_if_it_were_at_its_last_step(tmp_path):
-    chosen = settings()
-    run = run_in(tmp_path, chosen)
-    run.observers.append(lambda run, row: run.finish("enough") if row["step"] == 2 else None)
-    train(StudentOf(run), ToyStream(), [ToyReward()], chosen, run)
+    given = objective(settings())
+    run = run_of(given, tmp_path)
+    with run.observed(lambda run, row: run.finish("enough") if row["step"] == 2 else None):
+        train_on(given, run)
     saved = read(tmp_path / "checkpoints" / "000003")
     assert saved.state.finished == "enough" and len(rows(tmp_path)) == 3
-    resumed = run_in(tmp_path, chosen, resume=True)
-    train(StudentOf(resumed), ToyStream(12), [ToyReward()], chosen, resumed)
-    assert resumed.state.step == 3
+    resumed = run_of(given, tmp_path, resume=True)
+    assert train_on(given, resumed).state.step == 3
 
 
-def test_the_spread_of_the_gap_is_measured_at_every_nfe_of_the_student(tmp_path):
-    chosen = settings(gate={"tau": "gap"})
+def test_the_spread_of_the_gap_is_measured_at_every_nfe_of_the_student():
     batch = collate(ToyStream().take(), torch.device("cpu"))
-    run = run_in(tmp_path, chosen)
-    tau = gap_spread(ToyStudent(), [ToyReward()], batch, chosen, run.ranks)
-    alone = [
-        gap_spread(ToyStudent(), [ToyReward()], batch, replace(chosen, train=only), run.ranks)
-        for only in (chosen.train.model_copy(update={"nfe": (2,)}), chosen.train.model_copy(update={"nfe": (3,)}))
-    ]
+    tau = gap_spread(objective(settings(gate={"tau": "gap"})), batch)
+    alone = [gap_spread(objective(settings(gate={"tau": "gap"}, nfe=(nfe,))), batch) for nfe in (2, 3)]
     assert min(alone) > 0 and alone[0] != alone[1] and tau not in alone
 
 

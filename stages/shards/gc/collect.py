@@ -24,24 +24,19 @@ from pathlib import Path
 from typing import Any
 
 from rats.pipeline.files.atomic import file_lock, remove, storage_errors, sync
-from rats.pipeline.files.places import is_remote, open_place
-from rats.pipeline.store.shard_set import ShardSet
-from rats.schemas.errors import CannotCreateError, ConfigError, RatsError, RetryLaterError
+from rats.pipeline.files.leftovers import is_dead, temporary_name
+from rats.pipeline.files.places import open_place
+from rats.pipeline.store import layout
+from rats.pipeline.store.shard_set import ShardSet, is_set
+from rats.schemas.errors import CannotCreateError, ConfigError, RetryLaterError
 from rats.stages.progress import progress
-from rats.stages.shards.gc.contents import (
-    HOUR,
-    LEFTOVER,
-    Contents,
-    Removal,
-    is_dead,
-    leftover_name,
-    read_documents,
-    read_files,
-)
+from rats.stages.shards.gc.contents import Contents, Removal, read
 from rats.stages.shards.gc.contents import removals as parts_of
 from rats.stages.shards.gc.roots import Found, Held, hold, search
 
 log = logging.getLogger(__name__)
+
+HOUR = 3600.0
 
 
 @dataclass
@@ -74,9 +69,9 @@ def collect(store: str, roots: Sequence[Path], delete: bool = False, older_than:
     """
     folder = _local_store(store)
     since = time.time() - older_than * HOUR
-    sets = {path.name: _read(path) for path in sorted(folder.iterdir()) if _is_set_name(path.name)}
+    sets = {path.name: read(path) for path in sorted(folder.iterdir()) if layout.is_fingerprint(path.name)}
     found, held = _reached(folder, roots, sets)
-    verdicts = [_verdict(name, each, held.get(name), found, since) for name, each in sets.items()]
+    verdicts = [_verdict(name, contents, held.get(name), found, since) for name, contents in sets.items()]
     if delete:
         if verdicts and not found.params and all(verdict.whole for verdict in verdicts):
             raise ConfigError(
@@ -102,57 +97,28 @@ def refuse_busy(result: dict[str, Any]) -> None:
 
 
 def _local_store(text: str) -> Path:
-    place = open_place(text)
-    if is_remote(place) or not isinstance(place, Path):
+    place = open_place(text).local
+    if place is None:
         raise ConfigError(f"{text} is remote: gc works on local stores only, where links and locks say what is in use")
     if not place.is_dir():
         raise ConfigError(f"no folder {text}: name the store, such as `store`")
-    if (place / "recipe.json").exists():
+    if is_set(place):
         raise ConfigError(f"{text} is one set or a published folder: name the store that holds the sets")
     return place
 
 
-def _is_set_name(name: str) -> bool:
-    return len(name) == 64 and set(name) <= set("0123456789abcdef")
-
-
-@dataclass
-class _Set:
-    contents: Contents
-    shards: ShardSet | None = None
-    problem: str = ""
-
-
-def _read(root: Path) -> _Set:
-    """A set as far as it can be read; what cannot be understood is not touched."""
-    if root.is_symlink() or not root.is_dir():
-        return _Set(Contents(root), problem="it is a link or a file")
-    with storage_errors(root):
-        contents = read_files(root)
-    if contents.strange:
-        return _Set(contents, problem=f"it holds {contents.strange[0]}, which is not rats' own")
-    try:
-        shards = ShardSet.open(root)
-        read_documents(contents, shards)
-    except RatsError as error:
-        return _Set(contents, problem=f"it cannot be read, see `rats shards verify`: {error}")
-    return _Set(contents, shards)
-
-
-def _reached(folder: Path, roots: Sequence[Path], sets: dict[str, _Set]) -> tuple[Found, dict[str, Held]]:
-    whole = {name: each for name, each in sets.items() if each.shards}
-    snapshots = {name: {s.hash for s in each.contents.snapshots.values()} for name, each in whole.items()}
-    columns = {column for each in whole.values() for column in each.contents.columns}
+def _reached(folder: Path, roots: Sequence[Path], sets: dict[str, Contents]) -> tuple[Found, dict[str, Held]]:
+    recipes = {name: contents.recipe for name, contents in sets.items() if contents.recipe}
+    snapshots = {name: {snapshot.hash for snapshot in sets[name].snapshots.values()} for name in recipes}
+    columns = {column for name in recipes for column in sets[name].columns}
     found = search(roots, folder, {*sets, *columns, *(word for words in snapshots.values() for word in words)})
-    recipes = {name: each.shards.recipe for name, each in whole.items() if each.shards}
     return found, hold(found, recipes, snapshots)
 
 
-def _verdict(name: str, each: _Set, held: Held | None, found: Found, since: float) -> Verdict:
+def _verdict(name: str, contents: Contents, held: Held | None, found: Found, since: float) -> Verdict:
     """What goes of one set."""
-    contents = each.contents
-    if each.problem or held is None:
-        return Verdict(name, [], f"left alone: {each.problem}")
+    if held is None:
+        return Verdict(name, [], f"left alone: {contents.problem}")
     if lock := _lock_held(contents):
         return Verdict(name, [], f"left alone: somebody works in it now ({lock})", busy=True)
     why = [*held.by, *(["linked from elsewhere"] if contents.linked(contents.files) else [])]
@@ -167,7 +133,7 @@ def _verdict(name: str, each: _Set, held: Held | None, found: Found, since: floa
 
 def _lock_held(contents: Contents) -> str | None:
     """The name of a lock that a process holds: a shard is being made, or planned, or named."""
-    for name in contents.of("locks/"):
+    for name in contents.of(layout.LOCK):
         with suppress(CannotCreateError), file_lock(contents.root / name, 0.0) as free:  # a read-only store has none
             if not free:
                 return name
@@ -183,11 +149,10 @@ def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found,
     with ExitStack() as locks:
         for name in ("plan", "snapshot"):
             locks.enter_context(shards.lock(name))
-        contents = read_files(root)
-        read_documents(contents, shards)
+        contents = read(root)
+        if contents.problem or (verdict.whole and contents.in_use(contents.files, since)):
+            return Verdict(verdict.name, [], "left alone: it has changed since it was looked at")
         if verdict.whole:
-            if contents.linked(contents.files) or contents.young(contents.files, since) or contents.strange:
-                return Verdict(verdict.name, [], "left alone: it has changed since it was looked at")
             _delete_whole(root)
         else:
             verdict.going = parts_of(contents, held[verdict.name], found, since)
@@ -197,7 +162,7 @@ def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found,
 
 def _delete_whole(root: Path) -> None:
     """One rename, after which there is no such set; what a kill leaves is a leftover that the next gc removes."""
-    temporary = root.with_name(leftover_name(root.name))
+    temporary = root.with_name(temporary_name(root.name))
     with storage_errors(root):
         os.rename(root, temporary)
         sync(root.parent)
@@ -225,7 +190,7 @@ def _delete_files(root: Path, parts: Sequence[Removal]) -> None:
         with storage_errors(path):
             remove(path)
             sync(path.parent)
-            if name.endswith("reward.json"):  # the last of its column
+            if layout.REWARD.parts(name):  # the last of its column
                 with suppress(OSError):
                     path.parent.rmdir()
 
@@ -234,7 +199,7 @@ def _outside(folder: Path, since: float) -> list[Removal]:
     """Sets that a killed gc had begun to delete."""
     going = []
     for path in sorted(folder.glob(".*.tmp")):
-        if not path.is_symlink() and LEFTOVER.fullmatch(path.name) and is_dead(path.name, path.lstat().st_mtime, since):
+        if not path.is_symlink() and is_dead(path.name, path.lstat().st_mtime, since):
             files = [file for file in path.rglob("*") if not file.is_dir()] if path.is_dir() else [path]
             size = sum(file.lstat().st_size for file in files)
             going.append(Removal(path.name[:20], "left by a killed process", (path.name,), size))

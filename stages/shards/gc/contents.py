@@ -1,36 +1,28 @@
 """What lies in one set of a store, and what of it goes: pure but for reading the documents.
 
-The order of deletion is such that a kill in between leaves a set that opens, verifies and resumes. What vouches for
-something goes before it: a manifest before its index, scores before their shard (scores of a shard that is not there
-are an error), a shard's document before its plan (a finished shard without a plan would be planned again under a
-number that is taken), the tar last. Embeddings go after all shards, since a rollout encodes only what it samples.
+`layout.DELETED` has the order in which files go, such that a kill in between leaves a set that opens, verifies and
+resumes.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import socket
 import stat
-from collections.abc import Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rats.pipeline.files.atomic import storage_errors
+from rats.pipeline.files.leftovers import is_dead, is_temporary
+from rats.pipeline.store import layout
 from rats.pipeline.store.documents import read_sealed
 from rats.pipeline.store.scores import reward_columns
 from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
+from rats.schemas.errors import RatsError, remedy
 from rats.schemas.manifest import RewardRecord, ShardDone, ShardPlan, Snapshot
+from rats.schemas.recipe import Recipe
 from rats.stages.shards.gc.roots import Found, Held
-
-HEX = "[0-9a-f]{64}"
-SHARD = "rollout-[0-9]{6}"
-OURS = re.compile(
-    rf"recipe\.json|shards/{SHARD}\.(tar|done\.json|plan\.json)|(manifests|index)/[0-9]{{4}}\.(json|parquet)"
-    rf"|embeddings/{HEX}\.safetensors|scores/{HEX}/(reward\.json|{SHARD}\.(parquet|done\.json))|locks/[^/]+\.lock"
-)
-LEFTOVER = re.compile(r"\..*\.(?P<host>.*)-(?P<pid>[0-9]+)-[0-9a-f]{8}\.tmp", re.DOTALL)
-HOUR = 3600.0
-DAY = 24 * HOUR
 
 
 @dataclass(frozen=True)
@@ -51,20 +43,33 @@ class Contents:
     Attributes:
         root: The set's folder.
         files: All of them, as they are themselves (no link is followed).
-        strange: What is no file of a set, links included: such a set is left alone.
+        known: What each is, writers' temporary files left out.
+        strange: What is no file of a set, links included.
+        recipe: None of a set that cannot be understood; it is left alone, and `problem` says why.
     """
 
     root: Path
     files: dict[str, os.stat_result] = field(default_factory=dict)
+    known: dict[str, layout.File] = field(default_factory=dict)
     strange: list[str] = field(default_factory=list)
+    recipe: Recipe | None = None
+    problem: str = ""
     snapshots: dict[int, Snapshot] = field(default_factory=dict)
     plans: dict[str, ShardPlan] = field(default_factory=dict)
     done: dict[str, ShardDone] = field(default_factory=dict)
     columns: dict[str, RewardRecord] = field(default_factory=dict)
 
-    def of(self, *prefixes: str) -> list[str]:
-        """Names that begin like this, sorted."""
-        return sorted(name for name in self.files if name.startswith(prefixes))
+    def of(self, kind: layout.Kind) -> list[str]:
+        """Names of all files of a kind, sorted."""
+        return sorted(name for name, file in self.known.items() if file.kind is kind)
+
+    def grouped(self, part: str) -> dict[str, list[str]]:
+        """Names by the value of a part of them: all files of each shard, or of each column of scores."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for name, file in self.known.items():
+            if part in file.parts:
+                groups[file.parts[part]].append(name)
+        return groups
 
     def size(self, names: Iterable[str]) -> int:
         """Bytes."""
@@ -76,7 +81,33 @@ class Contents:
 
     def young(self, names: Iterable[str], since: float) -> bool:
         """Whether a file was written after `since`; opening a lock counts as writing it, so locks do not."""
-        return any(self.files[name].st_mtime > since for name in names if not name.startswith("locks/"))
+        young = (name for name in names if self.files[name].st_mtime > since)
+        return any(name not in self.known or self.known[name].kind is not layout.LOCK for name in young)
+
+    def in_use(self, names: Collection[str], since: float) -> bool:
+        """Whether a file is linked elsewhere, or young."""
+        return self.linked(names) or self.young(names, since)
+
+    def removal(self, what: str, why: str, names: Iterable[str], shard: str | None = None) -> Removal:
+        """These files, in the order in which they go."""
+        files = tuple(layout.to_delete(names))
+        return Removal(what, why, files, self.size(files), shard)
+
+
+def read(root: Path) -> Contents:
+    """A set as far as it can be understood."""
+    if root.is_symlink() or not root.is_dir():
+        return Contents(root, problem="it is a link or a file")
+    with storage_errors(root):
+        contents = read_files(root)
+    if contents.strange:
+        contents.problem = f"it holds {contents.strange[0]}, which is not rats' own"
+        return contents
+    try:
+        _read_documents(contents, ShardSet.open(root))
+    except RatsError as error:
+        contents.problem = f"it cannot be read, see `rats shards verify`: {error}"
+    return contents
 
 
 def read_files(root: Path) -> Contents:
@@ -85,27 +116,32 @@ def read_files(root: Path) -> Contents:
     for folder, below, names in os.walk(root, onerror=_raise):
         for name in [*below, *names]:
             path = Path(folder) / name
-            about, place = path.lstat(), path.relative_to(root).as_posix()
-            if stat.S_ISREG(about.st_mode) and (OURS.fullmatch(place) or LEFTOVER.fullmatch(name)):
-                contents.files[place] = about
-            elif not stat.S_ISDIR(about.st_mode):
-                contents.strange.append(place)
+            about = path.lstat()
+            if not stat.S_ISDIR(about.st_mode):
+                _note(contents, path.relative_to(root).as_posix(), about)
     return contents
 
 
-def read_documents(contents: Contents, shards: ShardSet) -> None:
-    """Fill in what the documents say.
+def _note(contents: Contents, name: str, about: os.stat_result) -> None:
+    file = layout.understand(name)
+    if not stat.S_ISREG(about.st_mode) or (file is None and not is_temporary(Path(name).name)):
+        contents.strange.append(name)
+        return
+    contents.files[name] = about
+    if file is not None:
+        contents.known[name] = file
 
-    Raises:
-        DataError: a damaged one.
-    """
-    root = contents.root
+
+def _read_documents(contents: Contents, shards: ShardSet) -> None:
+    """Fill in what the documents say (DataError: one is damaged), the recipe when all have been read."""
     contents.snapshots = {number: shards.snapshot(number) for number in shards.snapshots()}
     contents.columns = reward_columns(shards)
     contents.plans = {plan.shard: plan for plan in shards.plans()}
-    names = [name for name in contents.of("shards/") if name.endswith(".done.json")]
-    documents = [read_sealed(root / name, ShardDone, ROLLOUT) for name in names]
+    with remedy(ROLLOUT):
+        # of a shard whose tar is gone too, so that its document can go as well
+        documents = [read_sealed(shards.root / name, ShardDone) for name in contents.of(layout.DONE)]
     contents.done = {done.shard: done for done in documents}
+    contents.recipe = shards.recipe
 
 
 def removals(contents: Contents, held: Held, found: Found, since: float) -> list[Removal]:
@@ -138,10 +174,11 @@ def _snapshots(contents: Contents, found: Found, since: float) -> dict[int, Remo
     """All that nothing names, but for the newest."""
     newest, going = max(contents.snapshots, default=0), {}
     for number, snapshot in contents.snapshots.items():
-        files = [name for name in (f"manifests/{number:04d}.json", f"index/{snapshot.index}") if name in contents.files]
-        held = snapshot.hash in found.names or contents.linked(files) or contents.young(files, since)
+        names = (layout.MANIFEST.name(number=number), layout.index_of(snapshot))
+        files = [name for name in names if name in contents.files]
+        held = snapshot.hash in found.names or contents.in_use(files, since)
         if number != newest and not held:
-            going[number] = _removal(contents, f"snapshot {number}", "no experiment names it", files)
+            going[number] = contents.removal(f"snapshot {number}", "no experiment names it", files)
     return going
 
 
@@ -153,15 +190,12 @@ def _shards(
     `keys` are wanted by a parameter file; the scores `scored` go with their column.
     """
     used = {shard for number in kept for shard in contents.snapshots[number].shards}
-    going = []
+    groups, going = contents.grouped("shard"), []
     for shard, done in sorted(contents.done.items()):
-        scores = [name for name in contents.of("scores/") if name.split("/")[2].startswith(f"{shard}.")]
-        scores = [name for name in scores if name not in scored]
-        own = [f"shards/{shard}{suffix}" for suffix in (".done.json", ".plan.json", ".tar")]
-        files = [*scores, *(name for name in own if name in contents.files)]  # a column's .done.json sorts first
-        held = shard in used or contents.linked(files) or contents.young(files, since)
+        files = [name for name in groups[shard] if name not in scored]
+        held = shard in used or contents.in_use(files, since)
         if not held and not any(row.key in keys for row in done.rows):
-            going.append(_removal(contents, f"shard {shard}", "in no snapshot that is kept", files, shard))
+            going.append(contents.removal(f"shard {shard}", "in no snapshot that is kept", files, shard))
     return going
 
 
@@ -169,14 +203,13 @@ def _columns(contents: Contents, found: Found, since: float) -> list[Removal]:
     """Scores by a reward that no parameter file has; without any parameter file, nobody can say."""
     if not found.params or found.unreadable:
         return []
-    named, going = {reward.name for _, params in found.params for reward in params.rewards}, []
+    named = {reward.name for _, params in found.params for reward in params.rewards}
+    groups, going = contents.grouped("reward"), []
     for column, record in sorted(contents.columns.items()):
-        files = [name for name in contents.of(f"scores/{column}/") if OURS.fullmatch(name)]
-        files.sort(key=lambda name: name.endswith("reward.json"))
-        held = column in found.names or contents.linked(files) or contents.young(files, since)
+        held = column in found.names or contents.in_use(groups[column], since)
         if record.name not in named and not held:
             what = f"scores by {record.name} ({column[:12]})"
-            going.append(_removal(contents, what, "no parameter file has this reward", files))
+            going.append(contents.removal(what, "no parameter file has this reward", groups[column]))
     return going
 
 
@@ -185,55 +218,31 @@ def _embeddings(contents: Contents, going: Collection[str | None], since: float)
     rows = [row for shard, done in contents.done.items() if shard not in going for row in done.rows]
     samples = [sample for shard, plan in contents.plans.items() if shard not in going for sample in plan.samples]
     prompts = {row.prompt_id for row in rows} | {sample.prompt_id for sample in samples}
-    files = [name for name in contents.of("embeddings/") if Path(name).name.partition(".")[0] not in prompts]
-    files = [name for name in files if OURS.fullmatch(name)]
-    files = [name for name in files if not contents.linked([name]) and not contents.young([name], since)]
+    encoded = {name: contents.known[name].parts["prompt"] for name in contents.of(layout.EMBEDDING)}
+    files = [name for name, prompt in encoded.items() if prompt not in prompts and not contents.in_use([name], since)]
     what = f"{len(files)} embeddings"
-    return [_removal(contents, what, "of prompts that no shard is kept of", files)] if files else []
+    return [contents.removal(what, "of prompts that no shard is kept of", files)] if files else []
 
 
 def _loose(contents: Contents, since: float) -> list[Removal]:
     """What a killed writer, or a killed deletion, has left without the document that vouches for it."""
-    indexes = {f"index/{snapshot.index}" for snapshot in contents.snapshots.values()}
-    files = [name for name in contents.of("index/") if name not in indexes]
-    for name in contents.of("shards/"):
-        if name.endswith(".tar") and name.removesuffix(".tar") + ".done.json" not in contents.files:
+    indexes = {layout.index_of(snapshot) for snapshot in contents.snapshots.values()}
+    files = [name for name in contents.of(layout.INDEX) if name not in indexes]
+    for name in contents.of(layout.SHARD):
+        if layout.DONE.name(**contents.known[name].parts) not in contents.files:
             files.append(name)
-    going = [name for name in files if OURS.fullmatch(name)]
-    going = [name for name in going if not contents.linked([name]) and not contents.young([name], since)]
-    return [_removal(contents, Path(name).name, "no document vouches for it", [name]) for name in going]
+    going = [name for name in files if not contents.in_use([name], since)]
+    return [contents.removal(Path(name).name, "no document vouches for it", [name]) for name in going]
 
 
 def leftovers(contents: Contents, since: float) -> list[Removal]:
     """Temporary files of writers that are dead."""
-    files = [name for name in sorted(contents.files) if LEFTOVER.fullmatch(Path(name).name)]
-    going = [name for name in files if is_dead(Path(name).name, contents.files[name].st_mtime, since)]
-    return [_removal(contents, Path(name).name, "left by a killed writer", [name]) for name in going]
-
-
-def leftover_name(name: str) -> str:
-    """A name under which a dying process leaves what it was deleting."""
-    return f".{name}.{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}.tmp"
-
-
-def is_dead(name: str, written: float, since: float) -> bool:
-    """Whether a temporary file's writer is gone; one on another machine is when it was silent for a day more."""
-    match = LEFTOVER.fullmatch(name)
-    if match is None or written > since:
-        return False
-    if match["host"] != socket.gethostname():
-        return written < since - DAY
-    try:
-        os.kill(int(match["pid"]), 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        pass
-    return False
-
-
-def _removal(contents: Contents, what: str, why: str, files: Sequence[str], shard: str | None = None) -> Removal:
-    return Removal(what, why, tuple(files), contents.size(files), shard)
+    going = []
+    for name, about in sorted(contents.files.items()):
+        short = Path(name).name
+        if name not in contents.known and is_dead(short, about.st_mtime, since):
+            going.append(Removal(short, "left by a killed writer", (name,), about.st_size))
+    return going
 
 
 def _raise(error: OSError) -> None:

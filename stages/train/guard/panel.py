@@ -21,7 +21,6 @@ from rats.schemas.train_params import TrainParams
 from rats.stages.measure.pictures import encode
 from rats.stages.train.guard.look import Eye
 from rats.stages.train.guard.rules import Look, Roles, alarms_in_a_row, best_step, columns, fallen, panel_row, spread
-from rats.trainer.checkpoint import read
 from rats.trainer.loop import Stopped
 from rats.trainer.metrics import CsvLog, Row
 from rats.trainer.run import Run
@@ -79,7 +78,7 @@ class Panel:
             return
         values = ["step", "nfe", "key", "concept", *self.roles.metrics]
         for name, header in ((PANEL, columns(self.roles, self.nfe)), (VALUES, values)):
-            run.logs[name] = CsvLog(self.out / name, header, self.kept.get(name))
+            run.open_log(CsvLog(self.out / name, header, self.kept.get(name)))
         self.looks = read_looks(run.logs[VALUES].rows(), eye.validation.keys, self.roles.metrics)
         self._keep(run)
 
@@ -158,7 +157,7 @@ class Panel:
         rows = run.logs[PANEL].rows()
         steps = [int(row["step"]) for row in rows]
         saved = [step for step in steps if step > 0 and step % self.chosen.checkpoint_every == 0]
-        run.checkpoints.keep = best_step(rows, saved)
+        run.checkpoints.never_drop(best_step(rows, saved))
 
     def leave_best(self, run: Run) -> None:
         """With `guard.keep: best`, put the weights of the best look into the learner."""
@@ -167,9 +166,8 @@ class Panel:
         best = run.ranks.gather_objects(self._best(run) if run.ranks.is_main else None)[0]
         if best is None or best == run.state.step:
             return
-        run.learner.restore(read(run.checkpoints.path(best)).tensors())
+        run.go_back_to(best)
         log.info("the student is that of step %d, where the panel was best", best)
-        run.student_step = best
 
     def _best(self, run: Run) -> int | None:
         rows = run.logs[PANEL].rows()

@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from upath import UPath
 
-from rats.pipeline.files import cache, places
+from rats.pipeline.files import cache
 from rats.pipeline.files.cache import Cache
 from rats.pipeline.files.places import Place, open_place
-from rats.pipeline.store.embeddings import read_embedding, write_embedding
+from rats.pipeline.files.remote import RemotePlace
+from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import read_scores, reward_column, reward_columns
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample, verify_shard, write_shard
 from rats.schemas.errors import ConfigError, DataError, StorageError
-from tests.support.shards import fill, in_order, params, recipe_of, score, wanted, write_samples, write_set
+from tests.support.shards import embed, fill, in_order, params, recipe_of, score, wanted, write_samples, write_set
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 S3 = pytest.param("s3", marks=pytest.mark.slow)
@@ -35,7 +35,7 @@ def store(request: pytest.FixtureRequest) -> Place:
 
 def names(place: Place) -> set[str]:
     """Names of all objects below a place."""
-    assert isinstance(place, UPath)
+    assert isinstance(place, RemotePlace)
     return {name.removeprefix(place.path).lstrip("/") for name in place.fs.find(place.path)}
 
 
@@ -68,15 +68,14 @@ def test_a_remote_set_is_planned_written_grown_scored_and_streamed_as_a_local_on
 def test_a_remote_set_is_published_into_a_folder_that_trains_without_the_store(store: Place, tmp_path: Path) -> None:
     shards = write_set(store)
     reward = score(shards)
-    for sample in wanted():
-        write_embedding(shards, sample.prompt_id, {"context": torch.arange(3.0)})
+    embed(shards, wanted())
     publish(shards, shards.snapshot(), tmp_path / "out", [reward])
     inode = (tmp_path / "out").stat().st_ino
     publish(shards, shards.snapshot(), tmp_path / "out", [reward])
     assert (tmp_path / "out").stat().st_ino == inode
     out = ShardSet.open(tmp_path / "out")
     assert out.index(out.snapshot()) == shards.index(shards.snapshot())
-    assert torch.equal(read_embedding(out, wanted()[0].prompt_id)["context"], torch.arange(3.0))
+    assert torch.equal(read_embedding(out, wanted()[0].prompt_id)["pooled"], torch.arange(4.0))
     assert len(read_scores(out, reward, [sample.key for sample in wanted()])) == 10
 
 
@@ -107,7 +106,7 @@ def test_two_drivers_at_once_plan_each_sample_once_and_name_one_content(store: P
 
 def test_a_number_whose_index_was_left_by_a_killed_driver_is_passed_over(store: Place) -> None:
     shards = write_set(store)
-    places.write(shards.root / "index" / "0002.parquet", b"of a snapshot whose manifest never came")
+    (shards.root / "index" / "0002.parquet").write(b"of a snapshot whose manifest never came")
     assert write_samples(shards, wanted(2)).number == 3
     assert shards.index(shards.snapshot(3))
 
@@ -115,9 +114,9 @@ def test_a_number_whose_index_was_left_by_a_killed_driver_is_passed_over(store: 
 def test_a_tar_without_its_document_is_no_shard_and_is_made_again(store: Place) -> None:
     shards = ShardSet.open_or_create(store, recipe_of(params()))
     plan = shards.plan(wanted(1), 4)[0]
-    places.write(shards.shard_path(plan.shard), b"at worst what a killed writer left, were uploads not whole")
+    shards.shard_path(plan.shard).write(b"at worst what a killed writer left, were uploads not whole")
     assert shards.done(plan.shard) is None and shards.finished() == []
-    assert write_shard(shards, plan, fill(shards, plan)).bytes == verify_shard(shards, plan.shard)
+    assert write_shard(shards, plan, fill(shards, plan)) == verify_shard(shards, plan.shard)
 
 
 def test_a_changed_cut_or_missing_object_is_found(store: Place) -> None:
@@ -125,10 +124,10 @@ def test_a_changed_cut_or_missing_object_is_found(store: Place) -> None:
     row = shards.index(shards.snapshot())[0]
     path = shards.shard_path(row.shard)
     data = path.read_bytes()
-    places.write(path, data[: row.offset] + b"\x00\x01" + data[row.offset + 2 :])
+    path.write(data[: row.offset] + b"\x00\x01" + data[row.offset + 2 :])
     with pytest.raises(DataError, match=f"damaged at sample {row.key}"):
         read_sample(shards, row)
-    places.write(path, data[:-1])
+    path.write(data[:-1])
     with pytest.raises(DataError, match="bytes"):
         shards.done(row.shard)
     path.unlink()
@@ -142,8 +141,8 @@ def test_a_sample_is_fetched_once_and_a_spoiled_cache_is_fetched_again(
     shards = write_set(store)
     rows = shards.index(shards.snapshot())
     fetched: list[int] = []
-    real = places.read
-    monkeypatch.setattr(places, "read", lambda *a: fetched.append(1) or real(*a))
+    real = RemotePlace.read_range
+    monkeypatch.setattr(RemotePlace, "read_range", lambda *a: fetched.append(1) or real(*a))
     for _ in range(2):
         for row in rows:
             read_sample(shards, row)
@@ -192,4 +191,4 @@ def test_an_unknown_protocol_and_a_store_out_of_reach_are_one_line(monkeypatch: 
     place = open_place("memory://unreachable/x")
     monkeypatch.setattr(type(place.fs), "pipe_file", fail)
     with pytest.raises(StorageError, match=r"cannot write memory://.*no route.*run the same command again"):
-        places.write(place, b"")
+        place.write(b"")

@@ -22,20 +22,10 @@ from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample, write_shard
 from rats.schemas.canonical import canonical_json
 from rats.schemas.errors import DataError
-from tests.support.damage import cut, files, flipped, publish_set, read_all, used
+from tests.support.damage import cut, files, flipped, read_all, used
 from tests.support.shards import HORIZONS, params, recipe_of, score, wanted, write_samples, write_set
 
 FORMAT_1 = Path(__file__).parents[2] / "fixtures" / "format-1"
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish_set(tmp_path_factory.mktemp("damage"))
-
-
-@pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
 def test_a_whole_set_is_read(copy: Path) -> None:

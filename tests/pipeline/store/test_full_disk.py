@@ -13,10 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from rats.pipeline.files.atomic import atomic_folder, atomic_path, atomic_write
-from rats.pipeline.store.embeddings import has_embedding, write_embedding
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import verify_shard
@@ -25,16 +23,14 @@ from rats.schemas.manifest import Snapshot
 from tests.support.damage import fork
 from tests.support.full import NEVER, Disk
 from tests.support.project import rats, tree, write_project
-from tests.support.shards import score, wanted, write_samples, write_set
+from tests.support.shards import embed, score, wanted, write_samples, write_set
 
 
 def whole_run(folder: Path) -> Snapshot:
     """Everything that writes a set: plans, shards, index, snapshot, scores, embeddings, publishing."""
     shards = write_set(folder / "store", wanted(3))
     reward = score(shards)
-    for sample in wanted(3):
-        if not has_embedding(shards, sample.prompt_id):
-            write_embedding(shards, sample.prompt_id, {"context": torch.arange(3.0)})
+    embed(shards, wanted(3))
     publish(shards, shards.snapshot(), folder / "out", [reward])
     return shards.snapshot()
 

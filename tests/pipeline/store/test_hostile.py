@@ -6,7 +6,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -22,22 +21,12 @@ from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import DataError, RatsError
 from rats.schemas.manifest import IndexRow, PlannedSample, RewardRecord, ShardPlan
 from rats.stages.shards.describe import describe
-from tests.support.damage import fork, publish_set, read_all, reseal, used, vouch
+from tests.support.damage import fork, read_all, reseal, used, vouch
 from tests.support.fuzz import put_index, put_sample
 from tests.support.shards import HORIZONS
 
 EVENTS = ("exec", "marshal.loads", "os.exec", "os.fork", "os.posix_spawn", "os.system", "pickle.find_class")
 EVENTS += ("ctypes.dlopen", "shutil.unpack_archive", "socket.connect", "subprocess.Popen", "tarfile", "zipfile")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return publish_set(tmp_path_factory.mktemp("hostile"))
-
-
-@pytest.fixture
-def copy(whole: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
 class Bomb:

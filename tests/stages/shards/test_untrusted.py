@@ -221,6 +221,9 @@ def test_nothing_is_imported_of_a_set_with(exported: Path, tmp_path: Path, what:
     with pytest.raises(DataError, match=hint) as caught:
         import_set(tmp_path / "in", tmp_path / "store")
     assert "\n" not in str(caught.value) and "stage rollout" not in str(caught.value)
+    # whoever has only the folder is told so once, in place of what the owner of a store would do
+    assert str(caught.value).count("; fetch the set ") == 1
+    assert hint == "link" or str(caught.value).endswith("; fetch the set again; nothing was imported")
     assert tree(tmp_path) == before
 
 

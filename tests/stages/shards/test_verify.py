@@ -10,19 +10,19 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from upath import UPath
 
+from rats.pipeline.files.places import open_place
 from rats.pipeline.store.documents import read_sealed, write_sealed
-from rats.pipeline.store.embeddings import read_embedding, verify_embedding, write_embedding
+from rats.pipeline.store.embeddings import read_embedding, verify_embedding
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import reward_columns
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import DataError
 from rats.schemas.manifest import ShardPlan, Snapshot
 from rats.stages.shards.verify import verify
+from tests.support.damage import files, flipped
 from tests.support.project import rats
-from tests.support.shards import score, wanted, write_samples, write_set
+from tests.support.shards import embed, score, wanted, write_samples, write_set
 
 PROMPTS = wanted(prompts=3)
 
@@ -33,8 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("verify")
     shards = write_set(folder / "store", PROMPTS)
     write_samples(shards, wanted(prompts=4))
-    for sample in wanted(prompts=4):
-        write_embedding(shards, sample.prompt_id, {"context": torch.randn(3, 2).bfloat16(), "pooled": torch.ones(4)})
+    embed(shards, wanted(prompts=4))
     publish(shards, shards.snapshot(1), folder / "out", [score(shards)])
     return folder
 
@@ -53,10 +52,6 @@ def store(whole: Path, tmp_path: Path) -> ShardSet:
     return ShardSet.open(Path(shutil.copytree(source, tmp_path / source.name)))
 
 
-def files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.parent.name != "locks")
-
-
 def test_a_whole_set_is_read_to_the_last_byte(folder: Path) -> None:
     result = verify(folder)
     assert result["ok"] and result["unfinished"] == []
@@ -71,9 +66,7 @@ def test_every_damaged_file_is_found_and_named_in_one_pass(folder: Path, caplog:
     generator, names = random.Random(0), files(folder)
     spoiled = [path for path in names if path.name != "recipe.json"]
     for path in spoiled:
-        data = bytearray(path.read_bytes())
-        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-        path.write_bytes(data)
+        path.write_bytes(flipped(path.read_bytes(), generator))
     with caplog.at_level(logging.ERROR, logger="rats"), pytest.raises(DataError) as caught:
         verify(folder)
     # a table cannot be judged without the document that vouches for it, nor a tar, nor an index
@@ -88,9 +81,7 @@ def test_one_flipped_bit_or_one_cut_anywhere_is_one_file_and_no_other_is_blamed(
     generator = random.Random(1)
     for path in files(folder):
         data = path.read_bytes()
-        broken = bytearray(data)
-        broken[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
-        for content in (bytes(broken), data[: generator.randrange(len(data))], b""):
+        for content in (flipped(data, generator), data[: generator.randrange(len(data))], b""):
             path.write_bytes(content)
             with pytest.raises(DataError, match="recipe" if path.name == "recipe.json" else "has 1 damaged"):
                 verify(folder)
@@ -141,10 +132,10 @@ def test_a_shard_made_again_differently_is_found_by_the_documents_that_name_it(
 
 def test_a_document_under_another_documents_name_is_found(store: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
     plan = store.plan_path("rollout-000000")
-    write_sealed(plan, read_sealed(store.plan_path("rollout-000001"), ShardPlan, ""))
+    write_sealed(plan, read_sealed(store.plan_path("rollout-000001"), ShardPlan))
     manifests = store.root / "manifests"
     shutil.copy(manifests / "0001.json", manifests / "0003.json")
-    first, second = read_sealed(manifests / "0001.json", Snapshot, ""), next(iter(store.snapshot(2).shards))
+    first, second = read_sealed(manifests / "0001.json", Snapshot), next(iter(store.snapshot(2).shards))
     write_sealed(manifests / "0002.json", first.model_copy(update={"number": 2, "shards": {second: "0" * 64}}))
     with pytest.raises(DataError), caplog.at_level(logging.ERROR, logger="rats"):
         verify(store.root)
@@ -159,11 +150,9 @@ def test_the_recipe_alone_is_named_when_nothing_else_can_be_judged(folder: Path)
 
 
 def test_a_remote_set_is_verified_as_a_local_one(whole: Path) -> None:
-    place = UPath("memory://verify/out")
+    place = open_place("memory://verify/out")
     for path in files(whole / "out"):
-        target = place / path.relative_to(whole / "out").as_posix()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes())
+        (place / path.relative_to(whole / "out").as_posix()).write(path.read_bytes())
     assert {**verify(place), "seconds": 0, "gb_per_second": 0} == {
         **verify(whole / "out"),
         "seconds": 0,

@@ -12,7 +12,6 @@ from tensorboardX.proto.event_pb2 import Event
 from rats.schemas.errors import ConfigError
 from rats.stages.train.guard.panel import PANEL
 from rats.stages.train.trackers import check_trackers, flat, open_trackers, settings_of
-from rats.trainer.loop import train
 from rats.trainer.metrics import CsvLog
 from tests.support import toy
 
@@ -38,16 +37,16 @@ def scalars(out: Path, tag: str) -> list[tuple[int, float]]:
 def tracked(out: Path, steps: int, resume: bool = False) -> list[dict[str, str]]:
     """A toy run with TensorBoard, a look and a sheet at the steps 0 and 2; the rows of its metrics.csv."""
     chosen = toy.settings(**(TENSORBOARD | {"steps": steps}))
-    student = toy.ToyStudent()
-    run = toy.run_in(out, chosen, resume, student)
-    run.logs[PANEL] = CsvLog(out / PANEL, ["step", "panel", "alarm"])
+    given = toy.objective(chosen)
+    run = toy.run_of(given, out, resume)
+    run.open_log(CsvLog(out / PANEL, ["step", "panel", "alarm"]))
     for step in (0, 2):
         run.logs[PANEL].append({"step": step, "panel": -0.5 * step, "alarm": int(step > 0)})
         (out / "samples").mkdir(exist_ok=True)
         Image.new("RGB", (8, 4)).save(out / "samples" / f"{step:06d}.png")
     trackers = open_trackers(chosen.train, out, {"lr": 0.1, "nfe": (2, 3)}, run.state.step)
-    run.observers.append(trackers)
-    train(student, toy.ToyStream(run.state.position), [toy.ToyReward()], chosen, run)
+    with run.observed(trackers):
+        toy.train_on(given, run)
     trackers.close()
     return run.logs["metrics.csv"].rows()
 

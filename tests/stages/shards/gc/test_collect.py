@@ -22,20 +22,9 @@ from rats.stages.rollout.rollout import read_recipe
 from rats.stages.shards.gc.collect import collect
 from rats.stages.shards.gc.roots import could_make
 from rats.stages.shards.verify import verify
-from tests.support.experiments import collected, files, name_it, stranger, write_grown, write_params
+from tests.support.experiments import collected, files, name_it, stranger, write_params
 from tests.support.project import rats, tree, write_project
 from tests.support.shards import params, recipe_of, score, wanted, write_samples
-
-
-@pytest.fixture(scope="module")
-def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(write_grown(tmp_path_factory.mktemp("gc")).root).parents[1]
-
-
-@pytest.fixture
-def shards(grown: Path, tmp_path: Path) -> ShardSet:
-    shutil.copytree(grown, tmp_path, ignore=shutil.ignore_patterns("locks"), dirs_exist_ok=True)
-    return ShardSet.open(next((tmp_path / "store").iterdir()))
 
 
 def test_nothing_is_touched_before_it_is_asked_for(shards: ShardSet, tmp_path: Path) -> None:

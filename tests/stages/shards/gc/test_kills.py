@@ -16,23 +16,12 @@ import pytest
 from rats.pipeline.store.scores import read_scores, reward_column
 from rats.pipeline.store.shard_set import ShardSet
 from rats.stages.shards.verify import verify
-from tests.support.experiments import collected, files, name_it, stranger, write_grown, write_params
+from tests.support.experiments import collected, files, name_it, stranger, write_params
 from tests.support.project import rats, tree
 from tests.support.shards import params, recipe_of, score, wanted, write_samples
 
 CHILD = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
 LIVE, DEAD = os.getpid(), int(CHILD.stdout)
-
-
-@pytest.fixture(scope="module")
-def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(write_grown(tmp_path_factory.mktemp("gc")).root).parents[1]
-
-
-@pytest.fixture
-def shards(grown: Path, tmp_path: Path) -> ShardSet:
-    shutil.copytree(grown, tmp_path, ignore=shutil.ignore_patterns("locks"), dirs_exist_ok=True)
-    return ShardSet.open(next((tmp_path / "store").iterdir()))
 
 
 @pytest.mark.parametrize("number", [0, 1, 2, 3])

@@ -16,7 +16,7 @@ from rats.schemas.params import Params
 from rats.stages.train.guard.panel import PANEL, VALUES, Panel
 from rats.stages.train.guard.rules import Look, Roles
 from rats.stages.train.observers import check_observers
-from rats.trainer.loop import Stopped, train
+from rats.trainer.loop import Stopped
 from rats.trainer.run import Run
 from tests.support import toy
 
@@ -45,14 +45,14 @@ def watched(folder: Path, course: Sequence[tuple[float, float]], resume: bool = 
     """A toy run of 6 steps with a look after each; it goes on from its newest checkpoint with `resume`."""
     guard = {"every": 1} | changes.pop("guard", {})
     chosen = toy.settings(**({"guard": guard, "checkpoint_every": 1, "checkpoints_total_limit": 1} | changes))
-    student = toy.ToyStudent()
-    run = toy.run_in(folder, chosen, resume, student)
+    given = toy.objective(chosen)
+    run = toy.run_of(given, folder, resume)
     saved = run.checkpoints.newest() if resume else None
     kept = {name: saved.log(name) if saved else None for name in (PANEL, VALUES)}
     panel = Panel(chosen.train, ROLES, folder, Eyes(course), kept)  # type: ignore[arg-type]
     panel.start(run)
-    run.observers.append(panel)
-    train(student, toy.ToyStream(run.state.position), [toy.ToyReward()], chosen, run)
+    with run.observed(panel):
+        toy.train_on(given, run)
     panel.leave_best(run)
     return run
 
@@ -111,11 +111,11 @@ def test_a_run_that_goes_on_counts_its_alarms_from_the_log_alone(tmp_path):
 
 
 def test_a_run_that_is_asked_to_stop_while_it_looks_makes_that_look_when_it_goes_on(tmp_path):
-    run = toy.run_in(tmp_path, toy.settings())
+    run = toy.run_of(toy.objective(toy.settings()), tmp_path)
     panel = Panel(toy.settings(guard={"every": 1}).train, ROLES, tmp_path, Eyes(HACK), {})  # type: ignore[arg-type]
     panel.start(run)
-    run.stopping = lambda: True
-    run.state = run.state.after(4, [0.5], 0, 0.0)
+    run.stop_when(lambda: True)
+    run.advance({"seconds": 0.0}, [0.5], 0, 4)
     with pytest.raises(Stopped):
         panel(run, {})
     run.save()
@@ -123,7 +123,7 @@ def test_a_run_that_is_asked_to_stop_while_it_looks_makes_that_look_when_it_goes
     again = Panel(panel.chosen, ROLES, tmp_path, Eyes(HACK[1:]), kept)  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match="143"):
         again.start(run)
-    run.stopping = lambda: False
+    run.stop_when(lambda: False)
     again.start(run)
     assert [row["step"] for row in run.logs[PANEL].rows()] == ["0", "1"]
 
