@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rats.pipeline.families.models import FamilyStudent
+from rats.pipeline.families.open import Model
 from rats.schemas.params import Params, load_params
 from rats.stages.train.generations import open_follower
 from rats.stages.train.source import Source, open_source, read_settings
@@ -38,6 +40,7 @@ class Bench:
     """A run under way, of which `step` takes one step."""
 
     params: Params
+    model: Model
     objective: Objective
     source: Source
     student: FamilyStudent
@@ -58,17 +61,19 @@ def opened(path: Path, shards: Path, overrides: Sequence[str]) -> Iterator[Bench
     """The parameters of `path` with these changes, on the shards in a folder; what a step writes is thrown away."""
     params = load_params(path, [UNSPLIT, *overrides])
     chosen, ranks = params.train, OneRank(params.compute.device)
-    source = open_source(params, chosen, shards)
-    student, rewards = open_trainable(params, chosen, ranks), open_rewards(params, chosen, ranks)
+    model = Model.of(params)
+    source = open_source(params, model, chosen, shards)
+    student, rewards = open_trainable(model, chosen, ranks), open_rewards(params, chosen, ranks)
     objective = Objective(student, rewards, read_settings(chosen, source), ranks, METHODS["rats"])
 
     def follower(learner: Learner) -> Live | None:
-        return open_follower(params, chosen, student, learner, source, rewards, student.decode)
+        return open_follower(model, chosen, student, learner, source, rewards, student.decode)
 
     stream = StoredSamples(source.shards, source.snapshot, source.scores, chosen.seed, chosen.batch)
     with tempfile.TemporaryDirectory() as folder, closing(stream):
         run = fresh_run(objective, Path(folder), follower)
-        yield Bench(params, objective, source, student, run, step=lambda: one_step(objective, stream, run))
+        step = partial(one_step, objective, stream, run)
+        yield Bench(params, model, objective, source, student, run, step)
 
 
 def fresh_run(objective: Objective, folder: Path, follower: Callable[[Learner], Live | None] = nobody) -> Run:

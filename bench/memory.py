@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from bench.harness import UNSPLIT, opened, where
-from rats.pipeline.families.open import open_text
+from rats.pipeline.families.open import Model
 from rats.schemas.params import load_params
 from rats.stages.plan.memory import train_memory
 
@@ -64,7 +64,8 @@ def peak(params: Path, shards: Path, changes: Sequence[str], steps: int = 2) -> 
 def estimate(params: Path, changes: Sequence[str]) -> int:
     """Bytes that `rats plan` counts for the same step; text encoders are no part of a step."""
     changes = [UNSPLIT, *(change for change in changes if change != TEXT)]
-    return train_memory(load_params(params, changes), split=False).peak
+    values = load_params(params, changes)
+    return train_memory(values, Model.of(values), split=False).peak
 
 
 def measure(params: Path, shards: Path, changes: Sequence[str], steps: int) -> int:
@@ -73,7 +74,7 @@ def measure(params: Path, shards: Path, changes: Sequence[str], steps: int) -> i
     with opened(params, shards, [change for change in changes if change != TEXT]) as bench:
         text = None
         if TEXT in changes:
-            text = open_text(bench.params.model, bench.params.teacher, bench.params.compute)
+            text = bench.model.open_text()
         for _ in range(steps):
             bench.step()
         del text

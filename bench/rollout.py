@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from rats.pipeline.families.flux import FluxPipeline
+from rats.pipeline.families.open import Model
 from rats.pipeline.prompts import planned, read_prompts
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.weights.loading import quiet_loading
@@ -57,7 +58,7 @@ def ours(params: Params, shards: ShardSet) -> Callable[[ShardPlan], None]:
 
 def compare(params: Params, store: Path, repeats: int) -> dict[str, float]:
     """Wall seconds a task of both, and the medians of the paired ratios, wall and CPU."""
-    shards = ShardSet.open_or_create(store, read_recipe(params)[0])
+    shards = ShardSet.open_or_create(store, read_recipe(params, Model.of(params)))
     batch = params.compute.micro_batch
     wanted = planned(read_prompts(params.prompts.train), params.teacher.noises_per_prompt)
     plans = shards.plan(wanted[: (repeats + 1) * batch], batch)

@@ -91,7 +91,7 @@ def _finals(bench: Bench) -> torch.Tensor:
 def rollout_cost(params: Path, shards: Path, overrides: Sequence[str], tasks: int) -> Cost:
     """A sample of stage one in this process, all rewards included: medians over tasks of one shard each."""
     with opened(params, shards, overrides) as bench, tempfile.TemporaryDirectory() as folder:
-        recipe, vae = read_recipe(bench.params)
+        recipe, vae = read_recipe(bench.params, bench.model), bench.model.folder.hash_of("vae")
         made, fields = ShardSet.open_or_create(folder, recipe), set(PlannedSample.model_fields)
         rows = bench.source.shards.index(bench.source.snapshot)
         size = bench.params.store.shard_samples

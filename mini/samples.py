@@ -13,7 +13,7 @@ from mini.prompts import named, styled
 from mini.teacher import MAX_LENGTH
 from rats.pipeline import solver
 from rats.pipeline.families.models import FamilyTeacher
-from rats.pipeline.families.open import open_teacher
+from rats.pipeline.families.open import Model
 from rats.pipeline.noise import noise
 from rats.schemas.identity import prompt_id
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
@@ -23,7 +23,8 @@ def open_miniature(folder: Path, scale: float) -> FamilyTeacher:
     """The pipeline folder with true guidance `scale`, in fp32: what its embedded guidance is learned from."""
     size = {"max_sequence_length": MAX_LENGTH, "height": 32, "width": 32}
     settings = TeacherParams(guidance_scale=1.0, true_cfg_scale=scale, **size)
-    return open_teacher(ModelParams(path=str(folder)), settings, ComputeParams(threads=torch.get_num_threads()))
+    compute = ComputeParams(threads=torch.get_num_threads())
+    return Model(ModelParams(path=str(folder)), settings, compute).open_teacher()
 
 
 @torch.no_grad()

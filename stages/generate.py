@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import logging
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from rats.pipeline.families.open import family_class, open_scheduler
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
-from rats.pipeline.weights.hashes import network_folder
-from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
-from rats.pipeline.weights.loading import quiet_imports, quiet_loading, torch_device, torch_dtype
-from rats.pipeline.weights.lora import is_lora, load_lora
+from rats.pipeline.weights.loading import torch_device
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
 from rats.schemas.params import Params
 from rats.stages.measure.pictures import encode, grid
-from rats.stages.train.record import pipeline_call, read_record, student_folder
-
-with quiet_imports():  # they ask for torchvision, which we do without
-    from diffusers import AutoModel, DiffusionPipeline
+from rats.stages.train.record import read_record, student_folder
 
 log = logging.getLogger(__name__)
 
@@ -61,13 +54,14 @@ def generate(
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty: say what to draw")
-    is_video, suffix = family_class(params.model).is_video, out.suffix.lower()
+    model = Model.of(params)
+    is_video, suffix = model.family.is_video, out.suffix.lower()
     if suffix not in (known := (*FORMATS, ".gif") if is_video else FORMATS):
         kind = "video" if is_video else "picture"
         raise ConfigError(f"cannot write a {kind} named '{out.name}': end it in one of {', '.join(known)}")
     if run is not None:
         _check_steps(run, nfe)
-    drawn = draw(open_pipeline(params, run), params, prompt, nfe, seed, count)
+    drawn = draw(open_pipeline(model, run), model, prompt, nfe, seed, count)
     if is_video:
         atomic_write(out, encode_videos(drawn, suffix, params.teacher.scored_frames))
         return [frame for video in drawn for frame in video]
@@ -76,42 +70,23 @@ def generate(
     return pictures
 
 
-def open_pipeline(params: Params, run: Path | None) -> Any:
-    """The whole pipeline of `model.path`, with the run's network or adapters where one is named, on the device."""
-    pipeline = load_pipeline(params, None if run is None else student_folder(run))
+def open_pipeline(model: Model, run: Path | None) -> Any:
+    """The whole pipeline, with the run's network or adapters where one is named, on the device."""
+    pipeline = model.open_pipeline(None if run is None else student_folder(run))
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(torch_device(params.compute.device))
+    return pipeline.to(torch_device(model.compute.device))
 
 
-def load_pipeline(params: Params, student: Path | None) -> Any:
-    """The same on the CPU; `student` is a run's folder of a whole network or of adapters."""
-    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
-    adapters = student is not None and is_lora(student)
-    network = network_folder(folder, params.model.transformer) if student is None or adapters else student
-    dtype = torch_dtype(params.model.dtype)
-    with quiet_loading(), warnings.catch_warnings():
-        # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
-        warnings.simplefilter("ignore", FutureWarning)
-        own = AutoModel.from_pretrained(str(network), torch_dtype=dtype)
-        scheduler = open_scheduler(family_class(params.model), folder)  # where the family samples by another one
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(folder), torch_dtype=dtype, transformer=own, scheduler=scheduler
-        )
-    if student is not None and adapters:
-        load_lora(pipeline.transformer, student)
-    return pipeline
-
-
-def draw(pipeline: Any, params: Params, prompt: str, nfe: int, seed: int, count: int) -> list[list[Image.Image]]:
+def draw(pipeline: Any, model: Model, prompt: str, nfe: int, seed: int, count: int) -> list[list[Image.Image]]:
     """The pipeline's own call, with the student's embedded guidance and the recipe's resolution: frames of each."""
-    is_video = family_class(params.model).is_video
+    is_video = model.family.is_video
     drawn = pipeline(
         prompt=prompt,  # by name: the first argument of a pipeline that can edit pictures is the picture
         num_inference_steps=nfe,
         generator=torch.Generator().manual_seed(seed),
         output_type="pil",
         **{"num_videos_per_prompt" if is_video else "num_images_per_prompt": count},
-        **pipeline_call(params),
+        **model.call(),
     )
     return drawn.frames if is_video else [[picture] for picture in drawn.images]
 

@@ -1,9 +1,12 @@
-"""Opening what a stage needs of a model, and no more: the family says which classes, the folder has the weights."""
+"""Opens the parts of a model that a stage needs. The family names the classes, the folder holds the weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,116 +15,209 @@ from torch import Tensor, nn
 
 from rats.pipeline.families.base import Family
 from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText
-from rats.pipeline.weights.hashes import network_folder, read_json
-from rats.pipeline.weights.hub import DECODER_PATTERNS, PIPELINE_PATTERNS, resolve
+from rats.pipeline.weights.folder import ModelFolder
+from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.loading import (
-    existing_component,
     load_component,
     load_tokenizer,
     outline_component,
+    quiet_imports,
+    quiet_loading,
     quiet_notices,
+    torch_dtype,
 )
 from rats.pipeline.weights.lora import add_lora, is_lora, load_lora
 from rats.schemas.errors import ConfigError, brief
-from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
+from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
 from rats.schemas.plugins import FAMILIES, found, load_plugin
+from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import LoraParams
 
+with quiet_imports():  # they ask for torchvision, which we do without
+    from diffusers import AutoModel, DiffusionPipeline
+
 ATTENTION = {"sdpa": "native"}
-"""`compute.attention` in diffusers' words."""
+"""The names that diffusers has for the values of `compute.attention`."""
 
 
-def family_class(model: ModelParams) -> type[Family]:
-    """The class that `model.family` names. Raises ConfigError when it cannot be imported."""
-    cls: type[Family] = load_plugin(FAMILIES, model.family)
-    return cls
+@dataclass(eq=False)
+class Model:
+    """The model that the parameters name. Its parts are opened by its methods.
 
-
-def open_student(
-    model: ModelParams,
-    teacher: TeacherParams,
-    compute: ComputeParams,
-    transformer: Path | None = None,
-    lora: LoraParams | None = None,
-    seed: int = 0,
-) -> FamilyStudent:
-    """Loads transformer, VAE and scheduler of the pipeline at `model.path`, and no text encoder.
-
-    `transformer` names a trained student's folder: its whole network in place of the pipeline's, or adapters for that
-    one. The network can be trained; with `lora` only new adapters can, whose first weights follow from `seed`.
+    Making one reads no file. The folder is looked up, read and hashed at the first use, and only once. A pickled Model
+    holds the parameters alone: where it is unpickled, everything is looked up again.
     """
-    student = FamilyStudent(*_load_parts(_folder(model), model, teacher, compute, transformer))
-    if lora is not None:
-        add_lora(student.network, lora, student.family.lora_targets, seed)
-    return student
 
+    params: ModelParams
+    teacher: TeacherParams
+    compute: ComputeParams
+    shared: ModelFolder | None = field(default=None, repr=False)
+    """The folder of another Model with the same path, revision and transformer, so that nothing is read twice."""
 
-def open_teacher(model: ModelParams, teacher: TeacherParams, compute: ComputeParams) -> FamilyTeacher:
-    """Loads the whole pipeline at `model.path`, frozen."""
-    folder = _folder(model)
-    parts = _load_parts(folder, model, teacher, compute, None)
-    return FamilyTeacher(*parts, _load_text(parts[0], folder, model, compute))
+    @classmethod
+    def of(cls, params: Params) -> Model:
+        """The model of the whole configuration `params`."""
+        return cls(params.model, params.teacher, params.compute)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The parameters alone."""
+        return Model, (self.params, self.teacher, self.compute)
 
-def open_decoder(model: ModelParams, teacher: TeacherParams, compute: ComputeParams) -> FamilyDecoder:
-    """Loads the VAE; nothing else of the model has to be there."""
-    folder, cls = _folder(model, DECODER_PATTERNS), family_class(model)
-    vae = load_component(cls.vae_class, folder / "vae", model, compute)
-    return FamilyDecoder(cls(teacher, vae), vae)
+    def using(self, *, teacher: TeacherParams | None = None, compute: ComputeParams | None = None) -> Model:
+        """The same files with other settings of the teacher or of the computation."""
+        return Model(self.params, teacher or self.teacher, compute or self.compute, self._files)
 
+    def pinned(self, decoder_alone: bool = False) -> Model:
+        """The same files, with paths and revision as `ModelFolder.pinned` makes them."""
+        files = self._files.pinned(decoder_alone)
+        return Model(files.params, self.teacher, self.compute, files)
 
-def open_text(model: ModelParams, teacher: TeacherParams, compute: ComputeParams) -> FamilyText:
-    """Loads the text encoders of the pipeline at `model.path`, and nothing else."""
-    folder, cls = _folder(model), family_class(model)
-    family = cls(teacher, outline_component(cls.vae_class, folder / "vae"))
-    return _load_text(family, folder, model, compute)
+    @cached_property
+    def _files(self) -> ModelFolder:
+        return self.shared or ModelFolder(self.params)
 
+    @cached_property
+    def family(self) -> type[Family]:
+        """The class that `model.family` names. Raises ConfigError when it cannot be imported."""
+        cls: type[Family] = load_plugin(FAMILIES, self.params.family)
+        return cls
 
-def open_live_teacher(
-    student: FamilyStudent, model: ModelParams, teacher: TeacherParams, compute: ComputeParams
-) -> FamilyTeacher:
-    """A teacher of the student's decoder and a copy of its network as it is now, guided as `teacher` says.
+    @cached_property
+    def folder(self) -> ModelFolder:
+        """The model's folder. If it has a model_index.json, it must be of the family's pipeline."""
+        _, index = self._files.root, self._files.index  # first the whole folder: `index` alone fetches the decoder
+        return self._fitting(index)
 
-    The text encoders are loaded for the negative prompt alone, where there is guidance against one, and let go.
-    """
-    family = type(student.family)(teacher, student.vae)
-    text = _load_text(family, _folder(model), model, compute) if teacher.true_cfg_scale > 1 else None
-    network = copy.deepcopy(student.network)
-    apply_kernels(network, compute)
-    live = FamilyTeacher(family, network, student.vae, student.scheduler, text)
-    live.forget_encoders()
-    return live
+    @cached_property
+    def decoder_folder(self) -> ModelFolder:
+        """The same folder, of which only the decoder has to exist. Of a hub repository only the decoder is fetched."""
+        return self._fitting(self._files.index)
 
+    def _fitting(self, index: Mapping[str, Any]) -> ModelFolder:
+        _check_index(self.params, self.family, index)
+        return self._files
 
-def open_outline(model: ModelParams, teacher: TeacherParams) -> FamilyStudent:
-    """Loads no weights at all: enough for `latent_shape` and `stock_sigmas`."""
-    folder, cls = _folder(model), family_class(model)
-    network = outline_component(cls.network_class, network_folder(folder, model.transformer))
-    vae = outline_component(cls.vae_class, folder / "vae")
-    return FamilyStudent(cls(teacher, vae), network, vae, open_scheduler(cls, folder))
+    @cached_property
+    def outline(self) -> FamilyStudent:
+        """A student without weights, on torch's meta device. It is shared: copy it before changing it."""
+        parts = self.folder.parts(NETWORK, DECODER)
+        network = outline_component(self.family.network_class, parts[NETWORK])
+        vae = outline_component(self.family.vae_class, parts[DECODER])
+        return FamilyStudent(self.family(self.teacher, vae), network, vae, self.scheduler())
 
+    def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
+        """The pipeline's scheduler in the form in which the family samples by it."""
+        return self.family.scheduler(self.folder.scheduler_config)
 
-def rebuilt_network(model: ModelParams, weights: dict[str, Tensor], lora: LoraParams | None) -> nn.Module:
-    """A network with these trained weights (CPU tensors by name), to be saved; `lora`: they are its adapters.
+    def call(self) -> dict[str, int | float]:
+        """The arguments of the pipeline's call as in training, besides prompt and number of steps."""
+        return self.family.call(self.teacher)
 
-    What trains cannot be saved as it is: it may be sharded, and in float32 where `model.dtype` is not. On the CPU, for
-    the device is full.
-    """
-    cls, folder = family_class(model), network_folder(_folder(model), model.transformer)
-    network: nn.Module = load_component(cls.network_class, folder, model, ComputeParams(device="cpu"))
-    if lora is not None:
-        add_lora(network, lora, cls.lora_targets, seed=0)  # all of them are replaced
-    network.load_state_dict(weights, strict=lora is None)
-    return network
+    def open_student(
+        self, transformer: Path | None = None, lora: LoraParams | None = None, seed: int = 0
+    ) -> FamilyStudent:
+        """Loads transformer, VAE and scheduler, and no text encoder.
 
+        `transformer` is the folder of a trained student. It holds a whole network, which replaces the pipeline's, or
+        adapters for the pipeline's network. The network can be trained. With `lora`, only new adapters can; `seed`
+        decides their initial weights.
+        """
+        student = FamilyStudent(*self._sampling_parts(transformer))
+        if lora is not None:
+            add_lora(student.network, lora, self.family.lora_targets, seed)
+        return student
 
-def open_scheduler(family: type[Family], folder: Path) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler of a pipeline's folder, as the family samples by it."""
-    return family.scheduler(read_json(existing_component(folder / "scheduler") / "scheduler_config.json"))
+    def open_teacher(self) -> FamilyTeacher:
+        """Loads the whole pipeline, frozen."""
+        parts = self._sampling_parts(None)
+        return FamilyTeacher(*parts, self._text(parts[0]))
+
+    def open_decoder(self) -> FamilyDecoder:
+        """Loads the VAE. The other parts of the model need not exist."""
+        parts = self.decoder_folder.parts(DECODER)
+        vae = load_component(self.family.vae_class, parts[DECODER], self.params, self.compute)
+        return FamilyDecoder(self.family(self.teacher, vae), vae)
+
+    def open_text(self) -> FamilyText:
+        """Loads the text encoders, and nothing else."""
+        vae = outline_component(self.family.vae_class, self.folder.parts(DECODER)[DECODER])
+        return self._text(self.family(self.teacher, vae))
+
+    def open_live_teacher(self, student: FamilyStudent) -> FamilyTeacher:
+        """A teacher with the student's decoder and a copy of its network as it is now, guided as `self.teacher` says.
+
+        The text encoders are loaded only if there is guidance against a negative prompt, and freed after encoding it.
+        """
+        family = self.family(self.teacher, student.vae)
+        text = self._text(family) if self.teacher.true_cfg_scale > 1 else None
+        network = copy.deepcopy(student.network)
+        apply_kernels(network, self.compute)
+        live = FamilyTeacher(family, network, student.vae, student.scheduler, text)
+        live.forget_encoders()
+        return live
+
+    def open_pipeline(self, student: Path | None = None) -> Any:
+        """The stock diffusers pipeline on the CPU, with the network or adapters in the folder `student` if given."""
+        adapters = student is not None and is_lora(student)
+        network = self._base if student is None or adapters else student
+        dtype = torch_dtype(self.params.dtype)
+        with quiet_loading(), warnings.catch_warnings():
+            # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
+            warnings.simplefilter("ignore", FutureWarning)
+            own = AutoModel.from_pretrained(str(network), torch_dtype=dtype)
+            exchanged = {"transformer": own, "scheduler": self.scheduler()}  # the family may sample by another one
+            pipeline = DiffusionPipeline.from_pretrained(str(self.folder.root), torch_dtype=dtype, **exchanged)
+        if student is not None and adapters:
+            load_lora(pipeline.transformer, student)
+        return pipeline
+
+    def rebuilt_network(self, weights: dict[str, Tensor], lora: LoraParams | None) -> nn.Module:
+        """A network with these trained weights (CPU tensors by name), to be saved; `lora`: they are its adapters.
+
+        The network in training cannot be saved as it is: it may be sharded, and it is in float32 where `model.dtype` is
+        not. This one is built on the CPU, since the device's memory is full.
+        """
+        on_cpu = ComputeParams(device="cpu")
+        network: nn.Module = load_component(self.family.network_class, self._base, self.params, on_cpu)
+        if lora is not None:
+            add_lora(network, lora, self.family.lora_targets, seed=0)  # all of them are replaced
+        network.load_state_dict(weights, strict=lora is None)
+        return network
+
+    def _sampling_parts(
+        self, student: Path | None
+    ) -> tuple[Family, nn.Module, nn.Module, FlowMatchEulerDiscreteScheduler]:
+        """Loads the network last, so that wrong settings are found before it."""
+        parts, scheduler = self.folder.parts(DECODER, NETWORK), self.scheduler()
+        vae = load_component(self.family.vae_class, parts[DECODER], self.params, self.compute)
+        family = self.family(self.teacher, vae)
+        network = self._network(parts[NETWORK], student)
+        apply_kernels(network, self.compute)
+        return family, network, vae, scheduler
+
+    @property
+    def _base(self) -> Path:
+        return self.folder.parts(NETWORK)[NETWORK]
+
+    def _network(self, base: Path, student: Path | None) -> Any:
+        """The base, a student's whole network in its place, or the base with a student's adapters."""
+        cls = self.family.network_class
+        if student is None or not is_lora(student):
+            return load_component(cls, student or base, self.params, self.compute)
+        network = load_component(cls, base, self.params, self.compute)
+        load_lora(network, student)
+        return network
+
+    def _text(self, family: Family) -> FamilyText:
+        parts = self.folder.parts(*family.encoders, *family.tokenizers)
+        how = self.params, self.compute
+        encoders = {name: load_component(cls, parts[name], *how) for name, cls in family.encoders.items()}
+        tokenizers = {name: load_tokenizer(cls, parts[name]) for name, cls in family.tokenizers.items()}
+        return FamilyText(family, encoders | tokenizers)
 
 
 def apply_kernels(network: Any, compute: ComputeParams) -> None:
-    """The recipe's attention and compilation, whatever the environment (DIFFUSERS_ATTN_BACKEND) asks for."""
+    """Sets the recipe's attention and compilation. The environment (DIFFUSERS_ATTN_BACKEND) is overridden."""
     with quiet_notices():
         network.set_attention_backend(ATTENTION[compute.attention])
     if compute.compile:
@@ -129,7 +225,7 @@ def apply_kernels(network: Any, compute: ComputeParams) -> None:
 
 
 def fitting_family(index: Mapping[str, Any]) -> str | None:
-    """The installed family that draws as the pipeline of a model_index.json, None if there is none."""
+    """The installed family of the pipeline in a model_index.json; None if there is none."""
     for name in found(FAMILIES):
         try:
             cls: type[Family] = load_plugin(FAMILIES, name)
@@ -140,48 +236,12 @@ def fitting_family(index: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _folder(model: ModelParams, patterns: Sequence[str] = PIPELINE_PATTERNS) -> Path:
-    """The model's folder, whose model_index.json, if there is one, is of a pipeline that the family draws as."""
-    folder = resolve(model.path, model.revision, patterns)
-    if (path := folder / "model_index.json").is_file():
-        _check_index(model, read_json(path))
-    return folder
-
-
-def _check_index(model: ModelParams, index: Mapping[str, Any]) -> None:
-    cls, name = family_class(model), index.get("_class_name")
+def _check_index(model: ModelParams, cls: type[Family], index: Mapping[str, Any]) -> None:
+    """Raises ConfigError when `index`, a model_index.json, is of another pipeline than the family's."""
+    name = index.get("_class_name")
     if name not in (None, cls.pipeline_class.__name__):
         fitting = fitting_family(index)
         way_out = f"set model.family: {fitting}" if fitting else "name a pipeline of an installed family (rats doctor)"
         drawn = f"model.family {model.family} draws as a {cls.pipeline_class.__name__}"
         raise ConfigError(f"{model.path} is a {brief(name)}, and {drawn}: {way_out}")
     cls.check_index(index)
-
-
-def _load_parts(
-    folder: Path, model: ModelParams, teacher: TeacherParams, compute: ComputeParams, transformer: Path | None
-) -> tuple[Family, nn.Module, nn.Module, FlowMatchEulerDiscreteScheduler]:
-    """What settings can be wrong about is checked before the network loads."""
-    cls = family_class(model)
-    vae, scheduler = load_component(cls.vae_class, folder / "vae", model, compute), open_scheduler(cls, folder)
-    family = cls(teacher, vae)
-    network = _load_network(cls, network_folder(folder, model.transformer), model, compute, transformer)
-    apply_kernels(network, compute)
-    return family, network, vae, scheduler
-
-
-def _load_network(
-    cls: type[Family], base: Path, model: ModelParams, compute: ComputeParams, student: Path | None
-) -> Any:
-    """The base, a student's whole network in its place, or the base with a student's adapters."""
-    if student is None or not is_lora(student):
-        return load_component(cls.network_class, student or base, model, compute)
-    network = load_component(cls.network_class, base, model, compute)
-    load_lora(network, student)
-    return network
-
-
-def _load_text(family: Family, folder: Path, model: ModelParams, compute: ComputeParams) -> FamilyText:
-    parts = {name: load_component(cls, folder / name, model, compute) for name, cls in family.encoders.items()}
-    tokenizers = {name: load_tokenizer(cls, folder / name) for name, cls in family.tokenizers.items()}
-    return FamilyText(family, parts | tokenizers)

@@ -1,4 +1,4 @@
-"""What weights are: content hashes of components, schedulers and rewards. Never imports torch."""
+"""What weights are: content hashes of components and rewards. Never imports torch."""
 
 from __future__ import annotations
 
@@ -48,37 +48,9 @@ def hash_path(path: Path) -> str:
     return hash_files((f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)), path)
 
 
-def component_hashes(folder: Path, transformer: str | None = None) -> dict[str, str]:
-    """Hashes of a diffusers folder's components that hold weights or vocabularies, by component name.
-
-    `transformer`: the folder whose network replaces the pipeline's. Raises ConfigError when one of transformer, vae,
-    text_encoder, tokenizer is missing.
-    """
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name.startswith(HASHED_COMPONENTS))
-    missing = [name for name in HASHED_COMPONENTS if name not in names]
-    if missing:
-        raise ConfigError(f"no folder '{missing[0]}' in {folder}: model.path must name a whole diffusers pipeline")
-    network = network_folder(folder, transformer)
-    return {name: hash_path(network if name == NETWORK else folder / name) for name in names}
-
-
-def network_folder(folder: Path, transformer: str | None) -> Path:
-    """Where the network of the pipeline in `folder` lies: there, or where `model.transformer` says."""
-    if transformer is None:
-        return folder / NETWORK
-    if not (Path(transformer) / "config.json").is_file():
-        raise ConfigError(
-            f"no network in {transformer}: model.transformer names the folder of a whole one, such as "
-            "runs/rats/student; adapters are merged into one by `rats export`"
-        )
-    return Path(transformer)
-
-
-def scheduler_hash(folder: Path) -> str:
-    """sha256 of the scheduler's configuration as canonical JSON, without the version that wrote it."""
-    config = read_json(folder / "scheduler" / "scheduler_config.json")
-    config.pop("_diffusers_version", None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def hash_paths(paths: Mapping[str, Path]) -> dict[str, str]:
+    """`hash_path` of several, by name."""
+    return {name: hash_path(path) for name, path in paths.items()}
 
 
 def adapter_fingerprint(adapter: str, version: int, weights: Iterable[Path], folder: Path) -> str:
@@ -111,16 +83,3 @@ def weights_bytes(folder: Path) -> int:
             if not (folder / name).is_file():
                 raise ConfigError(f"no file {folder / name}, which {index.name} names: fetch the model again")
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def check_weights(folder: Path, expected: Mapping[str, str], transformer: str | None = None) -> None:
-    """Holds a folder's weights and vocabularies against a recipe's: another node may have others in the same place.
-
-    `transformer` as in `component_hashes`. Raises ConfigError when a component differs.
-    """
-    found = component_hashes(folder, transformer)
-    if other := sorted(name for name, value in expected.items() if found.get(name) != value):
-        raise ConfigError(
-            f"{folder / other[0]} holds other weights than the shard set's recipe names: "
-            "give every worker the same model, or start the rollout again for the new one"
-        )

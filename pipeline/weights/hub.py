@@ -83,11 +83,6 @@ def absolute_if_local(path: str) -> str:
     return str(Path(path).absolute()) if Path(path).exists() else path
 
 
-def pinned(path: str, revision: str | None, patterns: Sequence[str] | None = None) -> str | None:
-    """The commit that a hub repository is at now, so that every worker takes the same; a local path's as given."""
-    return revision if Path(path).exists() else resolve(path, revision, patterns).name
-
-
 def is_hub_id(path: str) -> bool:
     """`org/name`, unless `org` is a folder here: then a missing folder is meant."""
     organisation, _, name = path.partition("/")

@@ -45,12 +45,12 @@ def torch_device(name: str) -> torch.device:
 def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeParams) -> Any:
     """A module of `cls` from a diffusers component's folder, on the device, in the model's dtype, in eval mode.
 
-    Raises ConfigError when there is no folder, DataError when it does not load whole.
+    Raises DataError when it does not load whole.
     """
     settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True, **_renaming(cls)}
     try:
         with quiet_loading():
-            module, info = cls.from_pretrained(existing_component(folder), **settings)
+            module, info = cls.from_pretrained(folder, **settings)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise DataError(
             f"{folder} does not load as {cls.__name__} ({reason(error)}): fetch or export it again"
@@ -69,8 +69,8 @@ def _renaming(cls: Any) -> dict[str, Any]:
 
 
 def load_tokenizer(cls: Any, folder: Path) -> Any:
-    """A tokenizer of `cls` from a diffusers component's folder. Raises ConfigError when there is none."""
-    settings = existing_component(folder) / "tokenizer_config.json"
+    """A tokenizer of `cls` from a diffusers component's folder."""
+    settings = folder / "tokenizer_config.json"
     # transformers 5 writes an empty list, in place of which transformers 4 wants a mapping
     empty = _transformers_4() and settings.is_file() and read_json(settings).get("extra_special_tokens") == []
     return cls.from_pretrained(folder, **({"extra_special_tokens": {}} if empty else {}))
@@ -92,14 +92,7 @@ def save_component(module: Any, folder: Path) -> None:
 def outline_component(cls: Any, folder: Path) -> Any:
     """A module of `cls` whose parameters have shapes and no values."""
     with torch.device("meta"):
-        return cls.from_config(cls.load_config(existing_component(folder)))
-
-
-def existing_component(folder: Path) -> Path:
-    """The folder, or a ConfigError."""
-    if not folder.is_dir():
-        raise ConfigError(f"no folder {folder}: model.path must name a whole pipeline in diffusers' format")
-    return folder
+        return cls.from_config(cls.load_config(folder))
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

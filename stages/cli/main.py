@@ -121,10 +121,11 @@ def export(
     Adapters, the whole pipeline, a model card and call.json: what to call it with.
     """
     values = load(params, set_)
+    from rats.pipeline.families.open import Model
     from rats.stages.export.export import export_stage, plan_export, summary
 
     if dry_run:
-        say(summary(plan_export(values, run, out, merged), run, out), json_)
+        say(summary(plan_export(Model.of(values), run, out, merged), run, out), json_)
         return
     say(export_stage(values, run, out, merged, evaluation), json_)
 

@@ -7,27 +7,20 @@ from functools import partial
 from pathlib import Path
 
 from rats.pipeline.families.models import FamilyStudent
-from rats.pipeline.families.open import open_outline
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.local import LocalPlace
 from rats.pipeline.files.places import EXTRAS, open_place
 from rats.pipeline.prompts import Prompt, planned
 from rats.pipeline.rewards.clip import vocabulary
 from rats.pipeline.rewards.open import reward_fingerprint
-from rats.pipeline.weights.hashes import network_folder, weights_bytes
-from rats.pipeline.weights.hub import (
-    PIPELINE_PATTERNS,
-    find_checkpoint,
-    is_hub_id,
-    only_cached,
-    resolve,
-    resolve_checkpoint,
-)
-from rats.pipeline.weights.loading import existing_component, torch_device, torch_dtype
+from rats.pipeline.weights.hashes import NETWORK, weights_bytes
+from rats.pipeline.weights.hub import find_checkpoint, is_hub_id, only_cached, resolve_checkpoint
+from rats.pipeline.weights.loading import torch_device, torch_dtype
 from rats.schemas.errors import ConfigError, RatsError
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, PromptSource, RewardParams, Split, load_params, with_variant
 from rats.schemas.plugins import REWARDS, load_plugin
-from rats.schemas.recipe import make_recipe
+from rats.schemas.recipe import DECODER, make_recipe
 from rats.stages.doctor.devices import devices, driver
 from rats.stages.doctor.packages import Row, extras, plugins, row
 from rats.stages.plan.flops import conditioning_shapes
@@ -48,11 +41,12 @@ def examine(path: Path, overrides: Sequence[str], is_default: bool) -> list[Row]
         nobody = is_default and not path.exists()
         found = f"no {path} in this folder: `rats init DIR` writes one" if nobody else str(error)
         return [*extras(), *_devices(), *_hub(), *plugins(None), row("params", False, found, needed=not nobody)]
+    model = Model.of(params)
     with only_cached():
         there = [*plugins(params), row("params", True, str(path))]
-        there += [_attempt(name, check) for name, check in _checks(params).items()]
+        there += [_attempt(name, check) for name, check in _checks(params, model).items()]
         if all(one["ok"] for one in there if one["check"] == "model" or one["check"].startswith("prompts")):
-            there.append(_attempt("disk", partial(_disk, params)))
+            there.append(_attempt("disk", partial(_disk, params, model)))
     return [*extras(_wanted(params)), *_devices(), *_hub(), *there]
 
 
@@ -89,11 +83,11 @@ def _hub() -> Iterator[Row]:
     yield row("hub login", bool(get_token()), login, needed=False)
 
 
-def _checks(params: Params) -> dict[str, Callable[[], str]]:
+def _checks(params: Params, model: Model) -> dict[str, Callable[[], str]]:
     """Everything in the file that can lead nowhere."""
     checks: dict[str, Callable[[], str]] = {
         "compute.device": lambda: str(torch_device(params.compute.device)),
-        "model": lambda: _model(params),
+        "model": lambda: _model(model),
     }
     for split in _splits(params):
         checks[f"prompts.{split}"] = partial(_prompts, params, split)
@@ -109,19 +103,16 @@ def _attempt(name: str, check: Callable[[], str]) -> Row:
         return row(name, False, str(error))
 
 
-def _model(params: Params) -> str:
+def _model(model: Model) -> str:
     """Every component with its weights."""
-    model, student = params.model, open_outline(params.model, params.teacher)
-    folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
-    family = student.family
-    weighed = [network_folder(folder, model.transformer), *(folder / name for name in ("vae", *family.encoders))]
-    for name in family.tokenizers:
-        existing_component(folder / name)
-    parts = {part: weights_bytes(existing_component(part)) for part in weighed}
+    horizons = len(model.outline.grids()[1])
+    family, folder = model.family, model.folder
+    weighed = folder.parts(NETWORK, DECODER, *family.encoders)
+    folder.parts(*family.tokenizers)
+    parts = {part: weights_bytes(part) for part in weighed.values()}
     if without := [part for part, count in parts.items() if not count]:
         raise ConfigError(f"no weights (.safetensors) in {without[0]}: fetch the model again")
-    horizons = len(student.grids()[1])
-    return f"{model.path}, {model.family}, {horizons} horizons, {size(sum(parts.values()))} of weights"
+    return f"{model.params.path}, {model.params.family}, {horizons} horizons, {size(sum(parts.values()))} of weights"
 
 
 def _prompts(params: Params, split: Split) -> str:
@@ -154,9 +145,9 @@ def _reward(reward: RewardParams) -> str:
     return f"{found}, vocabulary in {vocabulary(folder, source)}"
 
 
-def _disk(params: Params) -> str:
+def _disk(params: Params, model: Model) -> str:
     """Bytes of whole rollouts of all prompts, against what is free there and what is there already."""
-    student, place = open_outline(params.model, params.teacher), open_place(params.store.path)
+    student, place = model.outline, open_place(params.store.path)
     found = [_samples(params, split) for split in _splits(params)]
     needed = sum(_rollout_bytes(params, student, samples) for samples in found if samples is not None)
     all_ = "all prompts" if None not in found else "all prompts whose number is known"

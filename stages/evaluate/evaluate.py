@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.files.places import Place
 from rats.pipeline.protocols import Reward
@@ -20,11 +21,10 @@ from rats.pipeline.rewards.base import ask
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.store.scores import read_scores
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.weights.hashes import hash_path
-from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
 from rats.pipeline.weights.loading import torch_device
 from rats.schemas.errors import DataError
 from rats.schemas.params import Params, with_variant
+from rats.schemas.recipe import DECODER
 from rats.schemas.reports import Cell, EvaluateReport, Role
 from rats.schemas.run import RunRecord
 from rats.stages.evaluate.systems import Samples, System, open_samples, systems
@@ -79,16 +79,16 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
         DataError: shards, scores, rewards or students that do not belong together, a score that is not finite.
     """
     started = time.monotonic()
-    samples = open_samples(params, shards)
-    check_teacher(params, samples.shards)
+    model, samples = Model.of(params), open_samples(params, shards)
+    check_teacher(params, model, samples.shards)
     records = {name: read_record(runs / name) for name in params.evaluate.variants}
     for name, record in records.items():
         check_student(record, runs / name, samples.shards)
-    bench = open_bench(params, samples)
+    bench = open_bench(params, samples, model.folder.hash_of(DECODER))
     count = len(bench.samples.rows)
     measured = []
     with progress("evaluate", count * _columns(params), "samples") as advance, torch.no_grad():
-        for system in systems(params, runs):
+        for system in systems(params, model, runs):
             measured.append(measure(system, bench, advance))
     report = EvaluateReport(
         cells=tuple(cells(params, bench.samples, measured)),
@@ -109,14 +109,13 @@ def _columns(params: Params) -> int:
     return 1 + bases + sum(len(grid) for grid in grids)
 
 
-def check_teacher(params: Params, shards: ShardSet) -> None:
+def check_teacher(params: Params, model: Model, shards: ShardSet) -> None:
     """Refuses shards of another teacher than the parameters': its few-step base would be compared with a stranger."""
-    check_recipe(params, shards)
-    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    check_recipe(params, model, shards)
     for name, there in shards.recipe.weights.items():
-        if name != NETWORK and (here := hash_path(folder / name)) != there:
+        if name != NETWORK and (here := model.folder.hash_of(name)) != there:
             raise DataError(
-                f"{shards.root} was made with another {name}: {there[:12]} there, {here[:12]} in {folder}: "
+                f"{shards.root} was made with another {name}: {there[:12]} there, {here[:12]} in {model.folder.root}: "
                 "run `rats stage rollout` with this model"
             )
 
@@ -131,15 +130,15 @@ def check_student(record: RunRecord, run: Path, shards: ShardSet) -> None:
     checked_student(run, record)
 
 
-def open_bench(params: Params, samples: Samples) -> Bench:
-    """Rewards, the teacher's stored scores, the judge, and which samples are shown.
+def open_bench(params: Params, samples: Samples, vae: str) -> Bench:
+    """Rewards, the teacher's stored scores with the VAE of the hash `vae`, the judge, and which samples are shown.
 
     A sample that a reward failed on has no stored score: it is left out for all systems.
     """
     device = torch_device(params.compute.device)
     keys = [row.key for row in samples.rows]
-    addresses = {reward.name: find_column(params, reward.name, samples.shards).address for reward in params.rewards}
-    stored = {name: read_scores(samples.shards, address, keys) for name, address in addresses.items()}
+    columns = {reward.name: find_column(params, reward.name, samples.shards, vae) for reward in params.rewards}
+    stored = {name: read_scores(samples.shards, column.address, keys) for name, column in columns.items()}
     complete = set(keys).intersection(*stored.values())
     if not complete:
         raise DataError(f"{samples.shards.root} has no sample that every reward could score: look at the rewards")

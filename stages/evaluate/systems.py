@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rats.pipeline.families.open import open_student, open_teacher
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place
 from rats.pipeline.prompts import Prompt, read_prompts
 from rats.pipeline.protocols import Teacher
@@ -91,18 +91,18 @@ def _prompts_of(params: Params, wanted: set[str], folder: Place) -> tuple[str, d
     raise DataError(f"{folder} holds prompts that are in none of {names}: run `rats stage rollout` for this split")
 
 
-def systems(params: Params, runs: Path) -> Iterator[System]:
+def systems(params: Params, model: Model, runs: Path) -> Iterator[System]:
     """The teacher, the untrained base at every NFE, then each variant's student; one network in memory at a time."""
     grids = {name: with_variant(params, name).grid for name in params.evaluate.variants}
     folders = {name: student_folder(runs / name) for name in grids}
-    teacher = open_teacher(params.model, params.teacher, params.compute)
+    teacher = model.open_teacher()
     evaluations = params.teacher.steps * teacher.evaluations_per_step
     yield System(Column("teacher", "teacher", "", params.teacher.steps, evaluations), stored_final, teacher.decode)
     for nfe in sorted({n for grid in grids.values() for n in grid}):
         yield from _bases(teacher, nfe)
     del teacher
     for name, grid in grids.items():
-        student = open_student(params.model, params.teacher, params.compute, transformer=folders[name])
+        student = model.open_student(transformer=folders[name])
         for nfe in grid:
             yield System(Column(f"{name}-{nfe}", "student", name, nfe, nfe), few_steps(student, nfe), student.decode)
 

@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder
-from rats.pipeline.weights.hashes import hash_path, network_folder
-from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
+from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.loading import save_component
 from rats.pipeline.weights.lora import is_lora, merge_lora
 from rats.schemas.errors import CannotCreateError, ConfigError, DataError
 from rats.schemas.params import Params
+from rats.schemas.recipe import DECODER
 from rats.schemas.run import RunRecord
 from rats.stages.export.model_card import model_card
-from rats.stages.generate import load_pipeline
-from rats.stages.train.record import checked_student, pipeline_call, read_record
+from rats.stages.train.record import checked_student, read_record
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +38,17 @@ class Export:
     call: dict[str, int | float]
 
 
-def plan_export(params: Params, run: Path, out: Path, merged: bool = True) -> Export:
+def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Export:
     """Checks all that can be refused before anything is loaded or written; see `export_stage`."""
     record = read_record(run)
     student = checked_student(run, record)
     if not merged and not is_lora(student):
         raise ConfigError(f"{run} trained the whole network and has no adapters: leave out --no-merged")
-    _check_model(params, run, record, student)
-    _check_call(params, run, record)
+    _check_model(model, run, record, student)
+    _check_call(model, run, record)
     _check_out(out)
     parts = ((LORA,) if is_lora(student) else ()) + ((PIPELINE,) if merged else ())
-    return Export(record, student, parts, pipeline_call(params))
+    return Export(record, student, parts, model.call())
 
 
 def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation: Path) -> dict[str, Any]:
@@ -69,14 +69,15 @@ def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation:
         DataError: the student is damaged, or it is not this model that it was trained from.
         CannotCreateError: `out` holds something else than an export.
     """
-    export = plan_export(params, run, out, merged)
+    model = Model.of(params)
+    export = plan_export(model, run, out, merged)
     with atomic_folder(out) as target:
         if LORA in export.parts:
             shutil.copytree(export.student, target / LORA)
         if PIPELINE in export.parts:
-            _write_pipeline(params, export.student, target / PIPELINE)
+            _write_pipeline(model, export.student, target / PIPELINE)
         (target / CALL).write_text(json.dumps(export.call, indent=1, sort_keys=True) + "\n")
-        card = model_card(params, export.record, export.parts, evaluation)
+        card = model_card(model, export.record, export.parts, evaluation)
         (target / CARD).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
     return {**summary(export, run, out), "files": len(sizes), "bytes": sum(sizes)}
@@ -95,32 +96,30 @@ def summary(export: Export, run: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def _write_pipeline(params: Params, student: Path, folder: Path) -> None:
-    log.info("loading the pipeline of %s", params.model.path)
-    pipeline = load_pipeline(params, student)
+def _write_pipeline(model: Model, student: Path, folder: Path) -> None:
+    log.info("loading the pipeline of %s", model.params.path)
+    pipeline = model.open_pipeline(student)
     if is_lora(student):
         merge_lora(pipeline.transformer)
     log.info("writing the pipeline")
     save_component(pipeline, folder)
 
 
-def _check_model(params: Params, run: Path, record: RunRecord, student: Path) -> None:
+def _check_model(model: Model, run: Path, record: RunRecord, student: Path) -> None:
     """The decoder must be the run's; for adapters, the network that they were trained on too."""
-    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
-    expected = {folder / "vae": record.vae}
-    if is_lora(student):
-        expected[network_folder(folder, params.model.transformer)] = record.base
-    for part, there in expected.items():
-        if (here := hash_path(part)) != there:
+    expected = {DECODER: record.vae} | ({NETWORK: record.base} if is_lora(student) else {})
+    for name, there in expected.items():
+        if (here := model.folder.hash_of(name)) != there:
+            part = model.folder.parts(name)[name]
             raise DataError(
                 f"{run} was trained with another {part.name}: {there[:12]} there, {here[:12]} in {part}: "
                 "name the run's own model with --set model.path=DIR"
             )
 
 
-def _check_call(params: Params, run: Path, record: RunRecord) -> None:
+def _check_call(model: Model, run: Path, record: RunRecord) -> None:
     """A student draws well as it was trained to draw; a record of an older rats does not say how."""
-    for name, here in pipeline_call(params).items():
+    for name, here in model.call().items():
         there = (record.call or {}).get(name, here)
         if there != here:
             raise ConfigError(

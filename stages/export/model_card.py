@@ -12,12 +12,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from pydantic import ValidationError
 
 from rats.pipeline.families.base import EULER
-from rats.pipeline.families.open import family_class, open_scheduler
-from rats.pipeline.weights.hashes import read_json
-from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
+from rats.pipeline.families.open import Model
 from rats.pipeline.weights.lora import WEIGHTS
 from rats.schemas.errors import DataError, reason
-from rats.schemas.params import Params
 from rats.schemas.reports import Cell, EvaluateReport
 from rats.schemas.run import RunRecord
 from rats.stages.templates.render import code, render
@@ -25,17 +22,18 @@ from rats.stages.templates.render import code, render
 log = logging.getLogger(__name__)
 
 
-def model_card(params: Params, record: RunRecord, parts: Sequence[str], evaluation: Path) -> str:
+def model_card(model: Model, record: RunRecord, parts: Sequence[str], evaluation: Path) -> str:
     """README.md of the exported folder.
 
     Args:
-        params: The whole configuration.
+        model: What the run started from.
         record: The run's.
         parts: "lora", "pipeline" or both.
         evaluation: evaluate.json; passed over where it is not there or of another student.
     """
-    hub = None if Path(params.model.path).exists() else params.model.path
-    base, is_video = hub or Path(params.model.path).name, family_class(params.model).is_video
+    named, is_video = model.params, model.family.is_video
+    hub = None if Path(named.path).exists() else named.path
+    base = hub or Path(named.path).name
     context = {
         "card_data": _data(hub, "lora" in parts, is_video).to_yaml(),
         "title": f"{base} in {any_of(record.nfe)} steps",
@@ -43,11 +41,11 @@ def model_card(params: Params, record: RunRecord, parts: Sequence[str], evaluati
         "base": base,
         "drawn": ("video", "frames") if is_video else ("image", "images"),
         "nfe": record.nfe,
-        "scheduler": _other_scheduler(params),
+        "scheduler": _other_scheduler(model),
         "parts": parts,
         "weights": WEIGHTS,
-        "dtype": params.model.dtype,
-        "is_exchanged": params.model.transformer is not None,
+        "dtype": named.dtype,
+        "is_exchanged": named.transformer is not None,
         "run": _run_rows(record),
         "cells": [_cell_row(cell) for cell in own_cells(record, evaluation)],
     }
@@ -74,12 +72,11 @@ def own_cells(record: RunRecord, evaluation: Path) -> list[Cell]:
     return [cell for cell in report.cells if cell.system == "student" and cell.variant == record.variant]
 
 
-def _other_scheduler(params: Params) -> str | None:
+def _other_scheduler(model: Model) -> str | None:
     """Code of the scheduler that the family samples by, where it is not the base's own."""
-    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
-    if read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name", EULER) == EULER:
+    if model.folder.scheduler_config.get("_class_name", EULER) == EULER:
         return None
-    config = open_scheduler(family_class(params.model), folder).config
+    config = model.scheduler().config
     plain = FlowMatchEulerDiscreteScheduler().config
     changed = (f"{name}={value!r}" for name, value in config.items() if name in plain and plain[name] != value)
     return f"{EULER}({', '.join(changed)})"

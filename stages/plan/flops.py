@@ -13,10 +13,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from rats.pipeline.families.models import FamilyStudent
-from rats.pipeline.families.open import apply_kernels, open_outline
+from rats.pipeline.families.open import Model, apply_kernels
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_notices, torch_device, torch_dtype
-from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
 
 TIMED_SECONDS = 1.5
 """How long evaluations are timed, after a warm-up."""
@@ -47,17 +46,16 @@ def conditioning_shapes(student: FamilyStudent) -> dict[str, tuple[int, ...]]:
     return student.family.conditioning_shapes(student.network.config)
 
 
-def measured_rate(
-    model: ModelParams, teacher: TeacherParams, compute: ComputeParams, seconds: float = TIMED_SECONDS
-) -> float:
+def measured_rate(model: Model, seconds: float = TIMED_SECONDS) -> float:
     """FLOP/s of this device in one block of each kind, full width, random weights, at the recipe's compute settings.
 
     The rest of the network is more of the same blocks. Raises ConfigError when the device is not here.
     """
+    compute = model.compute
     device = torch_device(compute.device)
-    blocks = _blocks(model, teacher)
+    blocks = _blocks(model)
     flops = evaluation_flops(blocks) * compute.micro_batch
-    student = _materialised(blocks, model, compute, device)
+    student = _materialised(blocks, model, device)
     x_BTC, conditioning = _inputs(student, compute.micro_batch)
 
     @torch.no_grad()
@@ -70,9 +68,9 @@ def measured_rate(
     return flops / timer.blocked_autorange(min_run_time=seconds).median
 
 
-def _blocks(model: ModelParams, teacher: TeacherParams) -> FamilyStudent:
+def _blocks(model: Model) -> FamilyStudent:
     """The outline of the model cut down to one block of each kind."""
-    outline = open_outline(model, teacher)
+    outline = model.outline
     whole: Any = outline.network.config
     config = dict(whole) | {name: min(1, whole[name]) for name in outline.family.depth}
     with torch.device("meta"):
@@ -80,15 +78,13 @@ def _blocks(model: ModelParams, teacher: TeacherParams) -> FamilyStudent:
     return FamilyStudent(outline.family, network, outline.vae, outline.scheduler)
 
 
-def _materialised(
-    blocks: FamilyStudent, model: ModelParams, compute: ComputeParams, device: torch.device
-) -> FamilyStudent:
+def _materialised(blocks: FamilyStudent, model: Model, device: torch.device) -> FamilyStudent:
     """The same network with random weights where and how the recipe wants it."""
     # built again: `to_empty` leaves tensors that are no buffers (Qwen-Image's rotary tables) on the meta device
     with quiet_notices(), device:
         network: Any = type(blocks.network).from_config(blocks.network.config)
-        network = network.to(torch_dtype(model.dtype)).eval()
-    apply_kernels(network, compute)
+        network = network.to(torch_dtype(model.params.dtype)).eval()
+    apply_kernels(network, model.compute)
     return FamilyStudent(blocks.family, network, blocks.vae, blocks.scheduler)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +11,9 @@ from diffusers.training_utils import cast_training_params
 from torch import Tensor
 
 from rats.pipeline.families.models import FamilyStudent
-from rats.pipeline.families.open import open_outline
+from rats.pipeline.families.open import Model
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.rewards.base import ask
-from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
 from rats.pipeline.weights.loading import torch_dtype
 from rats.pipeline.weights.lora import add_lora
 from rats.schemas.params import Params
@@ -38,13 +38,12 @@ from rats.trainer.optim import Learner
 from rats.trainer.sampling import Trajectory, rounded, sample
 
 
-def rollout_memory(params: Params) -> Memory:
+def rollout_memory(params: Params, model: Model) -> Memory:
     """Of one worker, which keeps the teacher, the text encoders and all rewards on its device.
 
     Encoding a prompt and scoring are left out of what comes and goes: they need less than the rest.
     """
-    student = _outline(params)
-    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
+    student = _outline(model)
     rewards = [outline_reward(reward) for reward in params.rewards]
     x_BTC, conditioning = _inputs(params, student, params.compute.micro_batch)
     AsOnGpu(student.network), AsOnGpu(student.vae)
@@ -55,7 +54,7 @@ def rollout_memory(params: Params) -> Memory:
         parts={
             "network": held(student.network),
             "decoder": held(student.vae),
-            "text encoders": encoder_bytes(student, folder, torch_dtype(params.model.dtype)),
+            "text encoders": encoder_bytes(student, model.folder.root, torch_dtype(params.model.dtype)),
             "rewards": sum(held(reward.modules) for reward in rewards),
             "sampling": max(sampling + states, decoding),
         },
@@ -63,9 +62,9 @@ def rollout_memory(params: Params) -> Memory:
     )
 
 
-def train_memory(params: Params, split: bool = True) -> Memory:
+def train_memory(params: Params, model: Model, split: bool = True) -> Memory:
     """Of a step of `params.train` on one device, nothing sharded; `split` as in `Outline`."""
-    train, student = params.train, _outline(params)
+    train, student = params.train, _outline(model)
     if train.lora is not None:
         add_lora(student.network, train.lora, student.family.lora_targets, train.seed)
     cast_training_params(student.network, torch.float32)
@@ -79,9 +78,9 @@ def train_memory(params: Params, split: bool = True) -> Memory:
     return Memory(parts=step_bytes(outline), stand_ins=sum(not reward.known for reward in rewards))
 
 
-def _outline(params: Params) -> FamilyStudent:
+def _outline(model: Model) -> FamilyStudent:
     """The student as it is loaded, without values, and ready to be trained."""
-    found, dtype = open_outline(params.model, params.teacher), torch_dtype(params.model.dtype)
+    found, dtype = copy.deepcopy(model.outline), torch_dtype(model.params.dtype)
     network, vae = in_dtype(found.network, dtype), in_dtype(found.vae, dtype)
     return FamilyStudent(found.family, network, vae, found.scheduler)
 

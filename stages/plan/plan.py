@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from rats.pipeline.families.open import open_outline
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place, open_place
 from rats.pipeline.store.plans import needed, packed
 from rats.pipeline.store.shard_set import ShardSet, is_set
@@ -40,7 +40,7 @@ class Survey:
         return [sample for group in self.groups for sample in group]
 
 
-def survey(params: Params, split: Split) -> Survey:
+def survey(params: Params, model: Model, split: Split) -> Survey:
     """What a rollout would find out before it starts its work; writes nothing, loads no weights.
 
     Raises:
@@ -48,7 +48,7 @@ def survey(params: Params, split: Split) -> Survey:
         DataError: a damaged shard set.
     """
     wanted = wanted_samples(params, split)
-    recipe, _ = read_recipe(params)
+    recipe = read_recipe(params, model)
     root = open_place(params.store.path) / fingerprint(recipe)
     shards = ShardSet.open(root) if is_set(root) else None
     plans, done = (shards.plans(), shards.finished()) if shards else ([], [])
@@ -87,7 +87,7 @@ def work_of(found: Survey, params: Params) -> Work:
 
 def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
     """What `rollout_stage` would do, without doing any of it: the fields of `Work`."""
-    return work_of(survey(params, split), params).model_dump()
+    return work_of(survey(params, Model.of(params), split), params).model_dump()
 
 
 def plan_stage(
@@ -112,10 +112,11 @@ def plan_stage(
         ConfigError: no prompts or model where the parameters say, or no such device here and no rate.
         DataError: a damaged shard set.
     """
-    found = survey(params, split)
-    work, outline = work_of(found, params), open_outline(params.model, params.teacher)
+    model = Model.of(params)
+    found = survey(params, model, split)
+    work, outline = work_of(found, params), model.outline
     flops, workers = evaluation_flops(outline), max(1, params.store.workers if workers is None else workers)
-    given, rate = rate is not None, _measured(params) if rate is None else rate
+    given, rate = rate is not None, _measured(model) if rate is None else rate
     total = work.forwards * params.compute.micro_batch * flops
     latents = latents_bytes(found.recipe)
     embedding = embedding_bytes(conditioning_shapes(outline), torch_dtype(params.model.dtype))
@@ -137,8 +138,8 @@ def plan_stage(
         bytes_per_sample=latents,
         bytes_per_prompt=embedding,
         bytes_free=found.root.free(),
-        rollout_memory=rollout_memory(params),
-        train_memory=train_memory(params),
+        rollout_memory=rollout_memory(params, model),
+        train_memory=train_memory(params, model),
         comparison=compare(params, len(found.wanted), experiments, flops / rate, price),
     )
 
@@ -174,9 +175,9 @@ def _bytes(found: Survey, latents: int, columns: int) -> int:
     return sum(shard_bytes(found.recipe, latents, group, columns) for group in found.groups)
 
 
-def _measured(params: Params) -> float:
+def _measured(model: Model) -> float:
     try:
-        return measured_rate(params.model, params.teacher, params.compute)
+        return measured_rate(model)
     except ConfigError as error:
         raise ConfigError(f"{error}, or give the rate of the machine that is meant with --rate TFLOPS") from error
 

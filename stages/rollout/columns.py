@@ -6,15 +6,13 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from rats.pipeline.families.open import open_outline
+from rats.pipeline.families.open import Model
 from rats.pipeline.rewards.open import reward_fingerprint
 from rats.pipeline.store.scores import reward_columns, score_rows
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.weights.hashes import NETWORK, hash_path, network_folder, scheduler_hash
-from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
+from rats.pipeline.weights.hashes import NETWORK
 from rats.schemas.errors import ConfigError, DataError, nearest
 from rats.schemas.manifest import RewardRecord, ScoreRow, Snapshot
 from rats.schemas.params import Params, RewardParams
@@ -34,9 +32,9 @@ class Column:
     hashes: dict[str, str]
 
 
-def check_recipe(params: Params, shards: ShardSet) -> None:
+def check_recipe(params: Params, model: Model, shards: ShardSet) -> None:
     """Raise DataError, naming the first difference, when the shards were not made by `params`' model and teacher."""
-    here, there = (_comparable(recipe) for recipe in (_recipe(params), shards.recipe))
+    here, there = (_comparable(recipe) for recipe in (_recipe(params, model), shards.recipe))
     for name, value in here.items():
         if there[name] != value:
             raise DataError(
@@ -45,12 +43,10 @@ def check_recipe(params: Params, shards: ShardSet) -> None:
             )
 
 
-def _recipe(params: Params) -> Recipe:
-    folder = _folder(params)
-    family = open_outline(params.model, params.teacher)
-    sigmas, horizons = family.grids()
-    weights = {NETWORK: hash_path(network_folder(folder, params.model.transformer))}
-    return make_recipe(params, weights, scheduler_hash(folder), sigmas, horizons, family.latent_shape())
+def _recipe(params: Params, model: Model) -> Recipe:
+    sigmas, horizons = model.outline.grids()
+    weights, scheduler = {NETWORK: model.folder.hash_of(NETWORK)}, model.folder.scheduler_hash()
+    return make_recipe(params, weights, scheduler, sigmas, horizons, model.outline.latent_shape())
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:
@@ -64,14 +60,13 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
-def find_column(params: Params, name: str, shards: ShardSet) -> Column:
-    """The scores by the reward `name` as it is on disk now, decoded by the VAE as it is on disk now.
+def find_column(params: Params, name: str, shards: ShardSet, vae: str) -> Column:
+    """The column of scores by the reward `name` as it is on disk now and the VAE with the hash `vae`.
 
     Raises:
         DataError: the shards have scores by that name, but of another reward or VAE, or have none.
     """
     reward = reward_params(params, name)
-    vae = hash_path(_folder(params) / "vae")
     hashes = reward_hashes(reward_fingerprint(reward), vae, params.teacher.seen_frames)
     wanted, found = RewardRecord(name=name, hashes=hashes), reward_columns(shards)
     if wanted.fingerprint in found:
@@ -93,10 +88,6 @@ def reward_params(params: Params, name: str) -> RewardParams:
     if name not in found:
         raise ConfigError(f"train.reward = {name!r} is no reward{nearest(name, found)}")
     return found[name]
-
-
-def _folder(params: Params) -> Path:
-    return resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
 
 
 log = logging.getLogger(__name__)

@@ -10,19 +10,17 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rats.pipeline.families.open import open_outline
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import open_place
 from rats.pipeline.prompts import planned, read_prompts
 from rats.pipeline.rewards.open import pin_reward
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.weights.hashes import component_hashes, scheduler_hash
-from rats.pipeline.weights.hub import PIPELINE_PATTERNS, absolute_if_local, pinned, resolve
 from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 from rats.schemas.params import Params, Split
-from rats.schemas.recipe import Recipe, make_recipe
+from rats.schemas.recipe import DECODER, Recipe, make_recipe
 from rats.schemas.reports import RolloutReport
 from rats.stages.rollout.columns import check_failed, column_hashes
 from rats.stages.rollout.scorer import missing_columns
@@ -59,10 +57,10 @@ def rollout_stage(
         NoWorkerError: nobody took the work.
     """
     start = time.monotonic()
-    params = absolute(params)
+    params, model = absolute(params)
     wanted = wanted_samples(params, split) if samples is None else samples
-    recipe, vae = read_recipe(params)
-    hashes = column_hashes(params, vae)
+    recipe = read_recipe(params, model)
+    hashes = column_hashes(params, model.folder.hash_of(DECODER))
     shards = ShardSet.open_or_create(open_place(params.store.path).absolute(), recipe)
     columns = {name: record_reward(shards, name, parts) for name, parts in hashes.items()}
     done = shards.finished()
@@ -90,14 +88,11 @@ def rollout_stage(
     )
 
 
-def read_recipe(params: Params) -> tuple[Recipe, str]:
-    """The recipe of the weights that are on disk now, and the hash of the decoder. Loads no weights."""
-    folder = resolve(params.model.path, params.model.revision, PIPELINE_PATTERNS)
-    weights = component_hashes(folder, params.model.transformer)
-    family = open_outline(params.model, params.teacher)
-    sigmas, horizons = family.grids()
-    recipe = make_recipe(params, weights, scheduler_hash(folder), sigmas, horizons, family.latent_shape())
-    return recipe, weights["vae"]
+def read_recipe(params: Params, model: Model) -> Recipe:
+    """The recipe for the model's weights as they are on disk. Loads no weights."""
+    weights, scheduler = model.folder.hashes(), model.folder.scheduler_hash()
+    sigmas, horizons = model.outline.grids()
+    return make_recipe(params, weights, scheduler, sigmas, horizons, model.outline.latent_shape())
 
 
 def wanted_samples(params: Params, split: Split) -> list[PlannedSample]:
@@ -136,10 +131,11 @@ def _make(params: Params, shards: ShardSet, tasks: Sequence[Task], where: Where)
     return work_through(do_task, tasks, Setup(params, shards.root), where, "rollout", samples)
 
 
-def absolute(params: Params) -> Params:
-    """Local paths as absolute ones, a hub's repositories at commits: a worker may stand elsewhere, or start later."""
-    revision = pinned(params.model.path, params.model.revision, PIPELINE_PATTERNS)
-    network = params.model.transformer and absolute_if_local(params.model.transformer)
-    changes = {"path": absolute_if_local(params.model.path), "revision": revision, "transformer": network}
-    model = params.model.model_copy(update=changes)
-    return params.model_copy(update={"model": model, "rewards": tuple(map(pin_reward, params.rewards))})
+def absolute(params: Params, decoder_alone: bool = False) -> tuple[Params, Model]:
+    """Makes local paths absolute and fixes hub commits: a worker may run in another folder, or start later.
+
+    Returns the model of these parameters too. `decoder_alone`: of a hub's model only the decoder is fetched.
+    """
+    model = Model.of(params).pinned(decoder_alone)
+    pinned = {"model": model.params, "rewards": tuple(map(pin_reward, params.rewards))}
+    return params.model_copy(update=pinned), model

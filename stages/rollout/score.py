@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place, open_place
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward, scores_done
 from rats.pipeline.store.shard_set import ShardSet, is_set
-from rats.pipeline.weights.hashes import hash_path
-from rats.pipeline.weights.hub import DECODER_PATTERNS, resolve
 from rats.schemas.errors import ConfigError, DataError, nearest
 from rats.schemas.manifest import RewardRecord, ShardDone, Snapshot
 from rats.schemas.params import Params, Split
@@ -143,25 +142,26 @@ def plan_score(
 
 
 def _open(params: Params, split: Split | None, shards: Place | str | None) -> Source:
-    params = absolute(params)
     if shards is None:
-        return _open_split(params, split or "train")
+        return _open_split(*absolute(params), split or "train")
     if split is not None:
         raise ConfigError(f"--split {split} and --shards {shards} name two sets: give one of them")
+    params, model = absolute(params, decoder_alone=True)
     found = ShardSet.open(open_place(shards).absolute())
-    folder = resolve(params.model.path, params.model.revision, DECODER_PATTERNS)
-    if not (folder / DECODER).is_dir():
-        raise ConfigError(f"no folder {DECODER!r} in {folder}: model.path must hold the decoder of these shards")
-    return Source(found, as_made(params, found.recipe), hash_path(folder / DECODER), None)
+    folder = model.decoder_folder
+    if not (folder.decoder_root / DECODER).is_dir():
+        raise ConfigError(
+            f"no folder {DECODER!r} in {folder.decoder_root}: model.path must hold the decoder of these shards"
+        )
+    return Source(found, as_made(params, found.recipe), folder.hash_of(DECODER), None)
 
 
-def _open_split(params: Params, split: Split) -> Source:
+def _open_split(params: Params, model: Model, split: Split) -> Source:
     keys = frozenset(sample.key for sample in wanted_samples(params, split))
-    recipe, vae = read_recipe(params)
-    root = open_place(params.store.path).absolute() / fingerprint(recipe)
+    root = open_place(params.store.path).absolute() / fingerprint(read_recipe(params, model))
     if not is_set(root):
         raise DataError(f"{root} is not there: nothing is rolled out with these parameters; run `rats stage rollout`")
-    return Source(ShardSet.open(root), params, vae, keys)
+    return Source(ShardSet.open(root), params, model.folder.hash_of(DECODER), keys)
 
 
 def as_made(params: Params, recipe: Recipe) -> Params:

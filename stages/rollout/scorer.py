@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from rats.pipeline.families.models import FamilyDecoder
-from rats.pipeline.families.open import family_class, open_decoder
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place
 from rats.pipeline.protocols import Decoder, Reward
 from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask
@@ -127,12 +127,13 @@ class Scorer:
     def __init__(self, params: Params, shards: ShardSet) -> None:
         """Loads nothing yet. `params` are those the set was made with."""
         self.params, self.shards = params, shards
+        self.model = Model.of(params)  # the worker's own: its machine may have other files
         self._rewards: dict[str, Reward] = {}
 
     @cached_property
     def decoder(self) -> FamilyDecoder:
         """The VAE, and nothing else of the model."""
-        return open_decoder(self.params.model, self.params.teacher, self.params.compute)
+        return self.model.open_decoder()
 
     def reward(self, name: str, column: str) -> Reward:
         """A reward by name, for a column of scores: ConfigError where this machine has another one in its place."""
@@ -184,7 +185,7 @@ def do_score(scorer: Scorer, task: ScoreTask) -> Made | Busy:
         if done is None:
             raise DataError(f"{scorer.shards.shard_path(task.shard)} is gone; run `rats stage rollout`")
         columns = missing_columns(scorer.shards, done, task.columns, task.retry)
-        with threads(scorer.params.compute.threads), forwards(family_class(scorer.params.model).network_class) as count:
+        with threads(scorer.params.compute.threads), forwards(scorer.model.family.network_class) as count:
             scored = scorer.score(done, columns)
         return Made(len(done.rows), count(), scored)
 

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from rats.pipeline.families.models import FamilyDecoder, FamilyTeacher
-from rats.pipeline.families.open import open_decoder, open_teacher
 from rats.pipeline.files.places import Place
 from rats.pipeline.noise import noise
 from rats.pipeline.protocols import Conditioning, Teacher
@@ -23,8 +22,6 @@ from rats.pipeline.solver import euler
 from rats.pipeline.store.embeddings import has_embedding, read_embedding, write_embedding
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import as_stored, write_shard
-from rats.pipeline.weights.hashes import check_weights
-from rats.pipeline.weights.hub import PIPELINE_PATTERNS, resolve
 from rats.schemas.horizons import rows_of
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 from rats.schemas.params import Params
@@ -63,10 +60,8 @@ class Context(Scorer):
     @cached_property
     def teacher(self) -> FamilyTeacher:
         """The teacher, its weights those of the recipe, its network's forwards counted by a hook."""
-        model = self.params.model
-        folder = resolve(model.path, model.revision, PIPELINE_PATTERNS)
-        check_weights(folder, self.shards.recipe.weights, model.transformer)
-        teacher = open_teacher(model, self.params.teacher, self.params.compute)
+        self.model.folder.check(self.shards.recipe.weights)
+        teacher = self.model.open_teacher()
         teacher.network.register_forward_hook(self._count)
         return teacher
 
@@ -75,7 +70,7 @@ class Context(Scorer):
         """The teacher's own decoder where it is loaded anyway, else the VAE alone."""
         if "teacher" in self.__dict__:
             return self.teacher
-        return open_decoder(self.params.model, self.params.teacher, self.params.compute)
+        return self.model.open_decoder()
 
     def _count(self, *_: Any) -> None:
         self.teacher_forwards += 1

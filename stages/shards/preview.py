@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rats.pipeline.families.models import FamilyDecoder
-from rats.pipeline.families.open import open_decoder
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.files.places import Place
 from rats.pipeline.store.shard_set import ShardSet
@@ -114,7 +114,7 @@ def _figure(score: float | None) -> str:
 def _open(params: Params, shards: ShardSet, row: IndexRow) -> FamilyDecoder:
     """The decoder at the set's resolution."""
     size = {name: getattr(shards.recipe, name) for name in ("height", "width", "frames")}
-    decoder = open_decoder(params.model, params.teacher.model_copy(update=size), params.compute)
+    decoder = Model(params.model, params.teacher.model_copy(update=size), params.compute).open_decoder()
     stored, expected = read_sample(shards, row)["x"].shape[1:], decoder.latent_shape()
     if stored != expected:
         raise ConfigError(

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rats.pipeline.families.models import FamilyStudent
-from rats.pipeline.families.open import open_live_teacher, rebuilt_network
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder, atomic_write, link_or_copy, remove
 from rats.pipeline.files.places import open_place
 from rats.pipeline.protocols import Reward
@@ -46,7 +46,7 @@ RECORD = "generation.json"
 
 
 def open_follower(
-    params: Params,
+    model: Model,
     chosen: TrainParams,
     student: FamilyStudent,
     learner: Learner,
@@ -64,13 +64,13 @@ def open_follower(
         return Average(learner, chosen.teacher.ema)
     if learner.ranks.is_sharded:
         raise ConfigError("train.teacher.mode: live-ema needs a whole second network on each rank: launch without FSDP")
-    compute, recipe = params.compute.model_copy(update={"compile": chosen.compile}), source.shards.recipe
-    teacher = open_live_teacher(student, params.model, params.teacher, compute)
+    compute, recipe = model.compute.model_copy(update={"compile": chosen.compile}), source.shards.recipe
+    teacher = model.using(compute=compute).open_live_teacher(student)
     return LiveTeacher(teacher, learner, chosen.teacher.ema, (recipe.sigmas, recipe.horizons), decode, rewards)
 
 
 def segments(
-    params: Params, settings: Settings, source: Source, run: Run, out: Path
+    params: Params, model: Model, settings: Settings, source: Source, run: Run, out: Path
 ) -> Iterator[tuple[Settings, Source]]:
     """How far to train (`train.steps`), and from which shards; a generation is made between two of these.
 
@@ -81,7 +81,7 @@ def segments(
     if train.teacher.mode != "refresh":
         yield settings, source
         return
-    line = Generations(params, settings, source, run.ranks, out)
+    line = Generations(params, model, settings, source, run.ranks, out)
     line.forget_after(run.state.step)
     followed = line.at(run.state.generation)
     while run.state.step < train.steps and run.state.finished is None:
@@ -94,9 +94,11 @@ def segments(
 class Generations:
     """The generations of one run, each named by the step it was made at; 0 is the teacher's own."""
 
-    def __init__(self, params: Params, settings: Settings, source: Source, ranks: Ranks, out: Path) -> None:
+    def __init__(
+        self, params: Params, model: Model, settings: Settings, source: Source, ranks: Ranks, out: Path
+    ) -> None:
         """`source`: what the run was started with, whose prompts and noises every generation has."""
-        self.params, self.chosen, self.parts = params, settings.train, settings.parts
+        self.params, self.model, self.chosen, self.parts = params, model, settings.train, settings.parts
         self.source, self.ranks, self.folder = source, ranks, out / "generations"
         rows = source.shards.index(source.snapshot)
         self.samples = [PlannedSample(**row.model_dump(include=set(PlannedSample.model_fields))) for row in rows]
@@ -143,7 +145,7 @@ class Generations:
         assert run.live is not None
         weights, lora = run.live.tensors(), self.chosen.lora
         if self.ranks.is_main:
-            network = rebuilt_network(self.params.model, weights, lora)
+            network = self.model.rebuilt_network(weights, lora)
             if lora:
                 merge_lora(network)
             with atomic_folder(self._network(step)) as temporary:
@@ -153,13 +155,14 @@ class Generations:
     def _rolled(self, step: int) -> Source:
         """The generation's shards. Several ranks share the work, each on its own device."""
         params = self.params_at(step)
+        model = Model.of(params)
         store = open_place(params.store.path)
         if self.ranks.is_main:
-            self._link_embeddings(ShardSet.open_or_create(store, read_recipe(params)[0]))
+            self._link_embeddings(ShardSet.open_or_create(store, read_recipe(params, model)))
         self.ranks.wait()
         where = Where(workers=0) if self.ranks.world > 1 else None
         report = rollout_stage(params, "train", where=where, samples=self.samples)
-        return open_source(params, self.chosen, store / report.fingerprint, report.snapshot_number)
+        return open_source(params, model, self.chosen, store / report.fingerprint, report.snapshot_number)
 
     def _link_embeddings(self, shards: ShardSet) -> None:
         """The same prompts by the same encoders: neither the work nor the space is spent twice."""

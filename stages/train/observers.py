@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 from rats.pipeline.families.models import FamilyStudent
+from rats.pipeline.families.open import Model
 from rats.pipeline.protocols import Reward
 from rats.schemas.params import Params
 from rats.schemas.train_params import TrainParams
@@ -27,6 +28,7 @@ def check_observers(params: Params, chosen: TrainParams) -> None:
 @contextmanager
 def looking_on(
     params: Params,
+    model: Model,
     chosen: TrainParams,
     student: FamilyStudent,
     rewards: Mapping[str, Reward],
@@ -40,7 +42,7 @@ def looking_on(
     """
     config = params.model_dump(mode="json") | {"train": chosen.model_dump(mode="json")}
     with undisturbed():
-        panel = open_panel(params, chosen, student, out, saved, rewards, run.ranks)
+        panel = open_panel(params, model, chosen, student, out, saved, rewards, run.ranks)
         trackers = open_trackers(chosen, out, config, run.state.step, run.ranks.is_main)
     with closing(trackers) if trackers else nullcontext():
         if panel is not None:

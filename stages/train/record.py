@@ -6,10 +6,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from rats.pipeline.families.open import family_class
 from rats.pipeline.weights.hashes import hash_path
 from rats.schemas.errors import ConfigError, DataError, reason
-from rats.schemas.params import Params
 from rats.schemas.run import RunRecord
 
 
@@ -22,11 +20,6 @@ def read_record(run: Path) -> RunRecord:
         return RunRecord.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise DataError(f"{path} is no record of a run ({reason(error)}): train it again") from None
-
-
-def pipeline_call(params: Params) -> dict[str, int | float]:
-    """What the pipeline must be called with, besides a prompt and a number of steps, to draw as trained."""
-    return family_class(params.model).call(params.teacher)
 
 
 def student_folder(run: Path) -> Path:

@@ -11,6 +11,7 @@ from statistics import fmean
 
 import torch
 
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place
 from rats.pipeline.store.scores import read_scores
 from rats.pipeline.store.shard_set import ShardSet
@@ -18,6 +19,7 @@ from rats.schemas.canonical import canonical_json, sha256
 from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import Snapshot
 from rats.schemas.params import Params
+from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import TrainParams
 from rats.stages.rollout.columns import Column, check_recipe, find_column
 from rats.trainer.gate import Part, spread, total
@@ -50,12 +52,15 @@ class Source:
     """By key, in the order of `columns`; a sample that one of the rewards failed on is left out."""
 
 
-def open_source(params: Params, chosen: TrainParams, folder: Place, snapshot_number: int | None = None) -> Source:
+def open_source(
+    params: Params, model: Model, chosen: TrainParams, folder: Place, snapshot_number: int | None = None
+) -> Source:
     """The shards, checked against model and reward; of the snapshot of that number, if it is there, else the newest."""
     shards = ShardSet.open(folder)
-    check_recipe(params, shards)
+    check_recipe(params, model, shards)
     snapshot = shards.snapshot(snapshot_number if snapshot_number in shards.snapshots() else None)
-    columns = {name: find_column(params, name, shards) for name in chosen.reward_weights}
+    vae = model.folder.hash_of(DECODER)
+    columns = {name: find_column(params, name, shards, vae) for name in chosen.reward_weights}
     rows = {row.key: row for row in shards.index(snapshot)}
     tables = [read_scores(shards, column.address, set(rows)) for column in columns.values()]
     complete = [key for key in tables[0] if all(key in table for table in tables)]

@@ -18,7 +18,7 @@ import torch
 from diffusers.training_utils import cast_training_params
 
 from rats.pipeline.families.models import FamilyStudent
-from rats.pipeline.families.open import open_student, rebuilt_network
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder, atomic_write, remove
 from rats.pipeline.files.places import Place
 from rats.pipeline.protocols import Reward
@@ -35,7 +35,6 @@ from rats.stages.progress import progress
 from rats.stages.rollout.columns import reward_params
 from rats.stages.train.generations import list_generations, open_follower, segments
 from rats.stages.train.observers import check_observers, looking_on
-from rats.stages.train.record import pipeline_call
 from rats.stages.train.resume import asked_for, belonging, stop_flag
 from rats.stages.train.source import Source, open_source, read_settings, settings_hash
 from rats.stages.train.witness import WatchedStream, WatchedStudent, Witness
@@ -73,26 +72,28 @@ def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: 
     ranks = Accelerated(params.compute.device, autocast_dtype(params, chosen), chosen.fsdp)
     seed_all(chosen.seed + ranks.rank)
     saved = asked_for(resume, checkpoints_in(out, chosen), chosen.steps)
-    source = open_source(params, chosen, shards, saved.snapshot if saved else None)
+    model = Model.of(params)
+    source = open_source(params, model, chosen, shards, saved.snapshot if saved else None)
     settings = read_settings(chosen, source)
     identity = Identity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
     saved = belonging(saved, identity, resume)
-    student, rewards = open_trainable(params, chosen, ranks), open_rewards(params, chosen, ranks)
+    student, rewards = open_trainable(model, chosen, ranks), open_rewards(params, chosen, ranks)
     objective, witness = Objective(student, rewards, settings, ranks, METHODS["rats"]), Witness()
     watched = WatchedStudent(student, witness)
 
     def follower(learner: Learner) -> Live | None:
-        return open_follower(params, chosen, student, learner, source, rewards, watched.decode_teachers)
+        return open_follower(model, chosen, student, learner, source, rewards, watched.decode_teachers)
 
     run = open_run(objective, out, identity, source.snapshot.number, saved, follower=follower)
     _remove_results(out, ranks)
     objective = _with_tau(objective, source, run)
     settings = objective.settings
-    with looking_on(params, chosen, student, dict(zip(chosen.reward_weights, rewards, strict=True)), run, saved, out):
-        for part, followed in segments(params, settings, source, run, out):
+    by_name = dict(zip(chosen.reward_weights, rewards, strict=True))
+    with looking_on(params, model, chosen, student, by_name, run, saved, out):
+        for part, followed in segments(params, model, settings, source, run, out):
             _train(replace(objective, student=watched, settings=part), followed, run, witness)
-    folder = save_student(run.learner, out / "student", params, chosen)
-    record = _record(params, variant, settings, source, run, witness, folder, out)
+    folder = save_student(run.learner, out / "student", model, chosen)
+    record = _record(model, variant, settings, source, run, witness, folder, out)
     if ranks.is_main:
         atomic_write(out / "run.json", json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True).encode())
     ranks.wait()
@@ -107,10 +108,10 @@ def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
     return torch.bfloat16 if half else None
 
 
-def open_trainable(params: Params, chosen: TrainParams, ranks: Ranks) -> FamilyStudent:
+def open_trainable(model: Model, chosen: TrainParams, ranks: Ranks) -> FamilyStudent:
     """The student with what is to be trained in float32: small updates would be rounded away in bfloat16."""
-    compute = params.compute.model_copy(update={"compile": chosen.compile, "device": str(ranks.device)})
-    student = open_student(params.model, params.teacher, compute, lora=chosen.lora, seed=chosen.seed)
+    compute = model.compute.model_copy(update={"compile": chosen.compile, "device": str(ranks.device)})
+    student = model.using(compute=compute).open_student(lora=chosen.lora, seed=chosen.seed)
     cast_training_params(student.network, torch.float32)
     if chosen.gradient_checkpointing:
         student.checkpoint_activations()
@@ -175,14 +176,14 @@ def _with_tau(objective: Objective, source: Source, run: Run) -> Objective:
     return replace(objective, settings=replace(settings, tau=tau))
 
 
-def save_student(learner: Learner, folder: Path, params: Params, chosen: TrainParams) -> Path:
+def save_student(learner: Learner, folder: Path, model: Model, chosen: TrainParams) -> Path:
     """The trained network, or its adapters, as a folder that diffusers loads; returns it.
 
     The weights are those of the moving average, if one is kept. All ranks must call, the main one writes.
     """
     weights = learner.weights()
     if learner.ranks.is_main:
-        network = rebuilt_network(params.model, weights, chosen.lora)
+        network = model.rebuilt_network(weights, chosen.lora)
         with atomic_folder(folder) as temporary:
             (save_lora if chosen.lora else save_component)(network, temporary)
     learner.ranks.wait()
@@ -190,7 +191,7 @@ def save_student(learner: Learner, folder: Path, params: Params, chosen: TrainPa
 
 
 def _record(
-    params: Params,
+    model: Model,
     variant: str,
     settings: Settings,
     source: Source,
@@ -221,7 +222,7 @@ def _record(
         vae=next(iter(scored)).hashes["vae"],
         student=hash_path(student),
         settings=run.identity.settings,
-        call=pipeline_call(params),
+        call=model.call(),
         gate_form=settings.train.gate.form,
         gate_mean=state.gate_mean,
         gate_value=settings.gate_value,

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from rats.pipeline.families.open import Model
 from rats.pipeline.weights.lora import WEIGHTS
 from rats.schemas.horizons import evenly
 from rats.schemas.params import Params, load_params
 from rats.stages.generate import open_pipeline
-from rats.stages.train.record import pipeline_call
 from tests.support import tiny, tiny_flux2, tiny_qwen
 from tests.support.project import rats, write_project
 from tests.support.tiny_sd3 import write_sd3
@@ -98,7 +98,8 @@ def check_export(out: Path, params: Params, name: str) -> None:
         run_card(out, code) for code in re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
     )
     with contextlib.chdir(out.parent):
-        ours, base = (draw(open_pipeline(params, run), pipeline_call(params)) for run in (Path("runs/rats"), None))
+        model = Model.of(params)
+        ours, base = (draw(open_pipeline(model, run), model.call()) for run in (Path("runs/rats"), None))
     assert np.abs(draw(merged["pipe"], merged["call"]) - ours).max() <= 1e-4 < 1e-3 < np.abs(base - ours).max()
     assert np.abs(draw(adapted["pipe"], adapted["call"]) - ours).max() <= 1e-5
     state = adapted["pipe"].transformer.state_dict().items()

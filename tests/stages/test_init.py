@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rats.pipeline.families.open import open_decoder, open_outline
+from rats.pipeline.families.open import Model
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams, load_params
 from rats.schemas.plugins import FAMILIES, found, load_plugin
@@ -77,20 +77,24 @@ def test_a_model_of_no_known_family_is_asked_about(models: Path, tmp_path: Path,
     assert hint in said and said.count("\n") == 1 and not (tmp_path / "mine").exists()
 
 
+def opened(model: ModelParams) -> Model:
+    return Model(model, TEACHER, ComputeParams())
+
+
 def test_a_model_is_opened_by_the_family_that_its_index_names(models: Path, tmp_path: Path):
     other = ModelParams(path=str(relabelled(models, tmp_path / "other", "StableDiffusion3Pipeline")))
-    for opening in (lambda: open_outline(other, TEACHER), lambda: open_decoder(other, TEACHER, ComputeParams())):
+    for attribute in ("outline", "folder", "decoder_folder"):
         with pytest.raises(ConfigError, match="set model.family: sd3"):
-            opening()
+            getattr(opened(other), attribute)
     unknown = ModelParams(path=str(relabelled(models, tmp_path / "unknown", "SomePipeline")))
     with pytest.raises(ConfigError, match="SomePipeline.*FluxPipeline.*installed family"):
-        open_outline(unknown, TEACHER)
+        opened(unknown).open_decoder()
     with pytest.raises(ConfigError, match="set model.family: flux"):
-        open_outline(ModelParams(path=str(models / "flux"), family="sd3"), TEACHER)
+        opened(ModelParams(path=str(models / "flux"), family="sd3")).open_student()
 
 
 def test_a_folder_without_an_index_is_opened_as_what_it_is_said_to_be(models: Path, tmp_path: Path):
     bare = ModelParams(path=str(relabelled(models, tmp_path / "bare", None)))
-    assert open_outline(bare, TEACHER).latent_shape() == (4, 16)
+    assert opened(bare).outline.latent_shape() == (4, 16)
     (Path(bare.path) / "model_index.json").write_text("{}")
-    assert open_outline(bare, TEACHER).latent_shape() == (4, 16)
+    assert opened(bare).outline.latent_shape() == (4, 16)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from rats.pipeline.families.models import FamilyTeacher
-from rats.pipeline.families.open import open_teacher
+from rats.pipeline.families.open import Model
 from rats.pipeline.solver import euler
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
 
@@ -22,7 +22,7 @@ CPU = ComputeParams()
 def teacher_of(family: str, folder: Path, length: int, **settings: Any) -> FamilyTeacher:
     """The teacher in `folder`, for 16 px pictures and prompts of `length` tokens."""
     sizes = {"height": 16, "width": 16, "max_sequence_length": length}
-    return open_teacher(ModelParams(path=str(folder), family=family), TeacherParams(**sizes | settings), CPU)
+    return Model(ModelParams(path=str(folder), family=family), TeacherParams(**sizes | settings), CPU).open_teacher()
 
 
 def noise(teacher: FamilyTeacher) -> torch.Tensor:

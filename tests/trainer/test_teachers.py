@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rats.pipeline.families.open import open_live_teacher, open_student, open_teacher
+from rats.pipeline.families.open import Model
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.errors import DataError
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
@@ -124,8 +124,8 @@ def test_a_flux_in_the_loop_is_guided_as_the_teacher_is_and_holds_no_text_encode
     models: Path, true_cfg_scale: float
 ) -> None:
     model, settings = ModelParams(path=str(models / "flux")), settings_of(true_cfg_scale)
-    student, teacher = open_student(model, settings, CPU), open_teacher(model, settings, CPU)
-    live = open_live_teacher(student, model, settings, CPU)
+    student, teacher = Model(model, settings, CPU).open_student(), Model(model, settings, CPU).open_teacher()
+    live = Model(model, settings, CPU).open_live_teacher(student)
     x_BTC, conditioning = torch.randn(2, *teacher.latent_shape()), teacher.encode(list(tiny.PROMPTS[:2]))
     wanted = teacher.guided_velocity(x_BTC, 0.7, conditioning)
     assert torch.equal(live.guided_velocity(x_BTC, 0.7, conditioning), wanted)
@@ -138,9 +138,9 @@ def test_a_flux_in_the_loop_is_guided_as_the_teacher_is_and_holds_no_text_encode
 
 def test_beside_a_lora_student_only_the_adapters_are_averaged(models: Path) -> None:
     model, settings = ModelParams(path=str(models / "flux")), settings_of(1.0)
-    student = open_student(model, settings, CPU, lora=LoraParams(rank=2))
+    student = Model(model, settings, CPU).open_student(lora=LoraParams(rank=2))
     learner = Learner(student.network, toy.settings().train)
-    teacher = open_live_teacher(student, model, settings, CPU)
+    teacher = Model(model, settings, CPU).open_live_teacher(student)
     live = LiveTeacher(teacher, learner, 0.5, ([1.0, 0.5, 0.0], [1.0, 0.0]), student.decode, [])
     assert live.weights and all("lora" in name for name in live.weights)
     with torch.no_grad():

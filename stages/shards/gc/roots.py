@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rats.pipeline.families.open import Model
 from rats.pipeline.prompts import planned, read_prompts
 from rats.pipeline.weights.hashes import NETWORK
 from rats.schemas.canonical import sha256
@@ -227,7 +228,7 @@ def _made_by(params: Params) -> str | None:
     if not Path(params.model.path).is_dir():  # never ask a hub: it would send the weights
         return None
     try:
-        return fingerprint(read_recipe(params)[0])
+        return fingerprint(read_recipe(params, Model.of(params)))
     except Exception:  # whatever is wrong with a model: nothing is deleted because of it
         return None
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rats.pipeline.families.models import FamilyStudent
+from rats.pipeline.families.open import Model
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.open import open_reward
 from rats.schemas.errors import ConfigError
@@ -21,6 +22,7 @@ from rats.trainer.distributed import Ranks
 
 def open_panel(
     params: Params,
+    model: Model,
     chosen: TrainParams,
     student: FamilyStudent,
     out: Path,
@@ -41,7 +43,7 @@ def open_panel(
     roles = roles_of(params, chosen)
     ranks = ranks or Ranks()
     looks = ranks.is_main or ranks.is_sharded
-    eye = _open_eye(params, chosen, student, out, saved is not None, rewards, roles) if looks else None
+    eye = _open_eye(params, model, chosen, student, out, saved is not None, rewards, roles) if looks else None
     kept = {name: saved.log(name) if saved else None for name in (PANEL, VALUES)}
     return Panel(chosen, roles, out, eye, kept)
 
@@ -74,6 +76,7 @@ def roles_of(params: Params, chosen: TrainParams) -> Roles:
 
 def _open_eye(
     params: Params,
+    model: Model,
     chosen: TrainParams,
     student: FamilyStudent,
     out: Path,
@@ -82,7 +85,7 @@ def _open_eye(
     roles: Roles,
 ) -> Eye:
     count = chosen.guard.prompts
-    validation = open_validation(params, count, student.latent_shape(), out, again)
+    validation = open_validation(params, model, count, student.latent_shape(), out, again)
     size = params.compute.micro_batch
     if chosen.guard.every is None:
         return Eye(student, validation, {}, None, None, size)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rats.pipeline.families.open import open_text
+from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.noise import noise
 from rats.pipeline.prompts import Prompt, planned, read_prompts
@@ -66,7 +66,9 @@ class Validation:
             yield collate(samples[start : start + size], device)
 
 
-def open_validation(params: Params, count: int, shape: tuple[int, ...], folder: Path, again: bool) -> Validation:
+def open_validation(
+    params: Params, model: Model, count: int, shape: tuple[int, ...], folder: Path, again: bool
+) -> Validation:
     """`count` prompts of the validation split, spread over its concepts, drawn by lot (`evaluate.seed`).
 
     The noise is what the store would hold for them (rounded, index 0). With `again`, a run's second start, the
@@ -86,15 +88,15 @@ def open_validation(params: Params, count: int, shape: tuple[int, ...], folder: 
     chosen = choose([prompt.concept for prompt in prompts], [prompt.id for prompt in prompts], count, seed).side
     prompts = [prompts[i] for i in chosen]
     starts = [as_stored(noise(params.teacher.seed, prompt.id, 0, shape)) for prompt in prompts]
-    return Validation(prompts, torch.stack(starts), _embeddings(params, prompts, folder / EMBEDDINGS, again))
+    return Validation(prompts, torch.stack(starts), _embeddings(model, prompts, folder / EMBEDDINGS, again))
 
 
-def _embeddings(params: Params, prompts: list[Prompt], path: Path, again: bool) -> Conditioning:
-    about = json.dumps({"prompts": [prompt.id for prompt in prompts], "length": params.teacher.max_sequence_length})
+def _embeddings(model: Model, prompts: list[Prompt], path: Path, again: bool) -> Conditioning:
+    about = json.dumps({"prompts": [prompt.id for prompt in prompts], "length": model.teacher.max_sequence_length})
     if again and (found := _read(path, about)):
         return found
     log.info("encoding %d validation prompts", len(prompts))
-    encoded = open_text(params.model, params.teacher, params.compute).encode([prompt.text for prompt in prompts])
+    encoded = model.open_text().encode([prompt.text for prompt in prompts])
     conditioning = {name: value.detach().cpu().contiguous() for name, value in encoded.items()}
     atomic_write(path, save(conditioning, {"about": about}))
     return conditioning

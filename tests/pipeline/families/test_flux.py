@@ -12,9 +12,10 @@ import torch
 from diffusers import FluxPipeline
 
 from rats.pipeline.families.models import FamilyTeacher
-from rats.pipeline.families.open import open_student, open_teacher
+from rats.pipeline.families.open import Model
 from rats.pipeline.solver import euler
-from rats.pipeline.weights.hashes import component_hashes, hash_path, scheduler_hash
+from rats.pipeline.weights.folder import ModelFolder
+from rats.pipeline.weights.hashes import hash_path
 from rats.pipeline.weights.hub import resolve
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
@@ -42,7 +43,7 @@ def settings(true_cfg_scale: float = 3.0, size: int = tiny.SIZE) -> TeacherParam
 
 
 def teacher_of(folder: Path, true_cfg_scale: float = 3.0) -> FamilyTeacher:
-    return open_teacher(ModelParams(path=str(folder)), settings(true_cfg_scale), CPU)
+    return Model(ModelParams(path=str(folder)), settings(true_cfg_scale), CPU).open_teacher()
 
 
 def noise(teacher: FamilyTeacher) -> torch.Tensor:
@@ -84,7 +85,7 @@ def test_our_solver_gives_the_latents_and_pictures_of_fluxpipeline(kind: str, tm
 
 def test_pictures_that_are_not_square_unpack_as_the_pipeline_unpacks_them(folder: Path) -> None:
     wide = settings(1.0).model_copy(update={"width": 32})
-    teacher = open_teacher(ModelParams(path=str(folder)), wide, CPU)
+    teacher = Model(ModelParams(path=str(folder)), wide, CPU).open_teacher()
     pipeline = FluxPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     start = noise(teacher)
@@ -132,7 +133,7 @@ def test_a_prompt_has_the_same_embedding_in_any_company(folder: Path) -> None:
 
 def test_the_student_starts_as_the_teacher_and_takes_gradients_through_the_decoder(folder: Path) -> None:
     teacher = teacher_of(folder)
-    student = open_student(ModelParams(path=str(folder)), settings(), CPU)
+    student = Model(ModelParams(path=str(folder)), settings(), CPU).open_student()
     conditioning, start = teacher.encode(PROMPTS), noise(teacher)
     velocity = student.velocity(start, 0.5, conditioning)
     assert torch.equal(velocity, teacher.velocity(start, 0.5, conditioning)) and not hasattr(student, "encode")
@@ -144,11 +145,11 @@ def test_the_student_starts_as_the_teacher_and_takes_gradients_through_the_decod
 
 def test_a_saved_student_opens_in_the_place_of_the_base_and_in_a_plain_pipeline(folder: Path, tmp_path: Path) -> None:
     model = ModelParams(path=str(folder))
-    student = open_student(model, settings(), CPU)
+    student = Model(model, settings(), CPU).open_student()
     with torch.no_grad():
         next(student.network.parameters()).add_(0.1)
     student.network.save_pretrained(tmp_path)
-    again = open_student(model, settings(), CPU, transformer=tmp_path)
+    again = Model(model, settings(), CPU).open_student(transformer=tmp_path)
     conditioning = teacher_of(folder).encode(PROMPTS)
     start = torch.randn(2, *again.latent_shape())
     states, _ = euler(lambda x, sigma: again.velocity(x, sigma, conditioning), start, again.stock_sigmas(3))
@@ -157,11 +158,11 @@ def test_a_saved_student_opens_in_the_place_of_the_base_and_in_a_plain_pipeline(
     call = dict(height=tiny.SIZE, width=tiny.SIZE, num_inference_steps=3, max_sequence_length=tiny.LENGTH)
     latents = pipeline(PROMPTS, latents=start, output_type="latent", **call).images
     torch.testing.assert_close(states[-1], latents, atol=1e-4, rtol=0)
-    assert hash_path(tmp_path) != component_hashes(folder)["transformer"]
+    assert hash_path(tmp_path) != in_folder(folder).hashes()["transformer"]
 
 
 def test_a_half_precision_network_keeps_full_precision_states(folder: Path) -> None:
-    student = open_student(ModelParams(path=str(folder), dtype="bfloat16"), settings(), CPU)
+    student = Model(ModelParams(path=str(folder), dtype="bfloat16"), settings(), CPU).open_student()
     conditioning = {"prompt_embeds": torch.randn(1, 8, 16), "pooled_prompt_embeds": torch.randn(1, 16)}
     with torch.no_grad():
         velocity = student.velocity(torch.randn(1, 4, 16), 0.7, conditioning)
@@ -169,22 +170,26 @@ def test_a_half_precision_network_keeps_full_precision_states(folder: Path) -> N
     assert velocity.dtype == picture.dtype == torch.float32 and picture.shape == (1, 3, 16, 16)
 
 
+def in_folder(folder: Path) -> ModelFolder:
+    return ModelFolder(ModelParams(path=str(folder)))
+
+
 def test_every_byte_of_weights_vocabulary_and_scheduler_is_in_a_hash(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before = component_hashes(folder)
-    assert component_hashes(copy) == before and set(before) == {
+    before = in_folder(folder).hashes()
+    assert in_folder(copy).hashes() == before and set(before) == {
         "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"
     }  # fmt: skip
     for name in before:
         changed = max((copy / name).iterdir(), key=lambda path: path.stat().st_size)
         changed.write_bytes(changed.read_bytes()[:-1] + b"~")
-        assert {key for key, value in component_hashes(copy).items() if value != before[key]} >= {name}
+        assert {key for key, value in in_folder(copy).hashes().items() if value != before[key]} >= {name}
     path = copy / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "_diffusers_version": "9"}))
-    assert scheduler_hash(copy) == scheduler_hash(folder)
+    assert in_folder(copy).scheduler_hash() == in_folder(folder).scheduler_hash()
     path.write_text(json.dumps({**config, "shift": 1.0}))
-    assert scheduler_hash(copy) != scheduler_hash(folder)
+    assert in_folder(copy).scheduler_hash() != in_folder(folder).scheduler_hash()
 
 
 def test_a_missing_model_a_missing_part_and_a_damaged_part_are_refused_in_one_line(
@@ -199,20 +204,20 @@ def test_a_missing_model_a_missing_part_and_a_damaged_part_are_refused_in_one_li
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(DataError, match="does not load as AutoencoderKL") as refusal:
-        open_student(ModelParams(path=str(copy)), settings(), CPU)
+        Model(ModelParams(path=str(copy)), settings(), CPU).open_student()
     assert "\n" not in str(refusal.value)
     shutil.rmtree(copy / "vae")
     with pytest.raises(ConfigError, match="vae"):
-        open_student(ModelParams(path=str(copy)), settings(), CPU)
+        Model(ModelParams(path=str(copy)), settings(), CPU).open_student()
     with pytest.raises(ConfigError, match="'vae'"):
-        component_hashes(copy)
+        in_folder(copy).hashes()
 
 
 def test_a_resolution_that_does_not_fit_and_a_grid_that_is_no_flow_are_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="teacher.height is 20, no multiple of 8"):
-        open_student(ModelParams(path=str(folder)), settings(size=20), CPU)
+        Model(ModelParams(path=str(folder)), settings(size=20), CPU).open_student()
     copy = shutil.copytree(folder, tmp_path / "copy")
     path = copy / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"invert_sigmas": True}))
     with pytest.raises(ConfigError, match="does not fall from 1.0 to 0.0"):
-        open_student(ModelParams(path=str(copy)), settings(), CPU).stock_sigmas(3)
+        Model(ModelParams(path=str(copy)), settings(), CPU).open_student().stock_sigmas(3)

@@ -10,7 +10,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 
 from rats.pipeline.families.models import FamilyTeacher
-from rats.pipeline.families.open import open_student
+from rats.pipeline.families.open import Model
 from rats.pipeline.weights.lora import add_lora
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import ModelParams
@@ -104,12 +104,13 @@ def test_an_embedding_has_the_shapes_that_the_plan_counts_with_and_knows_no_comp
     alone, together = teacher.encode(PROMPTS[1:]), teacher.encode(PROMPTS)
     assert {name: tuple(value.shape[1:]) for name, value in alone.items()} == conditioning_shapes(teacher)
     assert torch.equal(alone["prompt_embeds"][0], together["prompt_embeds"][1])
-    assert measured_rate(ModelParams(path=str(folder), family="flux2"), teacher.settings, CPU, seconds=0.01) > 0
+    model = Model(ModelParams(path=str(folder), family="flux2"), teacher.settings, CPU)
+    assert measured_rate(model, seconds=0.01) > 0
 
 
 def test_a_student_takes_gradients_through_the_decoder_with_activations_kept_or_recomputed(folder: Path) -> None:
     teacher = open_(folder)
-    student = open_student(ModelParams(path=str(folder), family="flux2"), teacher.settings, CPU)
+    student = Model(ModelParams(path=str(folder), family="flux2"), teacher.settings, CPU).open_student()
     add_lora(student.network, LoraParams(rank=2, alpha=2), student.family.lora_targets, seed=0)
     adapters = [p for p in student.network.parameters() if p.requires_grad]
     conditioning, start = teacher.encode(PROMPTS), noise(teacher)

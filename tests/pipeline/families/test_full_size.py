@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from rats.pipeline.families.models import FamilyStudent
-from rats.pipeline.families.open import open_outline
+from rats.pipeline.families.open import Model
 from rats.schemas.horizons import aligned
-from rats.schemas.params import ModelParams, TeacherParams
+from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
 from rats.stages.plan.flops import conditioning_shapes, evaluation_flops
 from rats.stages.plan.meta import encoder_bytes
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes
@@ -37,7 +37,8 @@ def outline(folder: Path, name: str, size: int | tuple[int, int, int] = 512, len
     height, width, frames = (size, size, 1) if isinstance(size, int) else size
     settings = TeacherParams(height=height, width=width, frames=frames, max_sequence_length=length)
     path = write_pipeline(folder / name, name)
-    return open_outline(ModelParams(path=str(path), family=PUBLISHED[name][0], dtype="bfloat16"), settings)
+    model = ModelParams(path=str(path), family=PUBLISHED[name][0], dtype="bfloat16")
+    return Model(model, settings, ComputeParams()).outline
 
 
 def count(module: nn.Module) -> int:

@@ -10,7 +10,7 @@ import torch
 from diffusers import QwenImagePipeline
 
 from rats.pipeline.families.models import FamilyTeacher
-from rats.pipeline.families.open import open_outline, open_student
+from rats.pipeline.families.open import Model
 from rats.pipeline.weights.lora import add_lora
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import aligned
@@ -127,7 +127,7 @@ def test_few_steps_of_the_published_grid_end_in_its_terminal_sigma(folder: Path)
 
 def test_a_student_takes_gradients_through_the_decoder_with_activations_kept_or_recomputed(folder: Path) -> None:
     teacher = open_(folder)
-    student = open_student(ModelParams(path=str(folder), family="qwen-image"), teacher.settings, CPU)
+    student = Model(ModelParams(path=str(folder), family="qwen-image"), teacher.settings, CPU).open_student()
     add_lora(student.network, LoraParams(rank=2, alpha=2), student.family.lora_targets, seed=0)
     adapters = [p for p in student.network.parameters() if p.requires_grad]
     conditioning, start = teacher.encode(PROMPTS), noise(teacher)
@@ -146,7 +146,7 @@ def test_a_student_takes_gradients_through_the_decoder_with_activations_kept_or_
 def test_half_precision_keeps_full_precision_states(folder: Path) -> None:
     teacher = open_(folder)
     model = ModelParams(path=str(folder), family="qwen-image", dtype="bfloat16")
-    student = open_student(model, teacher.settings, CPU)
+    student = Model(model, teacher.settings, CPU).open_student()
     with torch.no_grad():
         velocity = student.velocity(noise(teacher)[:1], 0.7, teacher.encode(PROMPTS[:1]))
         picture = student.decode(velocity)
@@ -155,8 +155,8 @@ def test_half_precision_keeps_full_precision_states(folder: Path) -> None:
 
 def test_costs_are_counted_and_timed_without_weights(folder: Path) -> None:
     model, settings = ModelParams(path=str(folder), family="qwen-image"), open_(folder).settings
-    assert evaluation_flops(open_outline(model, settings)) > 0
-    assert measured_rate(model, settings, CPU, seconds=0.01) > 0
+    assert evaluation_flops(Model(model, settings, CPU).outline) > 0
+    assert measured_rate(Model(model, settings, CPU), seconds=0.01) > 0
 
 
 def test_a_network_that_takes_guidance_as_an_input_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from rats.pipeline.families.models import FamilyTeacher
-from rats.pipeline.families.open import open_student, open_teacher
+from rats.pipeline.families.open import Model
 from rats.pipeline.families.sd3 import CLIP_TOKENS
 from rats.pipeline.solver import euler
 from rats.schemas.errors import ConfigError
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_(folder: Path, true_cfg_scale: float = 4.5, **changes: Any) -> FamilyTeacher:
     sizes = {"height": tiny.SIZE, "width": tiny.SIZE, "max_sequence_length": tiny.LENGTH} | changes
     settings = TeacherParams(true_cfg_scale=true_cfg_scale, negative_prompt=NEGATIVE, **sizes)
-    return open_teacher(ModelParams(path=str(folder), family="sd3"), settings, CPU)
+    return Model(ModelParams(path=str(folder), family="sd3"), settings, CPU).open_teacher()
 
 
 def noise(teacher: FamilyTeacher) -> torch.Tensor:
@@ -158,7 +158,7 @@ def test_a_prompt_s_embedding_has_the_shapes_that_the_plan_counts_with(folder: P
 
 def test_a_student_takes_gradients_through_the_decoder_and_half_precision_keeps_full_states(folder: Path) -> None:
     teacher = open_(folder, 1.0)
-    student = open_student(ModelParams(path=str(folder), family="sd3", dtype="bfloat16"), teacher.settings, CPU)
+    student = Model(ModelParams(path=str(folder), family="sd3", dtype="bfloat16"), teacher.settings, CPU).open_student()
     conditioning = teacher.encode(PROMPTS[:1])
     start = noise(teacher)[:1]
     velocity = student.velocity(start, 0.5, conditioning)

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from rats.pipeline.families.models import FamilyStudent, FamilyTeacher
-from rats.pipeline.families.open import open_student
+from rats.pipeline.families.open import Model
 from rats.pipeline.families.wan import Wan
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
@@ -35,7 +35,7 @@ def teacher(folder: Path, **changes: Any) -> FamilyTeacher:
 
 def student(folder: Path, **changes: Any) -> FamilyStudent:
     values = {"max_sequence_length": LENGTH, "frames": tiny_wan.FRAMES, **SIZES}
-    return open_student(ModelParams(path=str(folder), family="wan"), TeacherParams(**values | changes), CPU)
+    return Model(ModelParams(path=str(folder), family="wan"), TeacherParams(**values | changes), CPU).open_student()
 
 
 def as_video(x_BTC: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def test_the_driver_pins_a_hub_s_reward_to_its_commit_so_that_workers_read_one_c
     publish(hub, "someone/pick", COMMIT, models / "pickscore")
     reward = {"name": "pick", "adapter": "pickscore", "path": "someone/pick"}
     local = {"name": "hpsv2", "adapter": "hpsv2", "path": str(models / "hpsv2"), "revision": "v1"}
-    params = absolute(Params.model_validate(settings(models, hub, rewards=[local, reward])))
+    params, _ = absolute(Params.model_validate(settings(models, hub, rewards=[local, reward])))
     assert [one.revision for one in params.rewards] == ["v1", COMMIT]
     publish(hub, "someone/pick", LATER, models / "pickscore")
     (hub / "models--someone--pick" / "snapshots" / LATER / "config.json").write_text("{}")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rats.pipeline.families.flux import Flux
 from rats.pipeline.families.models import FamilyStudent
-from rats.pipeline.families.open import open_student
+from rats.pipeline.families.open import Model
 from rats.pipeline.weights.lora import WEIGHTS, add_lora, is_lora, merge_lora, save_lora
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
@@ -37,7 +37,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_(base: Path, dtype: str = "float32", **options: object) -> FamilyStudent:
     teacher = TeacherParams(height=tiny.SIZE, width=tiny.SIZE, max_sequence_length=tiny.LENGTH)
-    return open_student(ModelParams(path=str(base), dtype=dtype), teacher, ComputeParams(), **options)
+    return Model(ModelParams(path=str(base), dtype=dtype), teacher, ComputeParams()).open_student(**options)
 
 
 def velocity(student: FamilyStudent) -> Tensor:
@@ -67,7 +67,7 @@ def saved(base: Path, learner: Learner, folder: Path, dtype: str = "float32") ->
             "train": learner.settings,
         }
     )
-    return save_student(learner, folder, params, learner.settings)
+    return save_student(learner, folder, Model.of(params), learner.settings)
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import CLIPModel
 
+from rats.pipeline.families.open import Model
 from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.scores import read_scores, reward_column
 from rats.pipeline.store.shard_set import ShardSet
@@ -189,7 +190,7 @@ def test_an_untrained_student_is_the_unguided_base_to_the_last_bit(world: Path, 
 
 def test_a_number_of_steps_that_training_visits_twice_is_evaluated_once(world: Path):
     twice = settings(world, train={"nfe": [3, 2, 3]})
-    drawn = [s.column.id for s in systems(twice, world / "runs") if s.column.system == "student"]
+    drawn = [s.column.id for s in systems(twice, Model.of(twice), world / "runs") if s.column.system == "student"]
     assert drawn == ["rats-2", "rats-3"]
 
 

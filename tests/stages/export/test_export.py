@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from rats.pipeline.families.open import open_student
+from rats.pipeline.families.open import Model
 from rats.pipeline.weights.hashes import hash_path
 from rats.pipeline.weights.lora import WEIGHTS
 from rats.schemas.params import Params, load_params
@@ -28,7 +28,6 @@ from rats.schemas.reports import Cell, EvaluateReport
 from rats.stages.evaluate.evaluate import evaluate_stage
 from rats.stages.generate import open_pipeline
 from rats.stages.rollout.rollout import rollout_stage
-from rats.stages.train.record import pipeline_call
 from rats.stages.train.train import train_stage
 from tests.support import tiny
 from tests.support.project import rats, tree, write_project
@@ -79,7 +78,8 @@ def drawn(pipeline: Any, call: dict[str, Any]) -> np.ndarray:
 @cache
 def ours(home: Path, run: str | None) -> np.ndarray:
     """What `rats generate` draws, before it is rounded to a picture."""
-    return drawn(open_pipeline(params(home), home / "runs" / run if run else None), pipeline_call(params(home)))
+    model = Model.of(params(home))
+    return drawn(open_pipeline(model, home / "runs" / run if run else None), model.call())
 
 
 def test_a_run_with_adapters_leaves_them_alone_and_trains_nothing_else(home: Path) -> None:
@@ -94,7 +94,7 @@ def test_a_run_with_adapters_leaves_them_alone_and_trains_nothing_else(home: Pat
 
 def open_student_of(home: Path, folder: Path | None) -> torch.nn.Module:
     values = params(home)
-    return open_student(values.model, values.teacher, values.compute, transformer=folder).network
+    return Model.of(values).open_student(transformer=folder).network
 
 
 def test_the_merged_pipeline_and_the_base_with_the_adapters_draw_what_generate_draws(home: Path, exported: Path):
@@ -111,7 +111,7 @@ def test_the_merged_pipeline_and_the_base_with_the_adapters_draw_what_generate_d
 def test_a_whole_network_is_exported_in_the_base_s_pipeline(home: Path, tmp_path: Path) -> None:
     assert export(home, "full", tmp_path / "out")["parts"] == ["pipeline", "README.md", "call.json"]
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out/pipeline")
-    assert np.abs(drawn(pipeline, pipeline_call(params(home))) - ours(home, "full")).max() <= 1e-4
+    assert np.abs(drawn(pipeline, Model.of(params(home)).call()) - ours(home, "full")).max() <= 1e-4
 
 
 def test_what_is_exported_names_no_path_of_this_machine(home: Path, exported: Path) -> None:

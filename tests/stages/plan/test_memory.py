@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rats.pipeline.families.open import Model
 from rats.schemas.params import Params
 from rats.stages.plan.memory import rollout_memory, train_memory
 from rats.stages.plan.meta import META, AsOnGpu, Live, held, tensors_of, transient
+from rats.stages.plan.result import Memory
 from tests.support.project import settings
 
 MIB = 2**20
@@ -81,7 +83,8 @@ def test_autocast_is_that_of_cuda_and_casts_a_weight_under_training_once() -> No
 
 def memory(models: Path, folder: Path, **train: Any) -> dict[str, int]:
     values = settings(models, folder, train={"nfe": [2, 3], **train})
-    found = train_memory(Params.model_validate(values))
+    params = Params.model_validate(values)
+    found = train_memory(params, Model.of(params))
     assert found.stand_ins == 0
     return found.parts
 
@@ -117,14 +120,17 @@ def test_more_student_steps_keep_more_and_checkpointing_keeps_less(
     assert fewer["activations"] < whole["activations"] and recomputed["activations"] < whole["activations"]
 
 
+def worker_memory(models: Path, folder: Path, rewards: list[dict[str, str]]) -> Memory:
+    params = Params.model_validate(settings(models, folder, rewards=rewards))
+    return rollout_memory(params, Model.of(params))
+
+
 def test_a_rollout_worker_holds_the_text_encoders_and_every_reward(models: Path, tmp_path: Path) -> None:
     rewards = [{"name": name, "adapter": name, "path": str(models / name)} for name in ("hpsv2", "pickscore")]
-    one, two = (
-        rollout_memory(Params.model_validate(settings(models, tmp_path, rewards=r))) for r in (rewards[:1], rewards)
-    )
+    one, two = (worker_memory(models, tmp_path, r) for r in (rewards[:1], rewards))
     assert two.parts["rewards"] > one.parts["rewards"] > 0 and one.parts["text encoders"] > 0
     hub = [{"name": "hpsv2", "adapter": "hpsv2", "path": "xswu/HPSv2"}]
-    absent = rollout_memory(Params.model_validate(settings(models, tmp_path, rewards=hub)))
+    absent = worker_memory(models, tmp_path, hub)
     assert absent.stand_ins == 1 and absent.parts["rewards"] == pytest.approx(986_109_441 * 4, rel=1e-4)
 
 

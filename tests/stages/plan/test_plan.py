@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from rats.pipeline.families.open import Model
 from rats.pipeline.store.embeddings import write_embedding
 from rats.pipeline.store.scores import record_reward, write_scores
 from rats.pipeline.store.shard_set import ShardSet
@@ -118,7 +119,7 @@ def test_the_rate_is_measured_in_one_block_of_each_kind_as_the_recipe_computes()
 
     hook = register_module_forward_pre_hook(look)
     settings = TeacherParams(height=32, width=32, max_sequence_length=10)
-    rate = measured_rate(model, settings, ComputeParams(micro_batch=3, threads=2), seconds=0.05)
+    rate = measured_rate(Model(model, settings, ComputeParams(micro_batch=3, threads=2)), seconds=0.05)
     hook.remove()
     assert rate > 0
     assert seen == {(1, 1), (3, torch.bfloat16, 2)}

@@ -13,10 +13,9 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from rats.pipeline.families.open import open_teacher
+from rats.pipeline.families.open import Model
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.weights.hashes import check_weights
-from rats.pipeline.weights.hub import pinned, resolve
+from rats.pipeline.weights.folder import ModelFolder
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
 from rats.schemas.recipe import IN_RECIPE, NOT_IN_RECIPE
@@ -147,7 +146,8 @@ def test_compile_compiles_the_network(flux: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch, "compile", lambda call: call)  # loading the compiler takes seconds
     small = TeacherParams(height=16, width=16, max_sequence_length=8)
     compiled, plain = (
-        open_teacher(ModelParams(path=str(flux)), small, ComputeParams(compile=on)).network for on in (True, False)
+        Model(ModelParams(path=str(flux)), small, ComputeParams(compile=on)).open_teacher().network
+        for on in (True, False)
     )
     assert compiled._compiled_call_impl is not None and plain._compiled_call_impl is None
 
@@ -171,9 +171,9 @@ def test_a_worker_whose_weights_are_not_the_recipes_makes_nothing(
     folder, _ = project
     params = Params.model_validate(values(flux, folder))
     recipe = ShardSet.open(folder / "store" / plan_rollout(params, "train")["fingerprint"]).recipe
-    check_weights(flux, recipe.weights)
+    ModelFolder(ModelParams(path=str(flux))).check(recipe.weights)
     with pytest.raises(ConfigError, match=r"transformer holds other weights"):
-        check_weights(models / "flux", recipe.weights)
+        ModelFolder(ModelParams(path=str(models / "flux"))).check(recipe.weights)
 
 
 def test_a_hub_model_is_pinned_to_its_commit_before_workers_start(
@@ -185,5 +185,6 @@ def test_a_hub_model_is_pinned_to_its_commit_before_workers_start(
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    assert resolve("someone/small").name == pinned("someone/small", None) == commit
-    assert pinned(str(flux), "v1") == "v1"
+    there = ModelFolder(ModelParams(path="someone/small"))
+    assert there.root.name == there.pinned().params.revision == commit
+    assert ModelFolder(ModelParams(path=str(flux), revision="v1")).pinned().params.revision == "v1"

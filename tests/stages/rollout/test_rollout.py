@@ -17,7 +17,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from rats.pipeline.families.open import open_teacher
+from rats.pipeline.families.open import Model
 from rats.pipeline.noise import noise
 from rats.pipeline.solver import euler
 from rats.pipeline.store.scores import read_scores, reward_columns
@@ -69,7 +69,7 @@ def test_a_stored_trajectory_is_the_teachers_own_at_the_students_sigmas(rolled: 
     shards = ShardSet.open(folder / "data")
     row = shards.index(shards.snapshot())[0]
     stored = {name: torch.from_numpy(array).float() for name, array in read_sample(shards, row).items()}
-    teacher = open_teacher(params.model, params.teacher, params.compute)
+    teacher = Model.of(params).open_teacher()
     start = noise(params.teacher.seed, row.prompt_id, row.noise_index, teacher.latent_shape())[None]
     conditioning = teacher.encode([row.prompt])
     sigmas = shards.recipe.sigmas

@@ -14,11 +14,11 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from rats.pipeline.families.open import open_outline, open_student, open_teacher
+from rats.pipeline.families.open import Model
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import Params
-from rats.schemas.recipe import fingerprint
+from rats.schemas.recipe import Recipe, fingerprint
 from rats.stages.rollout.columns import check_recipe
 from rats.stages.rollout.rollout import read_recipe, rollout_stage
 from rats.stages.train.record import read_record
@@ -66,32 +66,37 @@ def other_network(params: Params, folder: Path) -> Params:
     return params.model_copy(update={"model": params.model.model_copy(update={"transformer": str(folder)})})
 
 
+def recipe_of(params: Params) -> Recipe:
+    return read_recipe(params, Model.of(params))
+
+
 def test_another_network_is_another_address_and_the_same_one_elsewhere_is_not(home: Path, tmp_path: Path) -> None:
-    base, _ = read_recipe(params_of(home))
-    other, _ = read_recipe(other_network(params_of(home), home / "other"))
+    base = recipe_of(params_of(home))
+    other = recipe_of(other_network(params_of(home), home / "other"))
     assert fingerprint(base) != fingerprint(other)
     assert {name for name in base.weights if base.weights[name] != other.weights[name]} == {"transformer"}
     shutil.copytree(home / "flux" / "transformer", tmp_path / "same")
-    assert read_recipe(other_network(params_of(home), tmp_path / "same"))[0] == base
+    assert recipe_of(other_network(params_of(home), tmp_path / "same")) == base
 
 
 def test_the_network_of_model_transformer_is_the_one_that_runs(home: Path) -> None:
     params, wanted = other_network(params_of(home), home / "other"), tiny.transformer(seed=3).state_dict()
-    for opened in (open_student, open_teacher):
-        found = opened(params.model, params.teacher, params.compute).network.state_dict()
+    for opened in (Model.of(params).open_student(), Model.of(params).open_teacher()):
+        found = opened.network.state_dict()
         assert all(torch.equal(found[name], value) for name, value in wanted.items())
-    assert open_outline(params.model, params.teacher).latent_shape() == (4, 16)
+    assert Model.of(params).outline.latent_shape() == (4, 16)
 
 
 def test_shards_of_the_pipelines_own_network_are_refused_for_another(home: Path) -> None:
     with pytest.raises(DataError, match="made with another transformer"):
-        check_recipe(other_network(params_of(home), home / "other"), ShardSet.open(home / "shards"))
+        params = other_network(params_of(home), home / "other")
+        check_recipe(params, Model.of(params), ShardSet.open(home / "shards"))
 
 
 def test_a_folder_without_a_whole_network_is_refused(home: Path, tmp_path: Path) -> None:
     for folder in (tmp_path / "none", tmp_path):  # the second is where adapters alone might lie
         with pytest.raises(ConfigError, match="merged into one by `rats export`"):
-            read_recipe(other_network(params_of(home), folder))
+            recipe_of(other_network(params_of(home), folder))
 
 
 def test_a_generation_is_followed_exactly_when_its_mean_reward_has_not_fallen(refreshed: Path) -> None:

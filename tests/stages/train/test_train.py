@@ -18,7 +18,7 @@ import torch
 from blake3 import blake3
 from diffusers import FluxTransformer2DModel
 
-from rats.pipeline.families.open import open_student
+from rats.pipeline.families.open import Model
 from rats.pipeline.rewards.clip import PickScore
 from rats.pipeline.store.scores import read_scores, reward_column
 from rats.pipeline.store.shard_set import ShardSet
@@ -120,7 +120,7 @@ def test_no_teacher_runs_and_no_picture_of_the_teacher_is_scored(home, tmp_path,
     assert (report.teacher_forwards, report.teacher_reward_calls) == (0, 0)
     monkeypatch.undo()
     shards, params = ShardSet.open(home / "shards"), params_of(home)
-    student = open_student(params.model, params.teacher, params.compute)
+    student = Model.of(params).open_student()
     finals = [torch.from_numpy(read_sample(shards, row)["x"][-1].copy()) for row in shards.index(shards.snapshot())]
     drawn = {digest(picture) for picture in student.decode(torch.stack(finals).float())}
     assert len(seen) == 2 * 4 and not drawn & {digest(picture) for pictures in seen for picture in pictures}

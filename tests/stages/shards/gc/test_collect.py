@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rats.pipeline.families.open import Model
 from rats.pipeline.prompts import planned, read_prompts
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import read_scores, reward_column, reward_columns
@@ -146,7 +147,8 @@ def test_a_parameter_file_holds_the_samples_it_asks_for_of_the_set_that_its_mode
     shutil.copytree(models / "flux", tmp_path / "work" / "flux")
     write_project(models, tmp_path / "work", model={"path": "flux"}, prompts={"train": "prompts.txt"})
     with contextlib.chdir(tmp_path / "work"):
-        recipe, _ = read_recipe(load_params(Path("params.yaml")))
+        params = load_params(Path("params.yaml"))
+        recipe = read_recipe(params, Model.of(params))
     mine = ShardSet.open_or_create(tmp_path / "store", recipe)
     asked = planned(read_prompts(tmp_path / "work" / "prompts.txt"), 1)
     write_samples(mine, asked, shard_samples=2)

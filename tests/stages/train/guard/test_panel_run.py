@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from rats.pipeline.families.open import open_student
+from rats.pipeline.families.open import Model
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.open import open_reward
 from rats.schemas.errors import ConfigError
@@ -97,8 +97,8 @@ def test_there_is_a_look_at_the_start_every_so_often_and_at_the_end(guarded):
 
 def test_a_look_sees_what_the_student_that_is_left_draws(home, guarded):
     params = params_of(home)
-    student = open_student(params.model, params.teacher, params.compute, transformer=guarded / "student")
-    samples = validation.open_validation(params, 5, student.latent_shape(), guarded, again=True)
+    student = Model.of(params).open_student(transformer=guarded / "student")
+    samples = validation.open_validation(params, Model.of(params), 5, student.latent_shape(), guarded, again=True)
     reward = open_reward(params.rewards[1])
     with torch.no_grad():
         batch = next(samples.batches(5, torch.device("cpu")))
@@ -112,7 +112,7 @@ def test_a_look_sees_what_the_student_that_is_left_draws(home, guarded):
 def test_a_run_that_goes_on_sees_the_same_and_loads_no_text_encoder(home, guarded, tmp_path, monkeypatch):
     train_stage(params_of(home, **GUARDED | {"steps": 2}), "rats", home / "shards", tmp_path)
     (tmp_path / "panel.csv").unlink()
-    monkeypatch.setattr(validation, "open_text", None)
+    monkeypatch.setattr(Model, "open_text", None)
     train_stage(params_of(home, **GUARDED), "rats", home / "shards", tmp_path, resume="latest")
     for name in ("panel.csv", "panel_samples.csv"):
         assert (tmp_path / name).read_bytes() == (guarded / name).read_bytes()

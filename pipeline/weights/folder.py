@@ -1,0 +1,136 @@
+"""A model's folder in diffusers' format: looked up, read and hashed at the first use, and once. Never imports torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rats.pipeline.weights.hashes import HASHED_COMPONENTS, NETWORK, hash_paths, read_json
+from rats.pipeline.weights.hub import DECODER_PATTERNS, PIPELINE_PATTERNS, absolute_if_local, resolve
+from rats.schemas.errors import ConfigError
+from rats.schemas.params import ModelParams
+from rats.schemas.recipe import DECODER
+
+INDEX, SCHEDULER = "model_index.json", "scheduler"
+
+
+@dataclass(eq=False)
+class ModelFolder:
+    """The folder of `model.path` at `model.revision`, with the network of `model.transformer`.
+
+    Making one reads no file. A hash is that of the files at its first use. A pickled ModelFolder holds the parameters
+    alone and looks everything up again: another machine may have other files at the same path.
+    """
+
+    params: ModelParams
+    _hashes: dict[str, str] = field(default_factory=dict, init=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The parameters alone."""
+        return ModelFolder, (self.params,)
+
+    @cached_property
+    def root(self) -> Path:
+        """The pipeline's folder. All of a hub repository is fetched. Raises ConfigError if there is none."""
+        found = resolve(self.params.path, self.params.revision, PIPELINE_PATTERNS)
+        self.__dict__["decoder_root"] = found  # both of one commit, even if a branch has moved
+        return found
+
+    @cached_property
+    def decoder_root(self) -> Path:
+        """The same folder, of which only the decoder is needed: of a hub repository only the decoder is fetched."""
+        return resolve(self.params.path, self.params.revision, DECODER_PATTERNS)
+
+    @cached_property
+    def index(self) -> dict[str, Any]:
+        """The content of model_index.json; empty if there is none."""
+        path = self.decoder_root / INDEX
+        return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The scheduler's configuration. Raises ConfigError if there is none."""
+        return read_json(self.parts(SCHEDULER)[SCHEDULER] / "scheduler_config.json")
+
+    def parts(self, *names: str) -> dict[str, Path]:
+        """Folders of components, by name. Raises ConfigError if one does not exist."""
+        found = {name: self._part(name) for name in names}
+        for folder in found.values():
+            if not folder.is_dir():
+                raise ConfigError(f"no folder {folder}: model.path must name a whole pipeline in diffusers' format")
+        return found
+
+    def hash_of(self, name: str) -> str:
+        """The content hash of one component."""
+        return self._hashed([name])[name]
+
+    def hashes(self) -> dict[str, str]:
+        """Hashes of all components that hold weights or vocabularies, by component name.
+
+        Raises ConfigError when one of transformer, vae, text_encoder, tokenizer is missing.
+        """
+        folders = (path.name for path in self.root.iterdir() if path.is_dir())
+        names = sorted(name for name in folders if name.startswith(HASHED_COMPONENTS))
+        for name in HASHED_COMPONENTS:
+            if name not in names:
+                raise ConfigError(f"no folder '{name}' in {self.root}: model.path must name a whole diffusers pipeline")
+        return self._hashed(names)
+
+    def scheduler_hash(self) -> str:
+        """sha256 of the scheduler's configuration as canonical JSON, without the version that wrote it."""
+        config = {name: value for name, value in self.scheduler_config.items() if name != "_diffusers_version"}
+        return hashlib.sha256(json.dumps(config, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def check(self, expected: Mapping[str, str]) -> None:
+        """Compares weights and vocabularies with a recipe's: another machine may have others at the same path.
+
+        Raises ConfigError when a component differs.
+        """
+        found = self.hashes()
+        if other := sorted(name for name, value in expected.items() if found.get(name) != value):
+            raise ConfigError(
+                f"{self.root / other[0]} holds other weights than the shard set's recipe names: "
+                "give every worker the same model, or start the rollout again for the new one"
+            )
+
+    def pinned(self, decoder_alone: bool = False) -> ModelFolder:
+        """The same folder with absolute local paths and, for a hub repository, the commit that was fetched.
+
+        So every worker finds the same files. `decoder_alone`: of a hub repository only the decoder is fetched.
+        """
+        path, network = self.params.path, self.params.transformer
+        found = self.decoder_root if decoder_alone else self.root
+        revision = self.params.revision if Path(path).exists() else found.name
+        changes = {"path": absolute_if_local(path), "revision": revision}
+        changes[NETWORK] = network and absolute_if_local(network)
+        pinned = ModelFolder(self.params.model_copy(update=changes))
+        names = ("decoder_root",) if decoder_alone else ("root", "decoder_root")
+        pinned.__dict__.update(dict.fromkeys(names, found.absolute()))  # so that a hub is asked once
+        return pinned
+
+    def _part(self, name: str) -> Path:
+        """The path of a component, which need not exist. The network may lie elsewhere (`model.transformer`)."""
+        if name == NETWORK and self.params.transformer is not None:
+            return whole_network(Path(self.params.transformer))
+        return (self.decoder_root if name == DECODER else self.root) / name
+
+    def _hashed(self, names: list[str]) -> dict[str, str]:
+        """Looks all components up first: hashing takes minutes."""
+        if unknown := {name: self._part(name) for name in names if name not in self._hashes}:
+            self._hashes |= hash_paths(unknown)
+        return {name: self._hashes[name] for name in names}
+
+
+def whole_network(folder: Path) -> Path:
+    """The folder. Raises ConfigError if it holds no whole network."""
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"no network in {folder}: model.transformer names the folder of a whole one, such as "
+            "runs/rats/student; adapters are merged into one by `rats export`"
+        )
+    return folder
