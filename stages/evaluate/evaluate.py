@@ -36,6 +36,7 @@ from rats.stages.measure.values import VALUE_COLUMNS, VALUES
 from rats.stages.progress import progress
 from rats.stages.rollout.columns import NETWORK, check_recipe, find_column
 from rats.stages.train.record import checked_student, read_record
+from rats.trainer.data import Batch
 
 Features = NDArray[np.float64]
 
@@ -85,9 +86,9 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
     for name, record in records.items():
         check_student(record, runs / name, samples.shards)
     bench = open_bench(params, samples, model.folder.hash_of(DECODER))
-    count = len(bench.samples.rows)
+    total = len(bench.samples.rows) * _columns(params)
     measured = []
-    with progress("evaluate", count * _columns(params), "samples") as advance, torch.no_grad():
+    with progress("evaluate", total, "samples") as advance, torch.no_grad():
         for system in systems(params, model, runs):
             measured.append(measure(system, bench, advance))
     report = EvaluateReport(
@@ -152,15 +153,14 @@ def open_bench(params: Params, samples: Samples, vae: str) -> Bench:
 
 def measure(system: System, bench: Bench, advance: Callable[[int], None]) -> Measured:
     """Draws, decodes, scores and judges all samples of one system."""
-    own = system.column.system != "teacher"
     result = Measured(system.column, {name: [] for name in bench.rewards})
     features: list[Features] = []
     start = 0
     for batch in bench.samples.batches(bench.micro_batch, bench.device):
         images = system.decode(system.draw(batch))
-        for name, reward in bench.rewards.items():
-            new = ask(reward, images, batch.prompts).tolist() if own else [bench.stored[name][k] for k in batch.keys]
-            result.scores[name] += _finite(new, name, system.column.id, batch.keys)
+        for name in bench.rewards:
+            scores = _scores(system, bench, name, batch, images)
+            result.scores[name] += _finite(scores, name, system.column.id, batch.keys)
         if bench.judge is not None:
             features.append(bench.judge.features(images).double().numpy())
         _show(result, images, start, bench.choice.rows())
@@ -168,6 +168,13 @@ def measure(system: System, bench: Bench, advance: Callable[[int], None]) -> Mea
         advance(len(batch.keys))
     result.features = np.concatenate(features) if features else None
     return result
+
+
+def _scores(system: System, bench: Bench, reward: str, batch: Batch, images: torch.Tensor) -> list[float]:
+    """Scores by one reward. Those of the teacher are stored: its pictures are not scored again."""
+    if system.column.system == "teacher":
+        return [bench.stored[reward][key] for key in batch.keys]
+    return ask(bench.rewards[reward], images, batch.prompts).tolist()
 
 
 def _finite(scores: list[float], reward: str, column: str, keys: Sequence[str]) -> list[float]:
@@ -191,14 +198,18 @@ def cells(params: Params, samples: Samples, measured: Sequence[Measured]) -> Ite
     teacher = measured[0]
     distances = _distances(params, samples, measured)
     for system in measured:
-        for reward in system.scores:
-            result = paired(system.scores[reward], teacher.scores[reward], samples.concepts, n, seed)
-            yield _cell(system.column, reward, _role(params, system.column, reward), samples, result)
-        if system.column.id in distances:
-            pair = distances[system.column.id], distances[teacher.column.id]
-            yield _cell(system.column, "kid", "judge", samples, paired_kid(*pair, samples.concepts, n, seed))
-        if (diversity := _diversity(samples, system, teacher, n, seed)) is not None:
-            yield _cell(system.column, "diversity", "judge", *diversity)
+        column = system.column
+        for reward, scores in system.scores.items():
+            result = paired(scores, teacher.scores[reward], samples.concepts, n, seed)
+            yield _cell(column, reward, _role(params, column, reward), samples, result)
+        if column.id in distances:
+            own, reference = distances[column.id], distances[teacher.column.id]
+            result = paired_kid(own, reference, samples.concepts, n, seed)
+            yield _cell(column, "kid", "judge", samples, result)
+        diversity = _diversity(samples, system, teacher, n, seed)
+        if diversity is not None:
+            kept, result = diversity
+            yield _cell(column, "diversity", "judge", kept, result)
 
 
 def _role(params: Params, column: Column, reward: str) -> Role:
@@ -223,13 +234,17 @@ def _diversity(
     if system.features is None or teacher.features is None:
         return None
     prompts = [row.prompt_id for row in samples.rows]
-    own, other = diversity_by_group(system.features, prompts), diversity_by_group(teacher.features, prompts)
-    concept = dict(zip(prompts, samples.concepts, strict=True))
-    names = [prompt for prompt in sorted(concept) if prompt in own]
-    if len({concept[prompt] for prompt in names}) < 2:
+    concept_of = dict(zip(prompts, samples.concepts, strict=True))
+    own = diversity_by_group(system.features, prompts)
+    reference = diversity_by_group(teacher.features, prompts)
+    # a prompt with a single noise has no diversity; sorted, since the bootstrap depends on the order
+    names = sorted(prompt for prompt in concept_of if prompt in own)
+    concepts = [concept_of[prompt] for prompt in names]
+    if len(set(concepts)) < 2:
         return None
-    result = paired([own[p] for p in names], [other[p] for p in names], [concept[p] for p in names], n, seed)
-    return samples.keep({row.key for row in samples.rows if row.prompt_id in own}), result
+    result = paired([own[p] for p in names], [reference[p] for p in names], concepts, n, seed)
+    kept = {row.key for row in samples.rows if row.prompt_id in own}
+    return samples.keep(kept), result
 
 
 def _cell(column: Column, metric: str, role: Role, samples: Samples, result: Paired) -> Cell:
@@ -269,14 +284,15 @@ def values_csv(samples: Samples, measured: Sequence[Measured]) -> str:
 def collect(params: Params, bench: Bench, measured: Sequence[Measured]) -> Pictures:
     """The chosen pictures of all systems, side by side."""
     rows, choice = bench.samples.rows, bench.choice
-    side = {m.column.id: np.stack([m.pictures[i] for i in choice.side]) for m in measured}
-    noises = {m.column.id: [np.stack([m.pictures[i] for i in group]) for group in choice.noises] for m in measured}
-    return Pictures(
-        columns=[m.column for m in measured],
+    pictures = Pictures(
+        columns=[system.column for system in measured],
         prompts=[rows[i].prompt for i in choice.side],
         noise_prompts=[rows[group[0]].prompt for group in choice.noises],
         seed=params.evaluate.seed,
         size=measured[0].size,
-        side=side,
-        noises=noises,
     )
+    for system in measured:
+        name = system.column.id
+        pictures.side[name] = np.stack([system.pictures[i] for i in choice.side])
+        pictures.noises[name] = [np.stack([system.pictures[i] for i in group]) for group in choice.noises]
+    return pictures

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from rats.pipeline.files.places import Place
@@ -49,10 +49,12 @@ def verify(folder: Place) -> dict[str, Any]:
         audit.advance = advance
         result = _verify_all(audit)
     if audit.damage:
-        first, count = next(iter(audit.damage)), len(audit.damage)
-        raise DataError(f"{shards.root} has {count} damaged or missing file{'s' if count > 1 else ''}, first: {first}")
+        count, first = len(audit.damage), next(iter(audit.damage))
+        files = "files" if count > 1 else "file"
+        raise DataError(f"{shards.root} has {count} damaged or missing {files}, first: {first}")
     seconds = time.monotonic() - start
-    return result | {"bytes": audit.read, "seconds": seconds, "gb_per_second": audit.read / 1e9 / seconds, "ok": True}
+    speed = audit.read / 1e9 / seconds
+    return result | {"bytes": audit.read, "seconds": seconds, "gb_per_second": speed, "ok": True}
 
 
 @dataclass
@@ -83,9 +85,13 @@ class Audit:
         return not named and not self.found(layout.PLAN, "shard")
 
     def found(self, kind: layout.Kind, part: str, **known: str) -> list[str]:
-        """A part of the names of all files of a kind, sorted; of those alone whose other parts are `known`."""
-        names = [parts for name in self.files if (parts := kind.parts_of_alike(name)) is not None]
-        return sorted(parts[part] for parts in names if parts.items() >= known.items())
+        """One part of the names of all files of a kind, sorted; only of those whose other parts are `known`."""
+        values = []
+        for name in self.files:
+            parts = kind.parts_of_alike(name)
+            if parts is not None and parts.items() >= known.items():
+                values.append(parts[part])
+        return sorted(values)
 
     def look(self, check: Callable[[], Found], *names: str, way_out: str = "") -> Found | None:
         """What `check` returns, or None when it finds damage; `names` are the files it reads."""
@@ -109,31 +115,34 @@ class Audit:
         self.damage[text] = None
 
     def missing(self, name: str, way_out: str) -> bool:
-        """Report a file that is not there."""
-        if name not in self.files:
-            self.report(f"{self.shards.root / name} is missing; {way_out}")
-        return name not in self.files
+        """Whether the file is missing, which is then reported."""
+        if name in self.files:
+            return False
+        self.report(f"{self.shards.root / name} is missing; {way_out}")
+        return True
 
     def _count(self, size: int) -> None:
-        before, self.read = self.read, self.read + size
-        if step := self.read // MB - before // MB:
+        """Progress is in whole MB; the rest counts with the next file."""
+        before = self.read // MB
+        self.read += size
+        if step := self.read // MB - before:
             self.advance(step)
 
 
 def _verify_all(audit: Audit) -> dict[str, Any]:
     audit.look(lambda: None, layout.RECIPE.name())  # opening the set has read it
-    snapshots = [snapshot for number in audit.shards.snapshots() if (snapshot := _snapshot(audit, number))]
+    snapshots = _snapshots(audit)
     plans = {shard: _plan(audit, shard) for shard in audit.found(layout.PLAN, "shard")}
-    done = _shards(audit, plans, {shard for snapshot in snapshots for shard in snapshot.shards})
+    named = {shard for snapshot in snapshots for shard in snapshot.shards}
+    # shards before indexes and scores, which are compared with them
+    done = _shards(audit, plans, named)
     indexes = [_index(audit, snapshot, done) for snapshot in snapshots]
-    scores = [name.split("/") for name in audit.files if name.startswith(f"{layout.REWARD.top}/")]
-    columns = sorted({column for _, column, _ in scores})
+    columns = sorted({name.split("/")[1] for name in audit.files if name.startswith(f"{layout.REWARD.top}/")})
     for column in columns:
         _column(audit, column, done)
     embeddings = audit.found(layout.EMBEDDING, "prompt")
     for prompt in embeddings:
-        name = layout.EMBEDDING.name(prompt=prompt)
-        audit.look(lambda prompt=prompt: verify_embedding(audit.shards, prompt), name)  # type: ignore[misc]
+        audit.look(partial(verify_embedding, audit.shards, prompt), layout.EMBEDDING.name(prompt=prompt))
     _complete(audit, indexes)
     return {
         "samples": snapshots[-1].samples if snapshots else 0,
@@ -143,6 +152,12 @@ def _verify_all(audit: Audit) -> dict[str, Any]:
         "embeddings": len(embeddings),
         "unfinished": audit.unfinished,
     }
+
+
+def _snapshots(audit: Audit) -> list[Snapshot]:
+    """All undamaged snapshots, in the order of their numbers."""
+    found = [_snapshot(audit, number) for number in audit.shards.snapshots()]
+    return [snapshot for snapshot in found if snapshot is not None]
 
 
 def _snapshot(audit: Audit, number: int) -> Snapshot | None:
@@ -177,7 +192,9 @@ def _shards(audit: Audit, plans: dict[str, ShardPlan | None], wanted: Iterable[s
 
 def _shard(audit: Audit, shard: str) -> ShardDone | None:
     names = [kind.name(shard=shard) for kind in (layout.SHARD, layout.DONE)]
-    if any([audit.missing(name, ROLLOUT) for name in names]):
+    # a list, so that each missing file is reported and not only the first
+    missing = [audit.missing(name, ROLLOUT) for name in names]
+    if any(missing):
         return None
     return audit.look(lambda: verify_shard(audit.shards, shard), *names)
 
@@ -201,7 +218,9 @@ def _index(audit: Audit, snapshot: Snapshot, done: dict[str, ShardDone]) -> list
         if shard in done and done[shard].blake3 != digest:
             now = done[shard].blake3
             audit.report(f"{manifest} names another {shard} ({digest[:12]}, now {now[:12]}); {ROLLOUT}")
-    if strange := [row for row in rows or [] if row.shard in done and hash(row) not in audit.rows]:
+    # rows of a damaged shard are left out: the shard is reported already
+    strange = [row for row in rows or [] if row.shard in done and hash(row) not in audit.rows]
+    if strange:
         audit.report(f"{root / name} has {len(strange)} samples that no shard has, {strange[0].key} first; {ROLLOUT}")
     return rows
 
@@ -232,16 +251,18 @@ def _record(audit: Audit, name: str, column: str) -> None:
 
 def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> None:
     """One shard's scores: the table as recorded, of the shard as it is now, a row for each of its samples."""
-    vouched, scores = (kind.name(reward=column, shard=shard) for kind in (layout.SCORES_DONE, layout.SCORES))
-    seal = audit.look(lambda: read_sealed(audit.shards.root / vouched, ScoresDone), vouched, way_out=RESCORE)
+    document = layout.SCORES_DONE.name(reward=column, shard=shard)
+    seal = audit.look(lambda: read_sealed(audit.shards.root / document, ScoresDone), document, way_out=RESCORE)
     if seal is None:
         return
-    table = audit.shards.root / scores
-    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3), scores, way_out=RESCORE)
+    name = layout.SCORES.name(reward=column, shard=shard)
+    table = audit.shards.root / name
+    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3), name, way_out=RESCORE)
     if rows is None or done is None:
         return
-    same = (seal.shard, seal.shard_blake3, seal.rows) == (shard, done.blake3, len(rows))
-    if not same or [row.key for row in rows] != sorted(row.key for row in done.rows):
+    is_of_shard = (seal.shard, seal.shard_blake3, seal.rows) == (shard, done.blake3, len(rows))
+    keys = [row.key for row in rows]
+    if not is_of_shard or keys != sorted(row.key for row in done.rows):
         audit.report(f"{table} scores another {shard}; {RESCORE}")
 
 
@@ -258,15 +279,17 @@ def _listing(root: Place) -> dict[str, int]:
     """Size by name of all that is read; hidden files (a writer's temporary ones) and locks are not."""
     found = {layout.RECIPE.name(): root.sizes()[layout.RECIPE.name()]}
     for folder in _folders(root):
-        names = {f"{folder}/{name}": size for name, size in (root / folder).sizes().items() if not name.startswith(".")}
-        found.update(names)
+        for name, size in (root / folder).sizes().items():
+            if not name.startswith("."):
+                found[f"{folder}/{name}"] = size
     return found
 
 
 def _folders(root: Place) -> list[str]:
-    """Where files lie that are read; of the folders of scores those that are there."""
+    """Folders of the files to read, with those of all columns of scores."""
     folders = {kind.folder for kind in layout.KINDS if kind not in (layout.RECIPE, layout.LOCK)}
-    columns = root / layout.REWARD.top
-    folders.remove(layout.REWARD.folder)
-    found = [f"{columns.name}/{path.name}" for path in columns.iterdir()] if columns.is_dir() else []
-    return sorted([*folders, *found])
+    folders.remove(layout.REWARD.folder)  # a pattern: in its place the folders that there are
+    scores = root / layout.REWARD.top
+    if scores.is_dir():
+        folders.update(f"{scores.name}/{path.name}" for path in scores.iterdir())
+    return sorted(folders)
