@@ -36,13 +36,14 @@ from rats.stages.measure.values import VALUE_COLUMNS, VALUES
 from rats.stages.progress import progress
 from rats.stages.rollout.columns import NETWORK, check_recipe, find_column
 from rats.stages.train.record import checked_student, read_record
+from rats.trainer.data import Batch
 
 Features = NDArray[np.float64]
 
 
 @dataclass
 class Measured:
-    """What is kept of a system: a score a sample and reward, judge features (N, F), the pictures that are shown."""
+    """Results of one system: scores by reward and sample, the judge's features (N, F), the pictures to show."""
 
     column: Column
     scores: dict[str, list[float]]
@@ -53,7 +54,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """What measures: the same for every system."""
+    """The samples, rewards and judge that every system is measured by."""
 
     samples: Samples
     rewards: dict[str, Reward]
@@ -66,7 +67,7 @@ class Bench:
 
 
 def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> EvaluateReport:
-    """Writes `out` (the cells), and beside it every sample's score and the pictures of the report.
+    """Writes `out` (all cells), and beside it every sample's scores and the pictures of the report.
 
     Args:
         params: The whole configuration.
@@ -85,9 +86,9 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
     for name, record in records.items():
         check_student(record, runs / name, samples.shards)
     bench = open_bench(params, samples, model.folder.hash_of(DECODER))
-    count = len(bench.samples.rows)
+    total = len(bench.samples.rows) * _columns(params)
     measured = []
-    with progress("evaluate", count * _columns(params), "samples") as advance, torch.no_grad():
+    with progress("evaluate", total, "samples") as advance, torch.no_grad():
         for system in systems(params, model, runs):
             measured.append(measure(system, bench, advance))
     report = EvaluateReport(
@@ -103,14 +104,14 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
 
 
 def _columns(params: Params) -> int:
-    """How many systems there are at most (an unguided teacher has one base less), for the progress only."""
+    """The largest possible number of systems, for the progress bar (an unguided teacher has one base less)."""
     grids = [with_variant(params, name).grid for name in params.evaluate.variants]
     bases = 2 * len({n for grid in grids for n in grid})
     return 1 + bases + sum(len(grid) for grid in grids)
 
 
 def check_teacher(params: Params, model: Model, shards: ShardSet) -> None:
-    """Refuses shards of another teacher than the parameters': its few-step base would be compared with a stranger."""
+    """Refuses shards of another teacher than the parameters name: the untrained base would be of another model."""
     check_recipe(params, model, shards)
     for name, there in shards.recipe.weights.items():
         if name != NETWORK and (here := model.folder.hash_of(name)) != there:
@@ -121,7 +122,7 @@ def check_teacher(params: Params, model: Model, shards: ShardSet) -> None:
 
 
 def check_student(record: RunRecord, run: Path, shards: ShardSet) -> None:
-    """Refuses a student that was trained on shards of another recipe, or that is not the one the run has left."""
+    """Refuses a student that was trained on shards of another recipe, or that is not the one in the run's record."""
     if record.recipe != shards.fingerprint:
         raise DataError(
             f"{run} was trained on shards of recipe {record.recipe[:12]}, these are of recipe "
@@ -152,15 +153,14 @@ def open_bench(params: Params, samples: Samples, vae: str) -> Bench:
 
 def measure(system: System, bench: Bench, advance: Callable[[int], None]) -> Measured:
     """Draws, decodes, scores and judges all samples of one system."""
-    own = system.column.system != "teacher"
     result = Measured(system.column, {name: [] for name in bench.rewards})
     features: list[Features] = []
     start = 0
     for batch in bench.samples.batches(bench.micro_batch, bench.device):
         images = system.decode(system.draw(batch))
-        for name, reward in bench.rewards.items():
-            new = ask(reward, images, batch.prompts).tolist() if own else [bench.stored[name][k] for k in batch.keys]
-            result.scores[name] += _finite(new, name, system.column.id, batch.keys)
+        for name in bench.rewards:
+            scores = _scores(system, bench, name, batch, images)
+            result.scores[name] += _finite(scores, name, system.column.id, batch.keys)
         if bench.judge is not None:
             features.append(bench.judge.features(images).double().numpy())
         _show(result, images, start, bench.choice.rows())
@@ -168,6 +168,13 @@ def measure(system: System, bench: Bench, advance: Callable[[int], None]) -> Mea
         advance(len(batch.keys))
     result.features = np.concatenate(features) if features else None
     return result
+
+
+def _scores(system: System, bench: Bench, reward: str, batch: Batch, images: torch.Tensor) -> list[float]:
+    """Scores by one reward. Those of the teacher are stored: its pictures are not scored again."""
+    if system.column.system == "teacher":
+        return [bench.stored[reward][key] for key in batch.keys]
+    return ask(bench.rewards[reward], images, batch.prompts).tolist()
 
 
 def _finite(scores: list[float], reward: str, column: str, keys: Sequence[str]) -> list[float]:
@@ -178,7 +185,7 @@ def _finite(scores: list[float], reward: str, column: str, keys: Sequence[str]) 
 
 
 def _show(result: Measured, images: torch.Tensor, start: int, wanted: set[int]) -> None:
-    """Keeps the pictures that were chosen, and the size that all have, of a video's frames."""
+    """Keeps the chosen pictures, and the size of a picture or frame."""
     result.size = (int(images.shape[-2]), int(images.shape[-1]))
     for offset in range(len(images)):
         if start + offset in wanted:
@@ -191,24 +198,28 @@ def cells(params: Params, samples: Samples, measured: Sequence[Measured]) -> Ite
     teacher = measured[0]
     distances = _distances(params, samples, measured)
     for system in measured:
-        for reward in system.scores:
-            result = paired(system.scores[reward], teacher.scores[reward], samples.concepts, n, seed)
-            yield _cell(system.column, reward, _role(params, system.column, reward), samples, result)
-        if system.column.id in distances:
-            pair = distances[system.column.id], distances[teacher.column.id]
-            yield _cell(system.column, "kid", "judge", samples, paired_kid(*pair, samples.concepts, n, seed))
-        if (diversity := _diversity(samples, system, teacher, n, seed)) is not None:
-            yield _cell(system.column, "diversity", "judge", *diversity)
+        column = system.column
+        for reward, scores in system.scores.items():
+            result = paired(scores, teacher.scores[reward], samples.concepts, n, seed)
+            yield _cell(column, reward, _role(params, column, reward), samples, result)
+        if column.id in distances:
+            own, reference = distances[column.id], distances[teacher.column.id]
+            result = paired_kid(own, reference, samples.concepts, n, seed)
+            yield _cell(column, "kid", "judge", samples, result)
+        diversity = _diversity(samples, system, teacher, n, seed)
+        if diversity is not None:
+            kept, result = diversity
+            yield _cell(column, "diversity", "judge", kept, result)
 
 
 def _role(params: Params, column: Column, reward: str) -> Role:
-    """Trained is what this student was trained on; teacher and base take the main setting's."""
+    """Whether the reward was trained on: by this variant, or for teacher and base by `params.train`."""
     train = with_variant(params, column.variant) if column.variant else params.train
     return "trained" if reward in train.reward_weights else "held_out"
 
 
 def _distances(params: Params, samples: Samples, measured: Sequence[Measured]) -> dict[str, NDArray[np.float64]]:
-    """Distance to the real pictures by concept, for each system; nothing without a judge or real pictures."""
+    """Each system's distances to the real pictures, by concept. Empty without a judge or real pictures."""
     if params.evaluate.real_features is None or measured[0].features is None:
         return {}
     features, concepts = open_real(Path(params.evaluate.real_features))
@@ -219,17 +230,21 @@ def _distances(params: Params, samples: Samples, measured: Sequence[Measured]) -
 def _diversity(
     samples: Samples, system: Measured, teacher: Measured, n: int, seed: int
 ) -> tuple[Samples, Paired] | None:
-    """Spread within a prompt, for prompts with several noises of at least two concepts."""
+    """Diversity within a prompt, over prompts with several noises. None if these have fewer than two concepts."""
     if system.features is None or teacher.features is None:
         return None
     prompts = [row.prompt_id for row in samples.rows]
-    own, other = diversity_by_group(system.features, prompts), diversity_by_group(teacher.features, prompts)
-    concept = dict(zip(prompts, samples.concepts, strict=True))
-    names = [prompt for prompt in sorted(concept) if prompt in own]
-    if len({concept[prompt] for prompt in names}) < 2:
+    concept_of = dict(zip(prompts, samples.concepts, strict=True))
+    own = diversity_by_group(system.features, prompts)
+    reference = diversity_by_group(teacher.features, prompts)
+    # a prompt with a single noise has no diversity; sorted, since the bootstrap depends on the order
+    names = sorted(prompt for prompt in concept_of if prompt in own)
+    concepts = [concept_of[prompt] for prompt in names]
+    if len(set(concepts)) < 2:
         return None
-    result = paired([own[p] for p in names], [other[p] for p in names], [concept[p] for p in names], n, seed)
-    return samples.keep({row.key for row in samples.rows if row.prompt_id in own}), result
+    result = paired([own[p] for p in names], [reference[p] for p in names], concepts, n, seed)
+    kept = {row.key for row in samples.rows if row.prompt_id in own}
+    return samples.keep(kept), result
 
 
 def _cell(column: Column, metric: str, role: Role, samples: Samples, result: Paired) -> Cell:
@@ -254,7 +269,7 @@ def _cell(column: Column, metric: str, role: Role, samples: Samples, result: Pai
 
 
 def values_csv(samples: Samples, measured: Sequence[Measured]) -> str:
-    """Every sample's score, a row each, to the last bit."""
+    """Every sample's scores as CSV, one row each, in full precision."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(VALUE_COLUMNS)
@@ -269,14 +284,15 @@ def values_csv(samples: Samples, measured: Sequence[Measured]) -> str:
 def collect(params: Params, bench: Bench, measured: Sequence[Measured]) -> Pictures:
     """The chosen pictures of all systems, side by side."""
     rows, choice = bench.samples.rows, bench.choice
-    side = {m.column.id: np.stack([m.pictures[i] for i in choice.side]) for m in measured}
-    noises = {m.column.id: [np.stack([m.pictures[i] for i in group]) for group in choice.noises] for m in measured}
-    return Pictures(
-        columns=[m.column for m in measured],
+    pictures = Pictures(
+        columns=[system.column for system in measured],
         prompts=[rows[i].prompt for i in choice.side],
         noise_prompts=[rows[group[0]].prompt for group in choice.noises],
         seed=params.evaluate.seed,
         size=measured[0].size,
-        side=side,
-        noises=noises,
     )
+    for system in measured:
+        name = system.column.id
+        pictures.side[name] = np.stack([system.pictures[i] for i in choice.side])
+        pictures.noises[name] = [np.stack([system.pictures[i] for i in group]) for group in choice.noises]
+    return pictures

@@ -75,8 +75,25 @@ def read_json(path: Path) -> Entry:
 
 
 def _tables(params: Params, result: EvaluateReport, values: Values) -> Entry:
+    n, seed = params.evaluate.bootstrap, params.evaluate.seed
+    cells, main = result.cells, params.evaluate.variants[0]
+    first = cells[0]  # prompts and concepts are those of every cell of a reward
+    count = f"{first.num_prompts} prompts of {first.num_concepts} concepts, {len(values.concepts)} samples a system."
+    return {
+        "title": "rats: few steps against many",
+        "lead": f"Teacher {params.model.path}, {params.teacher.steps} steps. {count}",
+        "seen": f"On the {first.split} prompts.",
+        "intervals": f"Intervals: 95 %, {n:,} paired bootstrap resamples of the {first.num_concepts} concepts.",
+        "claims": tables.claims(cells, values, main, n, seed),
+        "table": tables.full_table(cells, main),
+        "comparisons": _comparisons(params, result, values),
+    }
+
+
+def _comparisons(params: Params, result: EvaluateReport, values: Values) -> list[Entry]:
+    """The main variant against the other variants, and against the teacher by kind of prompt."""
+    n, seed = params.evaluate.bootstrap, params.evaluate.seed
     cells, variants = result.cells, params.evaluate.variants
-    n, seed, first = params.evaluate.bootstrap, params.evaluate.seed, result.cells[0]
     blocks = []
     if found := tables.against_controls(values, cells, variants, n, seed):
         note = "Same shards, same student compute: what is left is what the gate knows. Paired by sample."
@@ -84,16 +101,7 @@ def _tables(params: Params, result: EvaluateReport, values: Values) -> Entry:
     if found := tables.by_kind(values, cells, variants[0], n, seed):
         note = "Student minus teacher; in brackets the number of samples."
         blocks.append({"title": "By kind of prompt", "note": note, **found})
-    count = f"{first.num_prompts} prompts of {first.num_concepts} concepts, {len(values.concepts)} samples a system."
-    return {
-        "title": "rats: few steps against many",
-        "lead": f"Teacher {params.model.path}, {params.teacher.steps} steps. {count}",
-        "seen": f"On the {first.split} prompts.",
-        "intervals": f"Intervals: 95 %, {n:,} paired bootstrap resamples of the {first.num_concepts} concepts.",
-        "claims": tables.claims(cells, values, variants[0], n, seed),
-        "table": tables.full_table(cells, variants[0]),
-        "comparisons": blocks,
-    }
+    return blocks
 
 
 def _plots(params: Params, result: EvaluateReport, curves: Sequence[figures.Curve]) -> Entry:
@@ -133,16 +141,17 @@ def _sheets(pictures: Pictures, frames: int) -> Entry:
         f"Every row is one prompt and one noise. Drawn by lot (seed {pictures.seed}) before anything was sampled, "
         f"one a concept as far as they go, not picked by hand. {width} x {height} px, scaled for the page."
     )
-    note += f" Of each video {frames} frames, from the first to the last." if frames > 1 else ""
+    if frames > 1:
+        note += f" Of each video {frames} frames, from the first to the last."
     return {"note": note, "pages": [_sheet(pictures, steps) for steps in nfe]}
 
 
 def _sheet(pictures: Pictures, steps: int) -> Entry:
     columns = [c for c in pictures.columns if c.system == "teacher" or c.nfe == steps]
-    rows = [
-        {"prompt": prompt, "pictures": [_shown(pictures.side[c.id][i], prompt, c) for c in columns]}
-        for i, prompt in enumerate(pictures.prompts)
-    ]
+    rows = []
+    for i, prompt in enumerate(pictures.prompts):
+        shown = [_shown(pictures.side[column.id][i], prompt, column) for column in columns]
+        rows.append({"prompt": prompt, "pictures": shown})
     return {"title": f"{steps} steps", "columns": [_head(c) for c in columns], "rows": rows}
 
 
@@ -151,26 +160,26 @@ def _shown(picture: Picture, prompt: str, column: Column) -> Entry:
 
 
 def _variety(pictures: Pictures, main: str) -> Entry | None:
-    """Teacher, guided base and main student at the fewest steps."""
+    """Pictures of one prompt from several noises: teacher, guided base and main student, at the fewest steps."""
     if not pictures.noise_prompts:
         return None
     students = [c for c in pictures.columns if c.variant == main]
     fewest = min((c.nfe for c in students), default=0)
     wanted = ("teacher", f"base_guided-{fewest}", f"{main}-{fewest}")
     columns = [c for c in pictures.columns if c.id in wanted]
-    rows = [
-        {"prompt": p, "groups": [[_shown(image, p, c) for image in pictures.noises[c.id][i]] for c in columns]}
-        for i, p in enumerate(pictures.noise_prompts)
-    ]
+    rows = []
+    for i, prompt in enumerate(pictures.noise_prompts):
+        groups = [[_shown(image, prompt, column) for image in pictures.noises[column.id][i]] for column in columns]
+        rows.append({"prompt": prompt, "groups": groups})
     return {"columns": [_head(c) for c in columns], "rows": rows}
 
 
 PROVENANCE = ("recipe", "snapshot", "reward_fingerprint", "base", "vae", "student", "settings")
-"""Of a run's record."""
+"""Fields of a run's record that the page shows."""
 
 
 def _provenance(params: Params, records: dict[str, RunRecord], evaluated: str) -> list[tuple[str, str]]:
-    """Hashes and names by which every number on the page can be found again."""
+    """Hashes and names of everything that the page's numbers were made with."""
     rows = [("model", params.model.path), ("judge", params.evaluate.judge or "none"), ("evaluated snapshot", evaluated)]
     rows += [(f"reward {reward.name}", f"{reward.adapter}, {reward.path}") for reward in params.rewards]
     for name, record in records.items():

@@ -1,8 +1,9 @@
-"""From cells and values to what the report's page prints: pure functions, no files, no pictures."""
+"""Turns cells and values into the tables of the report's page: pure functions without files and pictures."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -15,23 +16,34 @@ from rats.stages.templates.render import Entry
 MARKS = {"good": "✓", "even": "≈", "bad": "✗"}
 LOWER_IS_BETTER = frozenset({"kid"})
 TOLERANCE = 0.1
-"""KID and diversity may be worse than the teacher's by a tenth."""
+"""KID and diversity may be worse than the teacher's by this share."""
 
 
 def decimals(cells: Sequence[Cell]) -> dict[str, int]:
     """Decimals by metric: two digits of the median half-width of its intervals."""
-    found = {}
-    for metric in dict.fromkeys(cell.metric for cell in cells):
-        spans = [(c.ci_low, c.ci_high) for c in cells if c.metric == metric]
-        widths = [(high - low) / 2 for low, high in spans if low is not None and high is not None and high > low]
-        found[metric] = max(0, min(6, 1 - math.floor(math.log10(float(np.median(widths)))))) if widths else 3
-    return found
+    by_metric: dict[str, list[float]] = {}
+    for cell in cells:
+        widths = by_metric.setdefault(cell.metric, [])
+        low, high = cell.ci_low, cell.ci_high
+        if low is not None and high is not None and high > low:
+            widths.append((high - low) / 2)
+    return {metric: _decimals(widths) for metric, widths in by_metric.items()}
+
+
+def _decimals(widths: Sequence[float]) -> int:
+    """From 0 to 6; 3 if there is no interval."""
+    if not widths:
+        return 3
+    exponent = math.floor(math.log10(float(np.median(widths))))
+    # one decimal more than the first digit's place gives two digits
+    return max(0, min(6, 1 - exponent))
 
 
 def number(value: float, places: int, sign: bool = False) -> str:
-    """With a true minus sign; never a negative zero."""
-    rounded = round(value, places) + 0.0
-    return f"{rounded:{'+' if sign else ''}.{places}f}".replace("-", "−")
+    """A number as text, with a true minus sign, and never a negative zero."""
+    rounded = round(value, places) + 0.0  # adding 0.0 turns -0.0 into 0.0
+    flag = "+" if sign else ""
+    return f"{rounded:{flag}.{places}f}".replace("-", "−")
 
 
 def interval(low: float | None, high: float | None, places: int, sign: bool = False) -> str:
@@ -42,33 +54,40 @@ def interval(low: float | None, high: float | None, places: int, sign: bool = Fa
 
 
 def tone(low: float | None, high: float | None, metric: str) -> str:
-    """Whether an interval of a difference lies on the better side of zero, on the worse one, or on both."""
+    """Whether an interval of a difference lies on the better side of zero (good), the worse (bad), or both (even)."""
     if low is None or high is None:
         return "even"
     if metric in LOWER_IS_BETTER:
         low, high = -high, -low
-    return "good" if low > 0 else "bad" if high < 0 else "even"
+    if low > 0:
+        return "good"
+    return "bad" if high < 0 else "even"
 
 
 def full_table(cells: Sequence[Cell], main: str) -> Entry:
-    """Rows by NFE, the teacher first; a column a metric."""
+    """All systems in rows, by NFE and the teacher first; one column for each metric."""
     places = decimals(cells)
-    metrics = list(dict.fromkeys(c.metric for c in cells))
-    by_row: dict[tuple[str, str | None, int], dict[str, Cell]] = {}
-    for c in cells:
-        by_row.setdefault((c.system, c.variant or None, c.nfe), {})[c.metric] = c
+    roles: dict[str, str] = {}
+    by_row: dict[tuple[str, str, int], dict[str, Cell]] = {}
+    for cell in cells:
+        # the first cell's role, the teacher's: a variant may train on another reward
+        roles.setdefault(cell.metric, cell.role)
+        by_row.setdefault((cell.system, cell.variant, cell.nfe), {})[cell.metric] = cell
 
     def row(found: dict[str, Cell]) -> Entry:
         first = next(iter(found.values()))
-        printed = [_entry(found[m], places[m]) if m in found else None for m in metrics]
-        evaluations = first.evaluations
-        return {"name": system_name(first), "evaluations": evaluations, "cells": printed, "main": first.variant == main}
+        return {
+            "name": system_name(first),
+            "evaluations": first.evaluations,
+            "cells": [_entry(found[metric], places[metric]) if metric in found else None for metric in roles],
+            "main": first.variant == main,
+        }
 
     groups: dict[str, list[Entry]] = {}
     for (system, _, nfe), found in by_row.items():
         title = f"{nfe} steps, the teacher" if system == "teacher" else f"{nfe} steps"
         groups.setdefault(title, []).append(row(found))
-    heads = [_head(metric, next(c for c in cells if c.metric == metric).role) for metric in metrics]
+    heads = [_head(metric, role) for metric, role in roles.items()]
     return {"metrics": heads, "groups": [{"name": name, "rows": rows} for name, rows in groups.items()]}
 
 
@@ -88,31 +107,32 @@ def _entry(cell: Cell, places: int) -> Entry:
 
 
 def system_name(cell: Cell) -> str:
-    """In words."""
+    """The system's name in words."""
     names = {"teacher": "teacher", "base_guided": "untrained, guided", "base_unguided": "untrained, unguided"}
     return names.get(cell.system, f"student: {cell.variant}")
 
 
 def claims(cells: Sequence[Cell], values: Values, main: str, n: int, seed: int) -> Entry:
-    """The issue's claims, a student a row: each reward against the teacher, KID, diversity, and the untrained base."""
-    metrics = list(dict.fromkeys((c.metric, c.role) for c in cells))
-    places = decimals(cells)
-    teacher = {c.metric: c for c in cells if c.system == "teacher"}
-    students: dict[tuple[str, int], dict[str, Cell]] = {}
-    for c in (c for c in cells if c.system == "student"):
-        students.setdefault((c.variant or "", c.nfe), {})[c.metric] = c
+    """The claims, one row for each student: rewards, KID and diversity against the teacher, and against the base."""
+    metrics = list(dict.fromkeys((cell.metric, cell.role) for cell in cells))
     rewards = [metric for metric, role in metrics if role != "judge"]
+    places = decimals(cells)
+    teacher = {cell.metric: cell for cell in cells if cell.system == "teacher"}
+    students: dict[tuple[str, int], dict[str, Cell]] = {}
+    for cell in cells:
+        if cell.system == "student":
+            students.setdefault((cell.variant, cell.nfe), {})[cell.metric] = cell
     rows = []
     for (variant, nfe), found in students.items():
-        said = [_claim(found[m], teacher[m], places[m]) if m in found else _silent() for m, _ in metrics]
-        said.append(_above_base(variant, nfe, rewards, values, n, seed))
-        rows.append({"name": f"{variant}, {nfe} NFE", "claims": said, "main": variant == main})
+        claimed = [_claim(found[m], teacher[m], places[m]) if m in found else NO_CLAIM for m, _ in metrics]
+        claimed.append(_above_base(variant, nfe, rewards, values, n, seed))
+        rows.append({"name": f"{variant}, {nfe} NFE", "claims": claimed, "main": variant == main})
     columns = [f"{metric} ({role.replace('_', ' ')})" for metric, role in metrics]
     return {"columns": [*columns, "untrained base, guided"], "rows": rows}
 
 
-def _silent() -> Entry:
-    return {"tone": "even", "mark": "–", "text": "", "detail": ""}
+NO_CLAIM: Entry = {"tone": "even", "mark": "–", "text": "", "detail": ""}
+"""For a metric that a student has no cell of."""
 
 
 def _claim(cell: Cell, teacher: Cell, places: int) -> Entry:
@@ -126,44 +146,57 @@ def _claim(cell: Cell, teacher: Cell, places: int) -> Entry:
 
 
 def _within_a_tenth(cell: Cell, teacher: Cell) -> Entry:
-    """Judged on the means, as the issue puts it; the interval is printed beside."""
-    worse = cell.mean - teacher.mean if cell.metric in LOWER_IS_BETTER else teacher.mean - cell.mean
-    share = worse / abs(teacher.mean) if teacher.mean else math.inf if worse > 0 else 0.0
+    """Whether the mean is worse than the teacher's by at most a tenth; the interval is only printed."""
+    worse = teacher.mean - cell.mean
+    if cell.metric in LOWER_IS_BETTER:
+        worse = -worse
+    if teacher.mean:
+        share = worse / abs(teacher.mean)
+    elif worse > 0:
+        share = math.inf
+    else:
+        share = 0.0
     verdict = "good" if share <= TOLERANCE else "bad"
     words = f"{abs(share) * 100:.0f} % {'worse' if share > 0 else 'better'}"
     return {"tone": verdict, "mark": MARKS[verdict], "text": words}
 
 
 def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values, n: int, seed: int) -> Entry:
+    """The student against the guided base: good if it is significantly above on all rewards, even if above on all."""
     found = [values.versus(f"{variant}-{nfe}", f"base_guided-{nfe}", metric, n, seed) for metric in rewards]
     known = [result for result in found if result is not None]
     surely = sum(result.delta_ci[0] > 0 for result in known)
-    verdict = "good" if surely == len(rewards) else "even" if all(r.delta > 0 for r in known) and known else "bad"
+    verdict = "bad"
+    if surely == len(rewards):
+        verdict = "good"
+    elif known and all(result.delta > 0 for result in known):
+        verdict = "even"
     text = f"above it on {surely} of {len(rewards)} rewards"
     return {"tone": verdict, "mark": MARKS[verdict], "text": text, "detail": ""}
 
 
 def against_controls(values: Values, cells: Sequence[Cell], variants: Sequence[str], n: int, seed: int) -> Entry | None:
-    """What the main variant has over each other one, on each reward."""
+    """Differences of the main variant to each other variant, on each reward."""
     places, rewards = decimals(cells), _rewards(cells)
-    main, nfe = variants[0], sorted({c.nfe for c in cells if c.system == "student"})
-    pairs = [(steps, other) for steps in nfe for other in variants[1:]]
+    main, *others = variants
     rows = []
-    for steps, other in pairs:
-        found = {m: values.versus(f"{main}-{steps}", f"{other}-{steps}", m, n, seed) for m in rewards}
-        if any(found.values()):
-            rows.append({"name": f"{steps} NFE: {main} − {other}", "cells": _differences(found, places)})
+    for steps in sorted({cell.nfe for cell in cells if cell.system == "student"}):
+        for other in others:
+            found = {m: values.versus(f"{main}-{steps}", f"{other}-{steps}", m, n, seed) for m in rewards}
+            if any(found.values()):
+                rows.append({"name": f"{steps} NFE: {main} − {other}", "cells": _differences(found, places)})
     return {"columns": rewards, "rows": rows} if rows else None
 
 
 def by_kind(values: Values, cells: Sequence[Cell], main: str, n: int, seed: int) -> Entry | None:
     """The main variant against the teacher, by kind of prompt."""
     places, rewards = decimals(cells), _rewards(cells)
-    nfe = sorted({c.nfe for c in cells if c.system == "student" and c.variant == main})
-    kinds = sorted(set(values.kinds.values()) - {""})
+    nfe = sorted({cell.nfe for cell in cells if cell.system == "student" and cell.variant == main})
+    counts = Counter(kind for kind in values.kinds.values() if kind)
+    if len(counts) < 2:
+        return None
     rows = []
-    for kind in kinds if len(kinds) > 1 else []:
-        count = sum(k == kind for k in values.kinds.values())
+    for kind, count in sorted(counts.items()):
         for steps in nfe:
             found = {m: values.versus(f"{main}-{steps}", "teacher", m, n, seed, kind) for m in rewards}
             if any(found.values()):
@@ -176,12 +209,12 @@ def _rewards(cells: Sequence[Cell]) -> list[str]:
 
 
 def _differences(found: Mapping[str, Paired | None], places: Mapping[str, int]) -> list[Entry | None]:
-    return [
-        r
-        and {
-            "value": number(r.delta, places[metric], sign=True),
-            "interval": interval(*r.delta_ci, places[metric], sign=True),
-            "tone": tone(*r.delta_ci, metric),
-        }
-        for metric, r in found.items()
-    ]
+    return [None if result is None else _difference(metric, result, places[metric]) for metric, result in found.items()]
+
+
+def _difference(metric: str, result: Paired, places: int) -> Entry:
+    return {
+        "value": number(result.delta, places, sign=True),
+        "interval": interval(*result.delta_ci, places, sign=True),
+        "tone": tone(*result.delta_ci, metric),
+    }

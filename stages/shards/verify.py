@@ -1,4 +1,4 @@
-"""`rats shards verify`: reads every byte of a set and says all that is damaged or missing, not only the first."""
+"""`rats shards verify`: reads every byte of a set and lists everything that is damaged or missing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from rats.pipeline.files.places import Place
@@ -29,17 +29,17 @@ RESTORE = "restore it from a copy of the store"
 
 
 def verify(folder: Place) -> dict[str, Any]:
-    """Read a whole set, in a store or published: recipe, plans, shards, snapshots, scores, embeddings.
+    """Reads and checks a whole set, in a store or published: recipe, plans, shards, snapshots, scores, embeddings.
 
-    Every damaged or missing file is a line in the log. Work that is not finished (a planned shard, a column that
-    lacks shards) is no damage in a store; a published folder has no such thing.
+    Every damaged or missing file is one line in the log. In a store, unfinished work (a planned shard, a column that
+    lacks shards) is no damage. In a published folder it is.
 
     Returns:
         Counts; `bytes` read, `gb_per_second` (10^9 bytes); `unfinished`, a line each.
 
     Raises:
-        DataError: at the end, with the count of what is damaged or missing, and the first. A recipe that cannot be
-            read comes alone: nothing else can be judged without it.
+        DataError: at the end, with the number of damaged or missing files and the first of them. If the recipe cannot
+            be read, at once: nothing else can be checked without it.
     """
     start = time.monotonic()
     shards = ShardSet.open(folder)
@@ -49,21 +49,23 @@ def verify(folder: Place) -> dict[str, Any]:
         audit.advance = advance
         result = _verify_all(audit)
     if audit.damage:
-        first, count = next(iter(audit.damage)), len(audit.damage)
-        raise DataError(f"{shards.root} has {count} damaged or missing file{'s' if count > 1 else ''}, first: {first}")
+        count, first = len(audit.damage), next(iter(audit.damage))
+        files = "files" if count > 1 else "file"
+        raise DataError(f"{shards.root} has {count} damaged or missing {files}, first: {first}")
     seconds = time.monotonic() - start
-    return result | {"bytes": audit.read, "seconds": seconds, "gb_per_second": audit.read / 1e9 / seconds, "ok": True}
+    speed = audit.read / 1e9 / seconds
+    return result | {"bytes": audit.read, "seconds": seconds, "gb_per_second": speed, "ok": True}
 
 
 @dataclass
 class Audit:
-    """What is read and what was found.
+    """The state of a verification: what is read, and what was found.
 
     Attributes:
         shards: The set.
         files: Size by name below the set's folder.
         damage: What is damaged or missing, in the order found, each text once.
-        unfinished: Work that is still to be done.
+        unfinished: Work that is not finished.
         rows: Hashes of the index rows of all whole shards.
         read: Bytes.
     """
@@ -78,17 +80,21 @@ class Audit:
 
     @cached_property
     def published(self) -> bool:
-        """A folder of exactly one snapshot; in a store every shard has a plan."""
+        """Whether it is a published folder: in a store shards have plans, and the folder's name is the fingerprint."""
         named = self.shards.root.name == self.shards.fingerprint
         return not named and not self.found(layout.PLAN, "shard")
 
     def found(self, kind: layout.Kind, part: str, **known: str) -> list[str]:
-        """A part of the names of all files of a kind, sorted; of those alone whose other parts are `known`."""
-        names = [parts for name in self.files if (parts := kind.parts_of_alike(name)) is not None]
-        return sorted(parts[part] for parts in names if parts.items() >= known.items())
+        """One part of the names of all files of a kind, sorted; only of those whose other parts are `known`."""
+        values = []
+        for name in self.files:
+            parts = kind.parts_of_alike(name)
+            if parts is not None and parts.items() >= known.items():
+                values.append(parts[part])
+        return sorted(values)
 
     def look(self, check: Callable[[], Found], *names: str, way_out: str = "") -> Found | None:
-        """What `check` returns, or None when it finds damage; `names` are the files it reads."""
+        """What `check` returns, or None after reporting damage. `names`: the files that it reads, for the progress."""
         try:
             with remedy(way_out):
                 return check()
@@ -103,37 +109,40 @@ class Audit:
         return None
 
     def report(self, text: str) -> None:
-        """One more damaged or missing file."""
+        """Records one damaged or missing file."""
         if text not in self.damage:
             log.error("%s", text)
         self.damage[text] = None
 
     def missing(self, name: str, way_out: str) -> bool:
-        """Report a file that is not there."""
-        if name not in self.files:
-            self.report(f"{self.shards.root / name} is missing; {way_out}")
-        return name not in self.files
+        """Whether the file is missing, which is then reported."""
+        if name in self.files:
+            return False
+        self.report(f"{self.shards.root / name} is missing; {way_out}")
+        return True
 
     def _count(self, size: int) -> None:
-        before, self.read = self.read, self.read + size
-        if step := self.read // MB - before // MB:
+        """Progress is in whole MB; the rest counts with the next file."""
+        before = self.read // MB
+        self.read += size
+        if step := self.read // MB - before:
             self.advance(step)
 
 
 def _verify_all(audit: Audit) -> dict[str, Any]:
     audit.look(lambda: None, layout.RECIPE.name())  # opening the set has read it
-    snapshots = [snapshot for number in audit.shards.snapshots() if (snapshot := _snapshot(audit, number))]
+    snapshots = _snapshots(audit)
     plans = {shard: _plan(audit, shard) for shard in audit.found(layout.PLAN, "shard")}
-    done = _shards(audit, plans, {shard for snapshot in snapshots for shard in snapshot.shards})
+    named = {shard for snapshot in snapshots for shard in snapshot.shards}
+    # shards before indexes and scores, which are compared with them
+    done = _shards(audit, plans, named)
     indexes = [_index(audit, snapshot, done) for snapshot in snapshots]
-    scores = [name.split("/") for name in audit.files if name.startswith(f"{layout.REWARD.top}/")]
-    columns = sorted({column for _, column, _ in scores})
+    columns = sorted({name.split("/")[1] for name in audit.files if name.startswith(f"{layout.REWARD.top}/")})
     for column in columns:
         _column(audit, column, done)
     embeddings = audit.found(layout.EMBEDDING, "prompt")
     for prompt in embeddings:
-        name = layout.EMBEDDING.name(prompt=prompt)
-        audit.look(lambda prompt=prompt: verify_embedding(audit.shards, prompt), name)  # type: ignore[misc]
+        audit.look(partial(verify_embedding, audit.shards, prompt), layout.EMBEDDING.name(prompt=prompt))
     _complete(audit, indexes)
     return {
         "samples": snapshots[-1].samples if snapshots else 0,
@@ -143,6 +152,12 @@ def _verify_all(audit: Audit) -> dict[str, Any]:
         "embeddings": len(embeddings),
         "unfinished": audit.unfinished,
     }
+
+
+def _snapshots(audit: Audit) -> list[Snapshot]:
+    """All undamaged snapshots, in the order of their numbers."""
+    found = [_snapshot(audit, number) for number in audit.shards.snapshots()]
+    return [snapshot for snapshot in found if snapshot is not None]
 
 
 def _snapshot(audit: Audit, number: int) -> Snapshot | None:
@@ -162,7 +177,7 @@ def _plan(audit: Audit, shard: str) -> ShardPlan | None:
 
 
 def _shards(audit: Audit, plans: dict[str, ShardPlan | None], wanted: Iterable[str]) -> dict[str, ShardDone]:
-    """Read every finished shard, and those that a snapshot names; what the whole ones hold."""
+    """Reads every finished shard and those that a snapshot names. Returns the documents of the undamaged ones."""
     finished = set(audit.found(layout.DONE, "shard"))
     if to_do := len(set(plans) - finished):
         audit.unfinished.append(f"{to_do} planned shards are still to be made")
@@ -177,13 +192,15 @@ def _shards(audit: Audit, plans: dict[str, ShardPlan | None], wanted: Iterable[s
 
 def _shard(audit: Audit, shard: str) -> ShardDone | None:
     names = [kind.name(shard=shard) for kind in (layout.SHARD, layout.DONE)]
-    if any([audit.missing(name, ROLLOUT) for name in names]):
+    # a list, so that each missing file is reported and not only the first
+    missing = [audit.missing(name, ROLLOUT) for name in names]
+    if any(missing):
         return None
     return audit.look(lambda: verify_shard(audit.shards, shard), *names)
 
 
 def _check_plan(audit: Audit, done: ShardDone, plans: dict[str, ShardPlan | None]) -> None:
-    """In a store a shard holds what was planned for it."""
+    """Checks that a shard in a store holds the samples of its plan."""
     name = layout.PLAN.name(shard=done.shard)
     if audit.published or audit.missing(name, RESTORE):
         return
@@ -193,7 +210,7 @@ def _check_plan(audit: Audit, done: ShardDone, plans: dict[str, ShardPlan | None
 
 
 def _index(audit: Audit, snapshot: Snapshot, done: dict[str, ShardDone]) -> list[IndexRow] | None:
-    """A snapshot's rows, each of which must be in the shard it names, as it is now."""
+    """A snapshot's rows. Checks that each is in the present version of the shard that it names."""
     root, name = audit.shards.root, layout.index_of(snapshot)
     rows = audit.look(lambda: audit.shards.index(snapshot), name)
     manifest = audit.shards.path(layout.MANIFEST, number=snapshot.number)
@@ -201,13 +218,15 @@ def _index(audit: Audit, snapshot: Snapshot, done: dict[str, ShardDone]) -> list
         if shard in done and done[shard].blake3 != digest:
             now = done[shard].blake3
             audit.report(f"{manifest} names another {shard} ({digest[:12]}, now {now[:12]}); {ROLLOUT}")
-    if strange := [row for row in rows or [] if row.shard in done and hash(row) not in audit.rows]:
+    # rows of a damaged shard are left out: the shard is reported already
+    strange = [row for row in rows or [] if row.shard in done and hash(row) not in audit.rows]
+    if strange:
         audit.report(f"{root / name} has {len(strange)} samples that no shard has, {strange[0].key} first; {ROLLOUT}")
     return rows
 
 
 def _column(audit: Audit, column: str, done: dict[str, ShardDone]) -> None:
-    """A reward's record and its scores of every shard that has some."""
+    """Checks a column: its record, and the scores of every shard that has some."""
     record = layout.REWARD.name(reward=column)
     if not audit.missing(record, RESCORE):
         _record(audit, record, column)
@@ -231,22 +250,24 @@ def _record(audit: Audit, name: str, column: str) -> None:
 
 
 def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> None:
-    """One shard's scores: the table as recorded, of the shard as it is now, a row for each of its samples."""
-    vouched, scores = (kind.name(reward=column, shard=shard) for kind in (layout.SCORES_DONE, layout.SCORES))
-    seal = audit.look(lambda: read_sealed(audit.shards.root / vouched, ScoresDone), vouched, way_out=RESCORE)
+    """Checks one shard's scores: the table's hash, that it is of the present shard, and has a row for each sample."""
+    document = layout.SCORES_DONE.name(reward=column, shard=shard)
+    seal = audit.look(lambda: read_sealed(audit.shards.root / document, ScoresDone), document, way_out=RESCORE)
     if seal is None:
         return
-    table = audit.shards.root / scores
-    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3), scores, way_out=RESCORE)
+    name = layout.SCORES.name(reward=column, shard=shard)
+    table = audit.shards.root / name
+    rows = audit.look(lambda: read_rows(table, ScoreRow, seal.blake3), name, way_out=RESCORE)
     if rows is None or done is None:
         return
-    same = (seal.shard, seal.shard_blake3, seal.rows) == (shard, done.blake3, len(rows))
-    if not same or [row.key for row in rows] != sorted(row.key for row in done.rows):
+    is_of_shard = (seal.shard, seal.shard_blake3, seal.rows) == (shard, done.blake3, len(rows))
+    keys = [row.key for row in rows]
+    if not is_of_shard or keys != sorted(row.key for row in done.rows):
         audit.report(f"{table} scores another {shard}; {RESCORE}")
 
 
 def _complete(audit: Audit, indexes: list[list[IndexRow] | None]) -> None:
-    """The newest snapshot can be trained on: it is there, and every prompt of it is encoded."""
+    """Checks that the newest snapshot can be trained on: it exists, and every prompt has its embedding."""
     if audit.published and not audit.found(layout.MANIFEST, "number"):
         audit.report(f"{audit.shards.root / layout.MANIFEST.folder} is missing; {ROLLOUT}")
     newest = indexes[-1] if indexes else None
@@ -255,18 +276,20 @@ def _complete(audit: Audit, indexes: list[list[IndexRow] | None]) -> None:
 
 
 def _listing(root: Place) -> dict[str, int]:
-    """Size by name of all that is read; hidden files (a writer's temporary ones) and locks are not."""
+    """Sizes by name of all files to read. Hidden ones (temporary files of writers) and locks are left out."""
     found = {layout.RECIPE.name(): root.sizes()[layout.RECIPE.name()]}
     for folder in _folders(root):
-        names = {f"{folder}/{name}": size for name, size in (root / folder).sizes().items() if not name.startswith(".")}
-        found.update(names)
+        for name, size in (root / folder).sizes().items():
+            if not name.startswith("."):
+                found[f"{folder}/{name}"] = size
     return found
 
 
 def _folders(root: Place) -> list[str]:
-    """Where files lie that are read; of the folders of scores those that are there."""
+    """Folders of the files to read, with those of all columns of scores."""
     folders = {kind.folder for kind in layout.KINDS if kind not in (layout.RECIPE, layout.LOCK)}
-    columns = root / layout.REWARD.top
-    folders.remove(layout.REWARD.folder)
-    found = [f"{columns.name}/{path.name}" for path in columns.iterdir()] if columns.is_dir() else []
-    return sorted([*folders, *found])
+    folders.remove(layout.REWARD.folder)  # a pattern: in its place the folders that there are
+    scores = root / layout.REWARD.top
+    if scores.is_dir():
+        folders.update(f"{scores.name}/{path.name}" for path in scores.iterdir())
+    return sorted(folders)
