@@ -1,4 +1,4 @@
-"""The noise of a sample: a function of (root seed, prompt id, noise index) and of nothing else.
+"""The noise of a sample. It depends on the root seed, the prompt id and the noise index, and on nothing else.
 
 See docs/design.md#identity-of-a-sample.
 """
@@ -18,8 +18,8 @@ from rats.schemas.canonical import canonical_json
 def noise(seed: int, prompt_id: str, noise_index: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal noise of `shape`, float32 on the CPU.
 
-    Philox's raw words and Box-Muller in float64: numpy keeps the words the same for ever, but not what its
-    `standard_normal` makes of them.
+    Made of Philox's raw words by Box-Muller in float64. numpy guarantees the raw words for all versions, but not the
+    numbers of its `standard_normal`.
     """
     size = math.prod(shape)
     u1, u2 = _uniform("noise", [seed, prompt_id, noise_index], 2 * ((size + 1) // 2)).reshape(2, -1)
@@ -35,6 +35,6 @@ def philox_words(purpose: str, identity: list[int | str], count: int) -> np.ndar
 
 
 def _uniform(purpose: str, identity: list[int | str], count: int) -> np.ndarray:
-    """float64 in (0, 1): 53 bits, centred, so that no logarithm meets zero."""
+    """float64 in (0, 1) of 53 bits. They are centred in their intervals, so that none is 0 and has no logarithm."""
     words = philox_words(purpose, identity, count) >> np.uint64(11)
     return (words.astype(np.float64) + 0.5) * 2.0**-53

@@ -21,7 +21,7 @@ _COLUMNS = ["prompt", "concept", "kind"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """A normalised prompt; prompts of one `concept` are not independent, `kind` is free text for reports."""
+    """A normalised prompt. Prompts of one `concept` are not independent; `kind` is a free label for reports."""
 
     text: str
     concept: str
@@ -34,7 +34,7 @@ class Prompt:
 
 
 def read_prompts(source: str | Path | PromptSource) -> list[Prompt]:
-    """The prompts of a file, in its order, or of a larger table, as they are drawn from it.
+    """The prompts of a file, in its order, or those that are drawn from a larger table.
 
     A folder and a .parquet, .jsonl or .json file are tables too, with a column `prompt`.
 
@@ -117,7 +117,7 @@ BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "c
 def drawn_rows(source: PromptSource) -> list[tuple[str, str]]:
     """Distinct prompts and their concepts, in an order that depends on `seed` and the prompts alone.
 
-    So neither the order nor the repeats of the table matter, and a larger `count` begins with a smaller one's.
+    So order and repeats of the table do not matter, and a larger `count` starts with the prompts of a smaller one.
 
     Raises:
         ConfigError: `datasets` is not installed, the table is not there or cannot be read, or has no such column; a
@@ -125,7 +125,7 @@ def drawn_rows(source: PromptSource) -> list[tuple[str, str]]:
     """
     concepts: dict[str, str] = {}
     for text, concept in _rows(source):
-        if text:  # of a repeated prompt's concepts the first by name, whatever the table's order
+        if text:  # a repeated prompt gets the first of its concepts by name, so that the table's order does not matter
             concepts[text] = min(concept or text, concepts.get(text, concept or text))
     rows = sorted(concepts.items(), key=lambda row: _lot(source.seed, row[0]))
     end = None if source.count is None else source.skip + source.count

@@ -27,8 +27,8 @@ class RewardAdapter(Reward, Protocol):
     """How a reward is opened: what an entry point of `rats.rewards` names."""
 
     checkpoints: ClassVar[tuple[str, ...]]
-    """Names that its file of weights may have, the preferred one first; none where `path` is not a file's (a server).
-    Of a hub repository the first that is there is fetched, with the .json and .txt files beside it."""
+    """Names that the file of weights may have, the preferred one first; empty if `path` is no file (but a server).
+    From a hub repository the first one that exists is fetched, with the .json and .txt files beside it."""
 
     def __init__(self, path: Any, name: str, device: str) -> None:
         """Loads the checkpoint at `path`, a file or folder that is there."""
@@ -41,7 +41,7 @@ class RewardAdapter(Reward, Protocol):
 
 @runtime_checkable
 class Decoder(Protocol):
-    """What scoring and looking at stored finals need of a family."""
+    """What is needed of a family to score and to show stored final latents."""
 
     def decode(self, x_BTC: Tensor) -> Tensor:
         """Images (B, 3, H, W), clamped to [0, 1], of clean latents; of videos (B, K, 3, H, W); differentiable."""
@@ -50,7 +50,7 @@ class Decoder(Protocol):
 
 @runtime_checkable
 class Student(Decoder, Protocol):
-    """What stage two holds of a family: one network and the decoder, no text encoder."""
+    """What training holds of a family: one network and the decoder, but no text encoder."""
 
     network: nn.Module
 
@@ -86,5 +86,5 @@ class Teacher(Student, Protocol):
         ...
 
     def unguided_velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
-        """Velocity of the bare network, in one evaluation: what guidance is measured against."""
+        """Velocity of the network without guidance, in one evaluation."""
         ...

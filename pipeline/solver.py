@@ -2,7 +2,7 @@
 
 State and velocity are docs/design.md, equations 1 and 2. The solver knows no model: `velocity` may be a network,
 a guided pair of networks or a formula in a test.
-When a change here moves latents, `schemas.recipe.SOLVER_VERSION` is raised; tests/stages/rollout/test_golden.py tells.
+If a change here changes latents, increase `schemas.recipe.SOLVER_VERSION`; tests/stages/rollout/test_golden.py tells.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One spelling of every JSON document: what is hashed and what is on disk are the same bytes."""
+"""Canonical JSON: one value has one spelling, so the bytes that are hashed are the bytes on disk."""
 
 from __future__ import annotations
 

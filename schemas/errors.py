@@ -13,17 +13,17 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 120
 
 
 class RatsError(Exception):
-    """One line that says what, which value and the way out; `exit_code` is what the process returns.
+    """Its text is one line: what is wrong, with which value, and what to do. The process exits with `exit_code`.
 
     Attributes:
         what: What is wrong, with which value.
-        remedy: The way out. Empty where `what` says it, or where a caller knows it better (`remedy` below).
+        remedy: What to do. Empty if `what` says it, or if the caller adds it (`remedy` below).
     """
 
     exit_code = 1
 
     def __init__(self, what: str, remedy: str = "") -> None:
-        """Both are arguments of the exception, so that it survives the way from another process."""
+        """Both are arguments of the exception, so that it can be pickled."""
         super().__init__(what, remedy)
         self.what, self.remedy = what, remedy
 
@@ -31,7 +31,7 @@ class RatsError(Exception):
         return f"{self.what}; {self.remedy}" if self.remedy else self.what
 
     def with_remedy(self, remedy: str) -> Self:
-        """The same error with another way out."""
+        """The same error with another remedy."""
         return type(self)(self.what, remedy)
 
 
@@ -48,13 +48,13 @@ class DataError(RatsError):
 
 
 class NoWorkerError(RatsError):
-    """No Dask worker took the work."""
+    """No Dask worker accepted a task."""
 
     exit_code = 69
 
 
 class CannotCreateError(RatsError):
-    """An output cannot be created: a missing right, a path in the way."""
+    """An output cannot be created: a permission is missing, or something else has that path."""
 
     exit_code = 73
 
@@ -66,16 +66,16 @@ class StorageError(RatsError):
 
 
 class RetryLaterError(RatsError):
-    """Somebody else holds what we need; the same command works later."""
+    """Another process holds a lock, or a server is busy. The same command works later."""
 
     exit_code = 75
 
 
 @contextmanager
 def remedy(text: str) -> Iterator[None]:
-    """The way out of damage that is found within and has none yet: who calls a reader knows it, the reader does not.
+    """Adds a remedy to data and storage errors without one: the caller of a reader knows it, the reader does not.
 
-    A context or a decorator. Of two, one in the other, the inner one counts. Other errors say what to do in `what`.
+    Use it as a context or a decorator. The innermost one counts. Other errors have their remedy in `what`.
     """
     try:
         yield
@@ -85,22 +85,22 @@ def remedy(text: str) -> Iterator[None]:
 
 
 def reason(error: BaseException, length: int = 200) -> str:
-    """What an exception says, on one line of at most `length` characters; its kind where it says nothing."""
+    """The text of an exception on one line of at most `length` characters; its class if the text is empty."""
     return plain(str(error), length) or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
-    """An exception as a table's cell or a log's line may hold it: its kind, and at most 300 characters."""
+    """An exception on one line, for a table's cell or a log: its class and at most 300 characters."""
     return f"{type(error).__name__}: {reason(error, 300)}"
 
 
 def brief(value: Any) -> str:
-    """A value for an error's one line, cut to a few words however large or deep it is."""
+    """The repr of a value, short enough for an error's one line, however large or deep the value is."""
     return plain(_REPR.repr(value))
 
 
 def plain(text: str, limit: int = 300) -> str:
-    """Somebody else's text on one line: without escape sequences, which a terminal would obey, and cut to `limit`."""
+    """Untrusted text on one line: cut to `limit`, and without escape sequences, which a terminal would execute."""
     shown = "".join(letter if letter.isprintable() else " " for letter in text[: 10 * limit])
     return " ".join(shown.split())[:limit]
 

@@ -1,4 +1,4 @@
-"""Sigma-aligned horizons: the teacher's grid takes over the students' sigmas, so that alignment is exact.
+"""Sigma-aligned horizons: the teacher's grid is moved onto the students' sigmas, so that both meet exactly.
 
 The paper is arXiv 2604.14910; see docs/design.md#sigma-aligned-horizons.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from rats.schemas.errors import ConfigError
 
 TOLERANCE = 1e-6
-"""Two float32 roundings of one sigma; closer than any two steps of a grid."""
+"""Sigmas closer than this are one sigma, rounded differently. Two steps of a grid are always farther apart."""
 
 
 def aligned(
@@ -19,9 +19,9 @@ def aligned(
     """The teacher's snapped grid of `steps` + 1 sigmas, and those of them whose states are kept.
 
     Args:
-        stock: A family's own grid for a number of steps, from 1.0 to 0.0.
-        steps: The teacher's.
-        nfe: The students'.
+        stock: Gives a family's own grid for a number of steps, from 1.0 to 0.0.
+        steps: Number of steps of the teacher.
+        nfe: Numbers of steps of the students.
         kept: "nfe" for the sigmas of the students' grids, "all" for the whole snapped grid.
     """
     students = [stock(count) for count in nfe]
@@ -30,7 +30,7 @@ def aligned(
 
 
 def union(students: Sequence[Sequence[float]]) -> list[float]:
-    """All sigmas of the students' grids, falling, each once (roundings of one sigma are one).
+    """All sigmas of the students' grids in falling order, each once (within `TOLERANCE`).
 
     Raises:
         ConfigError: a grid that does not fall strictly from 1.0 to 0.0.
@@ -45,10 +45,11 @@ def union(students: Sequence[Sequence[float]]) -> list[float]:
 
 
 def snap(teacher: Sequence[float], students: Sequence[Sequence[float]]) -> list[float]:
-    """The teacher's grid with each student sigma in place of the nearest of its own; length and ends stay.
+    """The teacher's grid, in which each student sigma replaces the nearest inner one; length and ends stay.
 
-    Where two student sigmas are nearest to one slot, one takes the neighbour: the total shift is the least
-    of all assignments in order (docs/design.md, equation 6), which is also why the result falls strictly.
+    Two student sigmas may be nearest to the same slot. Then one of them takes the neighbouring slot, so that the
+    total shift is the smallest of all assignments that keep the order (docs/design.md, equation 6). The result falls
+    strictly.
 
     Raises:
         ConfigError: a grid that does not fall strictly from 1.0 to 0.0, or more student sigmas than slots.
@@ -85,7 +86,7 @@ def rows_of(horizons: Sequence[float], sigmas: Sequence[float]) -> list[int]:
 
 
 def evenly(total: int, count: int) -> list[int]:
-    """`count` of `total` rows, evenly spread, first and last included; all where there are fewer, one: the middle."""
+    """`count` of `total` rows, evenly spaced, with both ends; all if there are fewer. One row is the middle one."""
     if count >= total:
         return list(range(total))
     return [round(i * (total - 1) / (count - 1)) for i in range(count)] if count > 1 else [total // 2]
@@ -100,7 +101,7 @@ def _check(grid: Sequence[float]) -> None:
 
 
 def _assign(slots: list[float], wanted: list[float]) -> list[int]:
-    """Slot of each wanted sigma, in order, least total distance (dynamic programming over slots)."""
+    """The slot of each wanted sigma, in order, with the least total distance (dynamic programming over slots)."""
     infinity = float("inf")
     # best[i][j]: least distance with the first i wanted sigmas in the first j slots
     best = [[0.0] * (len(slots) + 1)] + [[infinity] * (len(slots) + 1) for _ in wanted]

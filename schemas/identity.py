@@ -1,4 +1,4 @@
-"""Who a sample is: the normalised prompt and a noise index, and nothing about how it was made.
+"""The identity of a sample: its normalised prompt and a noise index. How it was made is no part of it.
 
 See docs/design.md#identity-of-a-sample.
 """
@@ -9,7 +9,7 @@ import hashlib
 import unicodedata
 
 KEY_PATTERN = r"^[a-z0-9_-]+$"
-"""No dot: WebDataset splits a member's name at the first one and would merge samples without a word."""
+"""No dot is allowed: WebDataset splits a member's name at the first dot and would silently merge samples."""
 
 
 def normalise(text: str) -> str:

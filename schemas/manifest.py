@@ -1,6 +1,6 @@
 """The store's documents: plans, finished shards, index rows, snapshots and scores.
 
-Every name that becomes a path is held to a pattern here, so that no document can point outside its folder.
+Every name that becomes a path must match a pattern here, so that no document can point outside its folder.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Record(BaseModel):
 
 
 class PlannedSample(Record):
-    """A sample that is wanted."""
+    """A sample that is to be made."""
 
     key: Key
     prompt_id: Hash
@@ -40,14 +40,14 @@ class PlannedSample(Record):
 
 
 class ShardPlan(Record):
-    """Which samples a shard holds, fixed before the first of them is made."""
+    """The samples of a shard. It is written before the first of them is made, and never changed."""
 
     shard: ShardName
     samples: Annotated[tuple[PlannedSample, ...], Field(min_length=1)]
 
 
 class IndexRow(Record):
-    """A sample's place: `length` bytes from `offset` of the tar are its latents.safetensors, hashed by `blake3`."""
+    """Where a sample lies: `length` bytes of the tar from `offset` on are its latents.safetensors, of hash `blake3`."""
 
     key: Key
     prompt_id: Hash
@@ -86,7 +86,7 @@ class Snapshot(Record):
 
 
 class ScoreRow(Record):
-    """A reward's verdict on one stored final: a finite number, or a status and an error, never both."""
+    """The score of one stored final latent: a finite number, or the status "failed" and an error."""
 
     key: Key
     score: float | None
@@ -110,7 +110,7 @@ class ScoresDone(Record):
 
 
 class RewardRecord(Record):
-    """What made a column of scores: `hashes` of all that decides it (reward, vae, preprocessing...)."""
+    """What a column of scores was made with: `hashes` of everything that decides it (reward, VAE, preprocessing...)."""
 
     name: str
     hashes: dict[str, str]
@@ -122,5 +122,5 @@ class RewardRecord(Record):
 
 
 def snapshot_hash(rows: Iterable[IndexRow]) -> str:
-    """sha256 over the sorted (key, blake3): independent of order, shards and place."""
+    """sha256 over the sorted pairs (key, blake3). It does not depend on order, shards or storage."""
     return sha256(canonical_json(sorted([row.key, row.blake3] for row in rows)))

@@ -38,11 +38,11 @@ class ModelParams(Block):
 
 
 class PromptSource(Block):
-    """Prompts out of a table that `datasets` reads: a .parquet, .jsonl, .json, .csv or .txt file, a folder, a hub id.
+    """A table of prompts that `datasets` reads: a .parquet, .jsonl, .json, .csv or .txt file, a folder, or a hub id.
 
-    `files`: a pattern of those that count in a folder or a hub repository. `column` holds the prompts (of a list of
-    texts it is `text`), `concept` what a prompt is about; each is its own if not given. Of the distinct prompts, in an
-    order drawn by `seed`, the first `skip` are left out and `count` taken (null: all).
+    `files` is a pattern for the files of a folder or hub repository. The column `column` holds the prompts (`text` in a
+    plain list of texts). The column `concept` says what a prompt is about; without it, each prompt is its own concept.
+    The distinct prompts are shuffled by `seed`; the first `skip` are left out and the next `count` taken (null: all).
     """
 
     path: str
@@ -70,7 +70,7 @@ Prompts = Annotated[
 
 
 class PromptParams(Block):
-    """A prompt file a split, .txt (a prompt a line) or .csv (prompt, concept, kind), or a larger table."""
+    """The prompts of each split: a .txt file (one prompt a line), a .csv (prompt, concept, kind), or a larger table."""
 
     train: Prompts
     validation: Prompts | None = None
@@ -83,11 +83,11 @@ def evaluations_per_step(true_cfg_scale: float) -> int:
 
 
 class TeacherParams(Block):
-    """How the teacher samples. `nfe`: the student grids whose sigmas are snapped into its own.
+    """How the teacher samples. `nfe`: numbers of steps of the students, whose sigmas are snapped into its grid.
 
-    `horizons`: which of its states are kept, those at the students' sigmas or all. `guidance_scale` is embedded in the
-    network's input, `true_cfg_scale` is classifier-free guidance, whatever a pipeline calls it. `frames`: of a video;
-    rewards see `scored_frames` of them, evenly spaced, and the mean counts.
+    `horizons` says which states are kept: those at the students' sigmas, or all. `guidance_scale` is an input of the
+    network; `true_cfg_scale` is classifier-free guidance, whatever a pipeline calls the two. A video has `frames`;
+    rewards score `scored_frames` of them, evenly spaced, and the mean is the video's score.
     """
 
     steps: Positive = 50
@@ -111,12 +111,12 @@ class TeacherParams(Block):
 
     @property
     def seen_frames(self) -> int:
-        """Frames that rewards, judges and readers of a report see of a sample: 1 of a picture."""
+        """How many frames of a sample are scored, judged and shown in reports: 1 for a picture."""
         return min(self.frames, self.scored_frames)
 
 
 class ComputeParams(Block):
-    """What decides a sample's last bits: part of the recipe."""
+    """Settings that change the last bits of a sample. They are part of the recipe."""
 
     device: str = "cpu"
     threads: Positive = 1
@@ -161,7 +161,7 @@ class RewardParams(Block):
 
 
 class EvaluateParams(Block):
-    """Which runs are compared, on how much, and by which judge."""
+    """Which runs are compared, with how many resamples and pictures, and by which judge."""
 
     variants: tuple[str, ...] = ("rats",)
     bootstrap: Positive = 2000
@@ -250,7 +250,7 @@ def _explain(model: type[Block], error: ValidationError) -> str:
 
 
 def _dotted(place: Sequence[int | str]) -> str:
-    """A place without the names of the kinds that pydantic tried there."""
+    """A dotted place. The names of the union members that pydantic tried there are left out."""
     return ".".join(str(part) for part in place if not _KIND.match(str(part)))
 
 
@@ -269,7 +269,7 @@ def _block_of(annotation: Any) -> type[Block] | None:
 
 
 def _check_names(params: Params, where: str) -> None:
-    """Names that point from one block into another."""
+    """Checks names in one block that refer to another block."""
     names = [reward.name for reward in params.rewards]
     if len(set(names)) < len(names):
         raise ConfigError(f"{where}: two rewards have one name in {names}; give each its own")

@@ -1,6 +1,6 @@
 """Model families and rewards by name: entry points of this package and of anybody else's.
 
-Names are read from the packages' metadata; what they name is imported when it is asked for, and not before.
+Names are read from the packages' metadata. What they name is imported on first use.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from rats.schemas.errors import ConfigError, nearest, reason
 FAMILIES, REWARDS, OFFICIAL = "rats.families", "rats.rewards", "rats.rewards.official"
 """Entry-point groups: a name stands for a class (`pipeline.families.base.Family`, `pipeline.protocols.RewardAdapter`).
 
-The last one has, under the same names, the rewards that run in a package of their own (`backend: official`).
+The last group has the rewards that run in their authors' own packages (`backend: official`), under the same names.
 """
 
 
 @cache
 def found(group: str) -> dict[str, EntryPoint]:
-    """All that is installed, by name."""
+    """All installed entry points of the group, by name."""
     return {point.name: point for point in entry_points(group=group)}
 
 
 def check_name(group: str, name: str) -> str:
-    """The name itself. Raises ValueError, with the nearest known one, when nothing installed has it."""
+    """Returns the name. Raises ValueError with the nearest known one if no installed entry point has it."""
     if name not in found(group):
         kind = group.removeprefix("rats.")
-        # what is new in an update of the sources is known after its installation only
+        # entry points that an update of the sources adds are known only after it is installed again
         raise ValueError(f"no {name!r} among the installed {kind}{nearest(name, found(group))}; or install rats again")
     return name
 
 
 def load_plugin(group: str, name: str) -> Any:
-    """What an entry point names. Raises ConfigError when there is none, or when its import fails."""
+    """Imports what an entry point names. Raises ConfigError if there is none, or if its import fails."""
     try:
         return found(group)[check_name(group, name)].load()
     except ValueError as error:

@@ -16,7 +16,7 @@ from rats.schemas.manifest import FORMAT_VERSION, Record
 from rats.schemas.params import Params, Positive, evaluations_per_step
 
 SOLVER_VERSION = 1
-"""Raised when the golden-latents test (tests/stages/rollout) says that the same recipe gives other latents."""
+"""Increased when the golden-latents test (tests/stages/rollout) shows that the same recipe gives other latents."""
 
 LATENT_DTYPE: Final = "float16"
 """How states and predictions are stored. At equal size its rounding is 8 times finer than bfloat16's."""
@@ -41,7 +41,7 @@ IN_RECIPE = (
     "compute.attention",
     "compute.compile",
 )
-"""Fields whose change is a new address. `steps`, `nfe` and `horizons` enter as the snapped sigmas
+"""Fields whose change gives a new address. `steps`, `nfe` and `horizons` enter as the snapped sigmas
 and the sigmas that are kept."""
 
 NOT_IN_RECIPE = (
@@ -62,15 +62,15 @@ NOT_IN_RECIPE = (
     "evaluate",
 )
 """Fields that change no byte of a sample. A block's name stands for all its fields. The weights behind `model.path`,
-`model.revision` and `model.transformer` enter by their hashes; rewards are columns with addresses of their own, in
-which `teacher.scored_frames` is."""
+`model.revision` and `model.transformer` enter by their hashes. Columns of scores have addresses of their own, which
+depend on `teacher.scored_frames`."""
 
 DECODER = "vae"
-"""The one component that no trajectory depends on: its hash is part of the scores' address instead."""
+"""The one component on which no trajectory depends. Its hash is part of the scores' addresses instead."""
 
 
 class ComputeRecipe(Record):
-    """What decides the last bits. `device` is a kind ("cuda", not "cuda:1")."""
+    """What changes the last bits of a sample. `device` is a kind ("cuda", not "cuda:1")."""
 
     device: str
     threads: int
@@ -82,7 +82,7 @@ class ComputeRecipe(Record):
 class Recipe(Record):
     """`weights` by component name, `sigmas` the snapped teacher grid, `horizons` the rows that are kept.
 
-    `latent_shape` is one state's, (T, C): the decoder's depth decides it, and its weights are left out.
+    `latent_shape` is that of one state, (T, C). It depends on the decoder, whose weights are not in the recipe.
     """
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -112,7 +112,7 @@ class Recipe(Record):
 
     @model_serializer(mode="wrap")
     def _without_one_frame(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Pictures have one frame, and had no such field: their sets keep their addresses."""
+        """Leaves out `frames` where it is 1: recipes of pictures had no such field, and must keep their addresses."""
         values: dict[str, Any] = handler(self)
         return {name: value for name, value in values.items() if name != "frames" or value != 1}
 

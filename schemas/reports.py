@@ -1,4 +1,4 @@
-"""What the stages say when they are done: the objects behind `--json` and `reports/evaluate.json`."""
+"""The results of the stages: what `--json` prints, and `reports/evaluate.json`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RolloutReport(Record):
     seconds: float
     snapshot_number: int = 0
     samples_failed: int = 0
-    """Failed scores of these samples as they are stored now, whenever they were made."""
+    """Number of failed scores of these samples in the store, also from earlier runs."""
 
 
 class ScoreReport(Record):
@@ -57,9 +57,9 @@ class TrainReport(Record):
 
 
 class Cell(Record):
-    """One figure of the table, with its 95 % interval and the paired difference to the teacher.
+    """One value of the results, with its 95 % interval and the paired difference to the teacher.
 
-    The teacher has no difference to itself, a metric may have no interval: these are None.
+    The difference is None for the teacher itself. The interval is None where a metric has none.
     """
 
     system: System

@@ -1,4 +1,4 @@
-"""`run.json`: what a training run was, and what it found. It lies beside the student."""
+"""`run.json`: the record of a training run, which lies beside its student."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from rats.schemas.reports import TrainReport
 
 
 class Generation(Record):
-    """A generation of `teacher.mode: refresh`: rolled out at `step` (0: the teacher's own).
+    """A generation of `teacher.mode: refresh`, rolled out at `step` (0: the teacher's own).
 
-    `mean_reward` is of what trains; a generation below the one that is followed is refused (`accepted`).
+    `mean_reward` is the mean of the trained reward. `accepted` is false if it is lower than that of the generation
+    in use, which then stays in use.
     """
 
     step: int
@@ -24,7 +25,7 @@ class Generation(Record):
 
 
 class RunRecord(TrainReport):
-    """`rats stage train`'s report, with all that is needed to say later what was trained on what.
+    """The result of `rats stage train`, with the hashes of everything that went into it.
 
     `recipe` is the fingerprint of the shards, `reward_column` the address of the teacher's scores, `base` the hash of
     the transformer that the student started from, `student` of the folder that it was saved to. `call` is what its

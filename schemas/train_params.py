@@ -1,4 +1,4 @@
-"""What `params.train` may say: stage two, field by field."""
+"""The fields of `params.train`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from rats.schemas.blocks import Block, NonNegative, Positive
 class GateParams(Block):
     """The gate (docs/design.md#gate).
 
-    `tau`: a number in the reward's units; null, the spread of R_T in the shards; "gap", the spread of R_T - R_S of the
-    untrained student. `teacher_reward`: R_T of the sample itself, or the mean over its prompt's noises.
-    `each`: with several rewards, a gate for each, averaged by their weights, in place of one for their sum.
+    `tau` is a number in the reward's units. With null it is the standard deviation of R_T in the shards, with "gap"
+    that of R_T - R_S of the untrained student. `teacher_reward` says what R_T is: the score of the sample itself, or
+    the mean over the noises of its prompt. With `each`, every reward has its own gate and their weighted mean is used;
+    without it there is one gate for the weighted sum of the rewards.
     """
 
     form: Literal["rats", "figure", "constant", "off"] = "rats"
@@ -26,7 +27,7 @@ class GateParams(Block):
 
 
 class ShapeParams(Block):
-    """The shaping loss: what is compared, and the weights of its two terms."""
+    """The shaping loss: the space that it compares in, and the weights of its two terms."""
 
     space: Literal["state", "velocity", "x0"] = "velocity"
     l2: NonNegative = 1.0
@@ -54,9 +55,10 @@ class LoraParams(Block):
 
 
 class TeacherModeParams(Block):
-    """Who is followed: the stored teacher; a new generation of shards every `every` steps; or a live average.
+    """Which teacher the student follows.
 
-    `ema`: decay per step of the student's average that rolls the next generation, or that is the live teacher.
+    "frozen": the stored one. "refresh": a new generation of shards every `every` steps, rolled out by a moving average
+    of the student. "live-ema": that average itself, run in every step. `ema` is the average's decay per step.
     """
 
     mode: Literal["frozen", "refresh", "live-ema"] = "frozen"
@@ -65,9 +67,9 @@ class TeacherModeParams(Block):
 
 
 class BlackBoxParams(Block):
-    """Rewards without a gradient: theirs is estimated at the final latent from antithetic pairs.
+    """For rewards without a gradient, which is estimated at the final latent from antithetic pairs.
 
-    `pairs` decodes and scores 2 x as many pictures a sample; `spread` is the perturbation's standard deviation in
+    Each of the `pairs` decodes and scores two pictures a sample. `spread` is the perturbation's standard deviation in
     units of the latents.
     """
 
@@ -76,9 +78,10 @@ class BlackBoxParams(Block):
 
 
 class GuardParams(Block):
-    """The look at the validation prompts every `every` steps (null: never): held-out rewards and the judge.
+    """The validation every `every` steps (null: never), by held-out rewards and the judge.
 
-    `patience` alarms in a row end the run with `stop: true`; `keep: best` leaves the student with the best panel.
+    With `stop: true`, `patience` alarms in a row end the run. With `keep: best`, the run leaves the student of the step
+    at which the panel was best.
     """
 
     every: Positive | None = None
@@ -89,7 +92,7 @@ class GuardParams(Block):
 
 
 class TrainParams(Block):
-    """Stage two. `reward`: one name, or names with weights, each then in units of its spread in the shards."""
+    """The training. `reward`: one name, or names with weights; each is then divided by its spread in the shards."""
 
     nfe: tuple[Positive, ...] = (3, 5, 8)
     steps: Positive = 400
@@ -142,5 +145,5 @@ class TrainParams(Block):
 
     @property
     def grid(self) -> tuple[int, ...]:
-        """The student's numbers of steps, each once: training may visit one more often than another."""
+        """The student's numbers of steps, each once. `nfe` may name one several times, to train it more often."""
         return tuple(sorted(set(self.nfe)))

@@ -12,7 +12,7 @@ import yaml
 from rats.schemas.errors import ConfigError, brief, reason
 
 _DEEP = re.compile(r"[\[{]{100}")
-"""PyYAML takes seconds for some thousand of them before it gives up."""
+"""Such deep nesting is refused: PyYAML takes seconds for some thousand brackets before it fails."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -39,7 +39,7 @@ def parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader: it makes plain data only
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # the last three are how PyYAML says that `!!int ""`, `!!omap x` and `!!timestamp x` are none
+        # PyYAML raises the last three for `!!int ""`, `!!omap x` and `!!timestamp x`
         raise ConfigError(f"{where} is not YAML: {reason(error, 300)}") from None
 
 

@@ -1,6 +1,6 @@
-"""Draws a prompt with a trained student: the stock pipeline, its network exchanged or adapted, no true guidance.
+"""Generates pictures with a trained student: the stock pipeline with the student's network or adapters, without CFG.
 
-A video is its frames; all else is said of pictures.
+A video is a list of frames. Everything else is described for pictures.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FORMATS = (".png", ".webp", ".jpg", ".jpeg")
 ANIMATED = (".webp", ".gif")
 FRAME_MS = 62
-"""How long a frame of an animated file is shown: 16 a second, as Wan's are."""
+"""Duration of a frame in an animated file, in ms: 16 frames a second, as in Wan's videos."""
 
 
 def generate(
@@ -36,7 +36,7 @@ def generate(
 ) -> list[Image.Image]:
     """Draws `count` pictures into one file, in a grid, and returns them; of videos all frames, one after the other.
 
-    They are what `DiffusionPipeline.from_pretrained(model, transformer=student)(prompt, num_inference_steps=nfe)`
+    They equal what `DiffusionPipeline.from_pretrained(model, transformer=student)(prompt, num_inference_steps=nfe)`
     draws, for adapters what it draws after `load_lora_weights(student)`, with noise from
     `torch.Generator().manual_seed(seed)`; where the family samples by another scheduler than the model's, with that.
 
@@ -46,8 +46,9 @@ def generate(
         nfe: Steps, each of one network evaluation.
         run: The run whose student draws; None for the untrained base.
         seed: Of the noise.
-        out: The picture file, by its suffix. Videos move in .webp and .gif; in others each is a strip of a few frames.
-        count: How many pictures, from consecutive draws of the generator.
+        out: The picture file; its suffix decides the format. Videos are animated in .webp and .gif; other formats get a
+            strip of frames.
+        count: Number of pictures. Their noises are consecutive draws of one generator.
 
     Raises:
         ConfigError: an empty prompt, a run without a student, an unknown suffix.
@@ -107,7 +108,7 @@ def encode_videos(videos: Sequence[Sequence[Image.Image]], suffix: str, shown: i
 
 
 def _check_steps(run: Path, nfe: int) -> None:
-    """Says so when the student was not trained for this number of steps; it draws all the same."""
+    """Warns if the student was not trained for this number of steps."""
     trained = read_record(run).nfe
     if nfe not in trained:
         log.warning("%s was trained for %s steps, not for %d", run, ", ".join(map(str, trained)), nfe)

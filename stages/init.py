@@ -1,4 +1,4 @@
-"""`rats init`: a project for one's own model, prompts and rewards, and the dvc.yaml of any params.yaml."""
+"""`rats init`: writes a project for a model, prompts and rewards, or the dvc.yaml of a params.yaml."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HUB_REWARDS = (
     ("image-reward", "THUDM/ImageReward"),
 )
 SHARES = {"test": 0.2, "validation": 0.1}
-"""Of the concepts; at least one each."""
+"""Shares of the concepts in each split; at least one concept each."""
 
 EXAMPLES = tuple(
     Prompt(f"a {adjective} {thing}", thing)
@@ -66,9 +66,9 @@ def init_project(
         folder: Made if it is not there.
         model: A pipeline folder or a hub id.
         prompts: A .txt or .csv to split; a few examples if None.
-        rewards: "adapter=path", the first one trains; the published ones by hub id if there are none.
+        rewards: "adapter=path"; the first one trains. If empty, the published rewards by their hub ids.
         force: Replace files.
-        family: The model's; read from its model_index.json, or known by its hub id, if not given.
+        family: Of the model. If not given, it follows from model_index.json or from the hub id.
 
     Raises:
         ConfigError: an unknown adapter or family, or fewer than three concepts.
@@ -92,7 +92,7 @@ def init_project(
 
 
 def write_dvc(folder: Path) -> Path:
-    """(Re)write `dvc.yaml` beside a `params.yaml`, whose rewards and variants decide its lines."""
+    """Writes `dvc.yaml` beside a `params.yaml`, for its splits, rewards and variants."""
     return _write(folder / "dvc.yaml", dvc_yaml(load_params(folder / "params.yaml"), folder))
 
 
@@ -118,7 +118,7 @@ def dvc_yaml(params: Params, folder: Path) -> str:
 
 
 def _prompts_dep(params: Params, split: str, folder: Path) -> str:
-    """The file that a split's prompts are in; of the hub's tables the parameters, which pin them."""
+    """DVC's dependency for a split's prompts: their file, or params.yaml, which pins a table on the hub."""
     source = getattr(params.prompts, split)
     if not isinstance(source, PromptSource):
         return f"${{prompts.{split}}}"
@@ -126,7 +126,7 @@ def _prompts_dep(params: Params, split: str, folder: Path) -> str:
 
 
 def split_by_concept(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-    """Train, validation and test without a concept in common; which goes where depends on its name alone."""
+    """Train, validation and test prompts without common concepts. A concept's split depends on its name alone."""
     concepts = sorted({prompt.concept for prompt in prompts}, key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(concepts) < 3:
         raise ConfigError(f"{len(concepts)} concepts cannot be split in three: add prompts about other things")
@@ -148,7 +148,7 @@ def family_of(model: str) -> str:
     Raises:
         ConfigError: there is no such file or id, or it is of no family here.
     """
-    from rats.pipeline.families.open import fitting_family  # seconds of imports, which `--dvc` does without
+    from rats.pipeline.families.open import fitting_family  # this import takes seconds, and `--dvc` does not need it
 
     if Path(model).exists():
         index = read_json(Path(model) / "model_index.json")
@@ -169,7 +169,7 @@ def _published(model: str) -> str | None:
 
 
 def _suggested(family: str) -> dict[str, Any]:
-    """What the template says of the family: its name, and how its teacher samples."""
+    """The template's values for the family: its name, and the settings of its teacher."""
     cls = load_plugin(FAMILIES, family)
     return {"family": family, "embeds_guidance": cls.embeds_guidance, "teacher": TeacherParams(**cls.suggested)}
 
@@ -180,7 +180,7 @@ def _source(params: Params, name: str) -> str | None:
 
 
 def _word(name: str) -> str:
-    """A name that readers of YAML 1.1 do not take for a boolean."""
+    """A name, in quotes if YAML 1.1 would read it as a boolean."""
     return f'"{name}"' if name in ("on", "off", "yes", "no", "y", "n") else name
 
 

@@ -1,4 +1,4 @@
-"""How far a stage is: a bar where somebody watches, else a plain line every ten seconds, on stderr."""
+"""Progress of a stage on stderr: a bar in a terminal, else a plain line every ten seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`rats serve`: one reward behind a url, for trainers whose environment cannot hold it. B samples."""
+"""`rats serve`: serves one reward by HTTP, for trainers that cannot install it. B samples."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rats.stages.serve_http import Service
 from rats.trainer.scoring import score
 
 MAX_PROMPT = 10_000
-"""Characters of a prompt: a tokenizer takes about 9 ms for so many, and 1 to 7 s for a million."""
+"""The most characters of a prompt. A tokenizer takes about 9 ms for so many, but 1 to 7 s for a million."""
 
 
 def open_served(params: Params, name: str) -> Reward:
@@ -45,7 +45,7 @@ class CallableReward:
     pixels = "uint8"
 
     def __init__(self, function: Callable[..., Any], name: str, fingerprint: str) -> None:
-        """`function(pictures, prompts)` gives a number a picture, higher is better."""
+        """`function(pictures, prompts)` returns one number for each picture; higher is better."""
         self.function, self.name, self.fingerprint = function, name, fingerprint
 
     def score(self, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
@@ -56,7 +56,7 @@ class CallableReward:
 
 
 def open_callable(target: str, name: str) -> Reward:
-    """The function "module:function", found from the current folder too; its file decides its fingerprint.
+    """Imports the function "module:function", also from the current folder. Its file decides the fingerprint.
 
     Raises ConfigError when there is none.
     """
@@ -78,7 +78,7 @@ class RewardServer(Service):
     def __init__(
         self, reward: Reward, host: str, port: int, max_batch: int, queue: int, token: str | None = None
     ) -> None:
-        """As Service does; at most `max_batch` pictures go into a request."""
+        """See Service. A request has at most `max_batch` pictures."""
         super().__init__(host, port, queue, token)
         self.reward = reward
         self.about = ServedReward(
@@ -91,7 +91,7 @@ class RewardServer(Service):
         self.identity = self.about.model_dump_json().encode()
 
     def read(self, body: bytes) -> Question:
-        """The question. Raises ValueError for what this reward cannot answer, before the model sees it."""
+        """Parses a request. Raises ValueError for one that this reward cannot answer, before the model runs."""
         question = unpack_question(body)
         if len(question.prompts) > self.about.max_batch:
             raise ValueError(f"{len(question.prompts)} pictures, at most {self.about.max_batch} go into a request")
@@ -102,7 +102,7 @@ class RewardServer(Service):
         return question
 
     def answer(self, question: Question) -> bytes:
-        """Scores, NaN for a picture that the reward fails on, and the gradient that was asked for."""
+        """Scores, NaN where the reward fails, and the gradient if it was requested."""
         images = question.images_B3HW
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         with torch.set_grad_enabled(question.gradient):
@@ -113,7 +113,7 @@ class RewardServer(Service):
 
 
 def _gradient(scores_B: Tensor, images_B3HW: Tensor) -> Tensor:
-    """The derivative of each score: a score depends on no other picture, so that of the sum is each one's own."""
+    """The gradient of each score. A score depends on its own picture only, so the sum's gradient holds them all."""
     if not scores_B.requires_grad:  # no picture is good
         return torch.zeros_like(images_B3HW)
     return torch.autograd.grad(scores_B.sum(), images_B3HW)[0]

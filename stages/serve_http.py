@@ -1,7 +1,7 @@
-"""HTTP for `rats serve`, on tornado: who may ask, how much and how long, and whose turn it is.
+"""HTTP for `rats serve`, on tornado: authentication, limits, and the queue.
 
-Everything but the model runs in one event loop, so that a client that is slow, or sends nothing at all, costs the
-others nothing: it holds a connection and never a place in the queue.
+Everything but the model runs in one event loop. A client that is slow or sends nothing does not delay others: it
+holds a connection, but no place in the queue.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from rats.schemas.errors import CannotCreateError, ConfigError, brief, one_line,
 log = logging.getLogger(__name__)
 
 MAX_BODY = 1 << 29
-"""Bytes of a request: 32 pictures of 1024 px as float32 are 0.4 GiB."""
+"""The most bytes of a request. 32 pictures of 1024 px as float32 are 0.4 GiB."""
 MAX_HELD = 8 * MAX_BODY
-"""Bytes of all requests and replies that are held at a time, those that are being sent included."""
+"""The most bytes of all requests and replies in memory at a time, also of those in transfer."""
 CONNECTIONS = 64
-"""Connections that are sending or being sent to; one more, and the oldest of them is closed."""
+"""The most connections in transfer. If there is one more, the oldest of them is closed."""
 HEADER_SECONDS, TRANSFER_SECONDS = 10.0, 60.0
-"""For a header; for a body or a reply, beside what its bytes take at SLOWEST."""
+"""Seconds for a header, and for a body or a reply in addition to the time of its bytes at SLOWEST."""
 CHUNK = 1 << 20
 GRACE = 5.0
-"""Seconds that requests have to be answered in once the server is told to end."""
+"""Seconds in which requests are still answered after the server is told to end."""
 ENDPOINTS = (("GET", "/identity"), ("POST", "/score"))
 
 
 class Refused(HTTPError):
-    """A request that gets this status and text."""
+    """A request is refused with this status and text."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(status)
@@ -53,7 +53,7 @@ class Refused(HTTPError):
 
 
 class Service:
-    """Answers questions one after the other, each of which takes one of `queue` places once its body is there."""
+    """Answers requests one after the other. Each takes one of `queue` places once its body has arrived."""
 
     identity: bytes
     """The reply to GET /identity."""
@@ -77,7 +77,7 @@ class Service:
         self._ended: Future[None] = Future()
 
     def read(self, body: bytes) -> Any:
-        """What the body of POST /score asks. Raises ValueError with what is wrong with it."""
+        """Parses the body of POST /score. Raises ValueError with what is wrong."""
         raise NotImplementedError
 
     def answer(self, question: Any) -> bytes:
@@ -86,12 +86,12 @@ class Service:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address at which it listens."""
         host, port = self.server_address[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def serve(self) -> None:
-        """Until `shutdown` or SIGTERM; requests whose body is there are then answered first.
+        """Runs until `shutdown` or SIGTERM. Requests whose body has arrived are then answered first.
 
         Raises SystemExit(143) after SIGTERM, if this is the main thread.
         """
@@ -103,7 +103,7 @@ class Service:
             raise SystemExit(128 + signal.SIGTERM)
 
     def shutdown(self) -> None:
-        """End `serve`, from any thread."""
+        """Ends `serve`; may be called from any thread."""
         if not self._ended.done():
             self._ended.set_result(None)
 
@@ -121,11 +121,11 @@ class Service:
             await listener.close_all_connections()
 
     def refusal(self, request: HTTPServerRequest, length: int | None) -> Refused | None:
-        """Why a request is not to be answered, as far as its header tells."""
+        """Why a request is refused by its header; None if it is not."""
         name = split_host_and_port(request.host.lower())[0].strip("[]")
         if "Origin" in request.headers:
             return Refused(403, "a web page may not ask a reward server: there is an Origin header")
-        # a page that points a name of its own at us (DNS rebinding) sends that name, never a number
+        # a web page that resolves its own name to this server (DNS rebinding) sends that name, never an IP address
         if name not in self.names and not is_valid_ip(name):
             return Refused(403, f"foreign Host {brief(name)}: ask the server by its address, or start it with --host")
         if not self._is_known(request.headers.get("Authorization", "")):
@@ -164,13 +164,13 @@ class Service:
     def _answered(self, question: Any) -> bytes:
         try:
             return self.answer(question)
-        except (Exception, SystemExit) as error:  # the client is told, and the next request may do better
+        except (Exception, SystemExit) as error:  # the client gets the error, and the server goes on
             log.warning("a request failed: %s", one_line(error))
             raise Refused(500, one_line(error)) from error
 
 
 class _Listener(HTTPServer):
-    """Of too many connections the oldest is closed that is sending or being sent to, so that the slow make room."""
+    """Closes the oldest connection in transfer if there are too many, so that slow clients make room."""
 
     def initialize(self, service: Service) -> None:  # type: ignore[override]
         application = Application([(r".*", _Handler, {"service": service})], log_function=lambda handler: None)
@@ -193,7 +193,7 @@ class _Listener(HTTPServer):
 
 @stream_request_body
 class _Handler(RequestHandler):
-    """One request, and the only one of its connection."""
+    """One request. Each connection has only one."""
 
     def initialize(self, service: Service) -> None:
         self.service, self.size = service, 0
@@ -201,7 +201,7 @@ class _Handler(RequestHandler):
         self.chunks: list[bytes] = []
 
     def prepare(self) -> None:
-        """Looks at the header. The body of what is refused is still read: a client that is cut off sees no reply."""
+        """Checks the header. The body of a refused request is still read: a client that is cut off sees no reply."""
         text = self.request.headers.get("Content-Length", "0" if self.request.method == "GET" else "")
         length = int(text) if text.isdecimal() else None
         self.refused = self.service.refusal(self.request, length)
@@ -249,7 +249,7 @@ class _Handler(RequestHandler):
         self.finish(error.text if isinstance(error, Refused) else str(error))
 
     def log_exception(self, *error: Any) -> None:
-        """A refusal or a client that goes away is no event."""
+        """Does not log refusals and clients that disconnect."""
         log.debug("%s", error[1])
 
     def on_connection_close(self) -> None:
@@ -257,7 +257,7 @@ class _Handler(RequestHandler):
         self.on_finish()
 
     def on_finish(self) -> None:
-        """Lets go of the body."""
+        """Frees the body."""
         self.service.held -= self.size
         self.chunks, self.size = [], 0
 
@@ -280,7 +280,7 @@ def _listening(host: str, port: int, open_to_all: bool) -> socket.socket:
 
 @contextmanager
 def _sigterm(end: Callable[[], None]) -> Iterator[list[int]]:
-    """Calls `end` on SIGTERM, which the list then holds. Only the main thread may set a handler."""
+    """Calls `end` on SIGTERM and appends it to the list. Only the main thread may set a handler."""
     told: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield told

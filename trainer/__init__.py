@@ -1,1 +1,1 @@
-"""The arithmetic of stage two. The loop is handed its stream and its rewards and opens neither."""
+"""The arithmetic of training. Stream and rewards are passed to the loop, which opens neither."""

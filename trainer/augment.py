@@ -1,4 +1,4 @@
-"""Differentiable augmentation of pictures before a reward sees them, a draw a sample."""
+"""Differentiable augmentation of pictures before a reward scores them, with random numbers for each sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 class Draws:
     """Random numbers for `total` samples, of which those from `start` on are used.
 
-    All are drawn wherever a batch is cut into micro-batches or spread over ranks, so the cut changes no sample's.
+    All numbers are drawn even if only some are used, so that micro-batches and ranks do not change those of a sample.
     """
 
     generator: torch.Generator
@@ -22,12 +22,12 @@ class Draws:
     total: int | None = None
 
     def uniform(self, low: float, high: float, like: Tensor) -> Tensor:
-        """(B,) for the images `like`, made on the generator's device so that it does not matter where they are."""
+        """(B,) for the images `like`. Drawn on the generator's device, so that the images' device does not matter."""
         values = torch.rand(self.total or len(like), generator=self.generator, device=self.generator.device)
         return (low + (high - low) * values[self.start : self.start + len(like)]).to(like)
 
     def one(self, low: float, high: float) -> float:
-        """A number for all samples."""
+        """One number for all samples."""
         return float(low + (high - low) * torch.rand(1, generator=self.generator, device=self.generator.device))
 
     def normal(self, like: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ class Draws:
 def augment(images_B3HW: Tensor, draws: Draws, strength: float) -> Tensor:
     """Randomly moved, flipped, resampled, recoloured and noised images of the same shape, in [0, 1]; differentiable.
 
-    A reward that is climbed through this is harder to hack by patterns that hold at one position, scale or level.
+    It makes a reward harder to hack by patterns at one position, scale or brightness.
     `strength` in [0, 1] scales every range; at 0 the images come back as they are. All randomness is in `draws`.
-    The frames of a video (B, K, 3, H, W) are moved and recoloured as one: a draw a sample.
+    The frames of a video (B, K, 3, H, W) are moved and recoloured alike.
     """
     if strength == 0:
         return images_B3HW
@@ -56,7 +56,7 @@ def augment(images_B3HW: Tensor, draws: Draws, strength: float) -> Tensor:
 
 
 def _move(images: Tensor, draws: Draws, strength: float) -> Tensor:
-    """Crop to 80 % or more, shift within 4 % beyond the crop's slack, turn up to 6 degrees, flip half of them."""
+    """Crop to 80 % or more, shift within 4 % beyond the crop's slack, rotate up to 6 degrees, flip half of them."""
     scale = draws.uniform(1 - 0.2 * strength, 1.0, images)
     angle = draws.uniform(-math.radians(6) * strength, math.radians(6) * strength, images)
     flip = 1 - 2 * (draws.uniform(0, 1, images) < 0.5 * strength).to(images)

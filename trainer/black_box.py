@@ -4,18 +4,18 @@ The student's last step ends in x. Around it lies a Gaussian policy N(x, s^2 I),
 
     J(x) = E R(decode(x + s e)),  e ~ N(0, I)
 
-is smooth in x whatever R is. Its gradient is the score-function estimator (REINFORCE; with a Gaussian over a point,
-evolution strategies): grad J = E[R(decode(x + s e)) e] / s. We take each e with its mirror image,
+is smooth in x for any R. Its gradient is the score-function estimator (REINFORCE; with a Gaussian over a point,
+evolution strategies): grad J = E[R(decode(x + s e)) e] / s. Each e is used with its mirror image -e,
 
     g = 1/P sum_p [R(decode(x + s e_p)) - R(decode(x - s e_p))] / (2 s) e_p,
 
-which is as unbiased, for e and -e are equally likely, and needs no baseline: what the reward of both halves has in
-common cancels. For a linear R, and for a quadratic one, E[g] is the gradient of R(decode(x)) itself; in general it is
+which is still unbiased, since e and -e are equally likely. It needs no baseline: what both rewards have in common
+cancels. For a linear R, and for a quadratic one, E[g] is the gradient of R(decode(x)) itself; in general it is
 that of R smoothed over s. Its relative error falls with sqrt(elements / pairs), so steps are averaged by batch and
 optimizer.
 
-g then goes back through the student's last steps as any reward's gradient does. No likelihood of a long chain and no
-denoising loss is involved, the two things that few-step students are blurred by.
+g is then backpropagated through the student's last steps like any reward's gradient. It needs neither the likelihood of
+a long chain nor a denoising loss, both of which blur few-step students.
 
 Salimans et al. 2017, "Evolution Strategies as a Scalable Alternative to Reinforcement Learning"; Nesterov and
 Spokoiny 2017, "Random Gradient-Free Minimization of Convex Functions"; Williams 1992 for the score function.
@@ -52,11 +52,12 @@ def estimated(
         score: `trainer.scoring.score` of one reward.
         center: What `score` gives for the decoded `final_BTC`; its own gradient, if it has one, is not used.
         final_BTC: The student's final latents.
-        prompts: One a sample.
-        settings: Pairs a sample and the perturbation's standard deviation; 2 x pairs pictures are decoded and scored.
-        randoms: One generator a sample, which alone decides its perturbations: micro-batches change nothing.
+        prompts: One for each sample.
+        settings: Pairs for each sample, and the perturbation's standard deviation. Each pair decodes and scores two
+            pictures.
+        randoms: One generator for each sample, so that its perturbations do not depend on the micro-batch.
 
-    A pair of which one half is bad is dropped; without a good pair a sample has its score and no gradient.
+    A pair with a failed score is dropped. Without any good pair, a sample has its score and no gradient.
     """
     gradient_BTC = gradient(decode, score, final_BTC.detach().float(), prompts, settings, randoms)
     along_B = (gradient_BTC * final_BTC.float()).flatten(1).sum(1)
@@ -74,7 +75,7 @@ def gradient(
     settings: BlackBoxParams,
     randoms: Sequence[torch.Generator],
 ) -> Tensor:
-    """The estimate g (B, T, C) of the module's text, averaged over each sample's good pairs; 0 where it has none."""
+    """The estimate g (B, T, C) from above, averaged over each sample's good pairs; 0 without any."""
     total_BTC = torch.zeros_like(x_BTC)
     good_B11 = x_BTC.new_zeros(len(x_BTC), 1, 1)
     for _ in range(settings.pairs):
@@ -89,7 +90,7 @@ def gradient(
 
 
 def drawn(like_BTC: Tensor, randoms: Sequence[torch.Generator]) -> Tensor:
-    """Standard normal noise of that shape, each sample's by its own generator, made where the generator is."""
+    """Standard normal noise of the shape of `like_BTC`, by one generator for each sample, drawn on its device."""
     shape = like_BTC.shape[1:]
     noises = [torch.randn(shape, generator=random, device=random.device) for random in randoms]
     return torch.stack(noises).to(like_BTC)

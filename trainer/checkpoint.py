@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are whole or not there, and a run that goes on from one to the last bit.
+"""Checkpoints: atomic folders, from which a run resumes bit by bit.
 
 What `rats` draws at random has no state: noise comes from the store, the order from a counter, augmentation from (seed,
 step, place in the batch). The global generators, which a reward or a network may use, are saved for each rank.
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands; `seconds` is what its steps have cost so far, over all resumes.
+    """The state of a run. `seconds` is the time of all its steps so far, over all resumes.
 
-    `position` is the stream's, in the shards of `generation` (0: the teacher's own). Of `asked` samples a reward failed
-    on `bad`. `micro_batch` is what was found to fit after running out of memory, `tau` what was measured at the start.
-    `finished` says why a run has ended before its last step.
+    `position` is that of the stream, in the shards of `generation` (0: the teacher's own). Rewards failed on `bad` of
+    `asked` samples. `micro_batch` is the size that fits after running out of memory, `tau` was measured at the start.
+    `finished` is the reason if the run ended before its last step.
     """
 
     step: int = 0
@@ -52,11 +52,11 @@ class State:
 
     @property
     def gate_mean(self) -> float | None:
-        """Mean of the gate over all samples so far: what the `constant` control is set to."""
+        """Mean of the gate over all samples so far, which the `constant` control uses."""
         return self.gate_sum / self.gate_count if self.gate_count else None
 
     def after(self, position: int, gates: list[float], bad: int, seconds: float) -> State:
-        """The state one step later; `gates` of the samples that could be scored, `bad` of the others."""
+        """The state after one more step. `gates` are of scored samples, `bad` counts the others."""
         return replace(
             self,
             step=self.step + 1,
@@ -71,7 +71,7 @@ class State:
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint belongs to: hashes of the snapshot that is read, the shards' recipe, the settings."""
+    """Hashes of the data of a checkpoint: snapshot, recipe of the shards, settings."""
 
     snapshot: str
     recipe: str
@@ -110,7 +110,7 @@ class Checkpoints:
         self.keep: int | None = None
 
     def never_drop(self, step: int | None) -> None:
-        """The checkpoint of this step outlives its turn; the one that was named before no longer does."""
+        """Keeps the checkpoint of this step even if it is old. Replaces an earlier call."""
         self.keep = step
 
     def save(
@@ -121,7 +121,7 @@ class Checkpoints:
         identity: Identity,
         snapshot: int,
     ) -> Path:
-        """Write a whole folder under its final name, then drop the oldest; the last one stays if this fails."""
+        """Writes a checkpoint atomically, then removes the oldest. If it fails, the last one still exists."""
         files = {f"{name}.safetensors": save(content) for name, content in tensors.items()}
         files |= logs
         hashes = {name: blake3(data).hexdigest() for name, data in files.items()}
@@ -143,18 +143,18 @@ class Checkpoints:
         return path
 
     def path(self, step: int) -> Path:
-        """Where the checkpoint after `step` steps lies, whether or not it is there."""
+        """The path of the checkpoint after `step` steps, whether or not it exists."""
         return self.folder / f"{step:06d}"
 
     def _paths(self) -> list[Path]:
-        """Newest first; anything not named like a checkpoint (a temporary folder of a killed save) is passed over."""
+        """Newest first. Folders with other names (a temporary one of a killed process) are ignored."""
         found = [path for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
     def newest(self, at_most: int | None = None) -> Saved | None:
         """The newest whole checkpoint, of at most so many steps; None when there is none.
 
-        A damaged one is passed over with a warning.
+        Damaged ones are skipped with a warning.
         """
         for path in self._paths():
             if at_most is not None and int(path.name) > at_most:
@@ -166,7 +166,7 @@ class Checkpoints:
         return None
 
     def keep_until(self, step: int) -> None:
-        """Remove the checkpoints after `step`: this run will make its own."""
+        """Removes the checkpoints after `step`, since this run will make its own."""
         for path in self._paths():
             if int(path.name) > step or step == 0:
                 shutil.rmtree(path)
@@ -176,7 +176,7 @@ _STATE, _IDENTITY = TypeAdapter(State), TypeAdapter(Identity)
 
 
 def read(path: Path) -> Saved:
-    """Verify a checkpoint and say where it stands. Raises DataError when a file is damaged or missing."""
+    """Verifies a checkpoint and reads its state. Raises DataError if a file is damaged or missing."""
     try:
         record = json.loads((path / STATE).read_text())
         _verify(path, record)

@@ -1,6 +1,6 @@
-"""The stream that stage two reads: a snapshot's samples, in order, joined with embeddings and the teacher's scores.
+"""The stream of training samples: those of a snapshot, joined with embeddings and the teacher's scores.
 
-One order for any number of ranks and loader threads. Position p of the order is a row of the snapshot
+Their order is the same for any number of ranks and loader threads. Position p of the order is a row of the snapshot
 (`row_at`); a step's batch is the next `batch` positions, a rank's share of it a contiguous part.
 """
 
@@ -28,18 +28,18 @@ from rats.schemas.manifest import IndexRow, Snapshot
 
 PROMPTS_IN_MEMORY = 256
 AHEAD = 2
-"""Batches that loader threads read beyond the one that is asked for."""
+"""Batches that loader threads read ahead."""
 
 
 class StoredSamples:
-    """Samples of a snapshot, each verified; those without a score are no part of the order.
+    """Samples of a snapshot, each verified. Those without a score are left out of the order.
 
-    Loader threads, not processes: reading, hashing and waiting for storage leave Python's lock to the trainer, and
-    nothing has to be started, copied between processes, or ended with care.
+    Loaders are threads, not processes: reading, hashing and waiting for storage release Python's lock, and threads need
+    no start-up, no copies between processes and no special shutdown.
 
     Attributes:
-        position: Samples of the global order taken so far, over all ranks: the whole state. What the loader threads
-            have read ahead does not count.
+        position: Samples taken so far from the global order, over all ranks. This is the whole state. Samples that
+            were only read ahead do not count.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class StoredSamples:
         return samples
 
     def close(self) -> None:
-        """Drop what was read ahead and end the threads."""
+        """Drops what was read ahead and ends the threads."""
         self._forget()
         if self._pool is not None:
             self._pool.shutdown()
@@ -138,17 +138,18 @@ def _scored(shards: ShardSet, snapshot: Snapshot, scores: Mapping[str, tuple[flo
 
 
 def row_at(seed: int, n: int, position: int) -> int:
-    """Which of `n` rows is read as number `position`, counted over epochs."""
+    """The row, of `n`, that is read at `position`, which counts on over epochs."""
     epoch, offset = divmod(position, n)
     return int(_permutation(seed, n, epoch)[offset])
 
 
 @lru_cache(maxsize=2)
 def _permutation(seed: int, n: int, epoch: int) -> np.ndarray:
-    """Rows sorted by random words that carry the row in their low bits: no ties, so any sorting gives this.
+    """A permutation of `n` rows: random words with the row in their low bits, sorted. All words differ, so any sorting
+    algorithm gives the same order.
 
-    In place: at a million rows, fresh pages would cost as much as the sorting. Two epochs are kept, 8 bytes a row:
-    a batch, or what is read ahead, may span both.
+    Everything is in place: for a million rows, allocating memory would take as long as sorting. The two last epochs are
+    cached (8 bytes a row), since a batch or what is read ahead may span both.
     """
     low = np.uint64((1 << n.bit_length()) - 1)
     words = philox_words("order", [seed, epoch], n)
@@ -161,7 +162,7 @@ def _permutation(seed: int, n: int, epoch: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sample:
-    """One stored teacher trajectory with all that the loop wants to know about it."""
+    """One stored teacher trajectory, with everything that the loop needs of it."""
 
     key: str
     prompt: str
@@ -169,9 +170,9 @@ class Sample:
     x0_HTC: Tensor
     """Predicted clean latents at the horizons, the last (sigma = 0) left out: H - 1 rows."""
     conditioning: Conditioning
-    """Of this prompt alone: the tensors have no batch axis."""
+    """The prompt's embeddings, without a batch axis."""
     scores: tuple[float, ...]
-    """R_T by each reward that trains, scored from the stored final latent."""
+    """R_T by each reward that trains, computed from the stored final latent."""
 
 
 class SampleStream(Protocol):
@@ -198,11 +199,11 @@ class Batch:
     conditioning: Conditioning
     r_teacher_RB: Tensor
     good_B: Tensor | None = None
-    """Where a teacher that runs in the loop has scores; a stored one always has."""
+    """Which samples have teacher scores, for a teacher that runs in the loop. None: all, as for a stored teacher."""
 
     @property
     def noise(self) -> Tensor:
-        """The stored noise (B, T, C) as float32: where the student starts, as the teacher did."""
+        """The stored noise (B, T, C) as float32, from which both student and teacher start."""
         return self.x_HBTC[0].float()
 
 

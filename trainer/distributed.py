@@ -1,7 +1,7 @@
-"""The processes that train one student together, as accelerate (or torchrun) has started them.
+"""The processes that train one student together, started by accelerate or torchrun.
 
-Every rank computes its share of the global batch. Gradients are summed once a step, after accumulation, and not by
-hooks in the backward pass: a step may have a backward pass for each loss, and many forwards of one network.
+Every rank computes its share of the global batch. Gradients are summed once in each step, after accumulation, and not
+by hooks in the backward pass: a step may have one backward pass for each loss, and many forward calls of the network.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rats.schemas.errors import DataError
 
 
 class Ranks:
-    """One process, alone: what a test or a notebook trains with. `Accelerated` has the same methods."""
+    """A single process, as in a test or a notebook. `Accelerated` has the same methods for several."""
 
     rank = 0
     world = 1
@@ -31,7 +31,7 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes."""
+        """Whether this rank writes files."""
         return self.rank == 0
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -39,7 +39,7 @@ class Ranks:
         return nullcontext()
 
     def shard(self, network: nn.Module) -> None:
-        """Shard the network's parameters in place, if they are to be."""
+        """Shards the network's parameters in place, if the settings ask for it."""
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Add up `.grad` over the ranks; a rank that has none counts as zero."""
@@ -49,22 +49,22 @@ class Ranks:
         return x_B
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set on any rank: a decision that all must take together."""
+        """Whether the flag is set on any rank, for decisions that all ranks must take together."""
         return flag
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Everybody's value, by rank."""
+        """The values of all ranks, in order."""
         return [value]
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Waits until all ranks are here."""
 
 
 class Accelerated(Ranks):
-    """What `accelerate launch` or `torchrun` has set up; a plain call is one process."""
+    """The processes that `accelerate launch` or `torchrun` has started; else one process."""
 
     def __init__(self, device: str, autocast_dtype: torch.dtype | None = None, fsdp: bool = False) -> None:
-        """Joins the process group, if there is one; `autocast_dtype` None leaves the network its own precision.
+        """Joins the process group, if there is one. With `autocast_dtype` None the network keeps its own precision.
 
         Raises ConfigError for a device that is not there.
         """
@@ -76,7 +76,7 @@ class Accelerated(Ranks):
         self.is_sharded = self.world > 1 and (fsdp or self.accelerator.distributed_type == DistributedType.FSDP)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Torch's own: accelerate fixes its precision once a process."""
+        """Torch's own autocast, since accelerate fixes the precision for the whole process."""
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast_dtype)
@@ -84,7 +84,7 @@ class Accelerated(Ranks):
     def shard(self, network: nn.Module) -> None:
         """FSDP2, each of the family's blocks (`_no_split_modules`) by itself.
 
-        Torch's own call: accelerate refuses FSDP on CPUs, where it can be tested by anyone.
+        By torch's own call, since accelerate refuses FSDP on CPUs, where everyone can test it.
         """
         if not self.is_sharded:
             return
@@ -95,7 +95,7 @@ class Accelerated(Ranks):
         fully_shard(network)  # last: it takes what no block has taken
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """One all-reduce a parameter; FSDP2 has reduced its shards in the backward pass already."""
+        """One all-reduce for each parameter. FSDP2 has already reduced its shards in the backward pass."""
         if self.world == 1 or self.is_sharded:
             return
         for p in parameters:
@@ -103,7 +103,7 @@ class Accelerated(Ranks):
             dist.all_reduce(p.grad)
 
     def gather(self, x_B: Tensor) -> Tensor:
-        """Accelerate's gather, which keeps the order of the ranks."""
+        """Accelerate's gather, which keeps the order of ranks."""
         return self.accelerator.gather(x_B.contiguous())
 
     def any(self, flag: bool) -> bool:
@@ -115,7 +115,7 @@ class Accelerated(Ranks):
         return bool(found.item())
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """Small plain values only: they are pickled between ranks of one run."""
+        """For small plain values only: they are pickled."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -128,7 +128,7 @@ class Accelerated(Ranks):
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together (all ranks must ask at once), any other as it is; on the CPU, contiguous."""
+    """The full tensor, on the CPU and contiguous. For a sharded one, all ranks must call this together."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
@@ -136,7 +136,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, place: Tensor) -> Tensor:
-    """A whole tensor in the shards, device and dtype of `place`."""
+    """A full tensor with the sharding, device and dtype of `place`."""
     tensor = tensor.to(place.device, place.dtype)
     if isinstance(place, DTensor):
         return distribute_tensor(tensor, place.device_mesh, place.placements)
@@ -150,9 +150,9 @@ def whole_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def put_back(found: Mapping[str, Tensor], places: Mapping[str, Tensor], what: str) -> None:
-    """Copy what `whole_by_name` gave into its places, in part or whole, wherever they are.
+    """Copies what `whole_by_name` gave into `places`, which may be sharded.
 
-    Raises DataError when names or shapes are those of another network.
+    Raises DataError if names or shapes are those of another network.
     """
     same_names = found.keys() == places.keys()
     if not same_names or any(found[name].shape != place.shape for name, place in places.items()):

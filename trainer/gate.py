@@ -1,4 +1,4 @@
-"""The gate of the paper (arXiv 2604.14910; docs/design.md#gate): how much of the shaping loss each sample feels.
+"""The gate of the paper (arXiv 2604.14910; docs/design.md#gate): the weight of the shaping loss for each sample.
 
 Every form has one signature. A new one is a function, its line in `FORMS`, and its name in
 `GateParams.form` of `schemas/train_params.py`. B samples.
@@ -18,10 +18,10 @@ from rats.schemas.train_params import GateParams
 
 @dataclass(frozen=True)
 class Part:
-    """One of the rewards that train: its weight, and the unit it is measured in.
+    """One of the rewards that train: its weight, and the unit by which its scores are divided.
 
-    A reward that trains alone keeps its own unit (1.0). Several are each divided by the spread of the teacher's scores,
-    since HPS lives in hundredths and PickScore in units.
+    A single reward keeps its own unit (1.0). Several are each divided by the standard deviation of the teacher's
+    scores, since HPS differs by hundredths and PickScore by whole numbers.
     """
 
     name: str = ""
@@ -49,14 +49,14 @@ def _figure(gap_B: Tensor, tau: float, value: float | None) -> Tensor:
 
 
 def _constant(gap_B: Tensor, tau: float, value: float | None) -> Tensor:
-    """One number for all samples: the control that has the gate's mean and none of its information."""
+    """One number for all samples: a control with the gate's mean and without its information."""
     if value is None:
         raise ConfigError("gate.form is constant and has no value: set train.gate.value or train.gate.value_from")
     return torch.full_like(gap_B, value)
 
 
 def _off(gap_B: Tensor, tau: float, value: float | None) -> Tensor:
-    """No gate: the shaping loss in full, always."""
+    """No gate: the full shaping loss for every sample."""
     return torch.ones_like(gap_B)
 
 
@@ -89,7 +89,7 @@ def gate_all(
 ) -> Tensor:
     """Weights (B,) from R rewards: one gate for their sum, or, with `each`, the weighted mean of a gate for each.
 
-    `tau` is in units of the sum; of each gate, in units of that reward's spread.
+    `tau` is in units of the sum, or with `each` in units of each reward's spread.
     """
     if not settings.each:
         return gate(settings.form, total(r_teacher_RB, parts), total(r_student_RB, parts), tau, value)
@@ -101,7 +101,7 @@ def gate_all(
 
 
 def spread(scores: Sequence[float]) -> float:
-    """Standard deviation of the teacher's scores: the default tau, so that the gate has no scale of its own."""
+    """Standard deviation of the teacher's scores. As the default tau it makes the gate independent of the scale."""
     tau = float(torch.tensor(scores, dtype=torch.float64).std(correction=0)) if len(scores) else 0.0
     if not tau > 0.0 or tau == float("inf"):
         raise DataError(f"the teacher's {len(scores)} scores have no usable spread ({tau}): set train.gate.tau")

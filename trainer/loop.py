@@ -1,4 +1,4 @@
-"""Stage two: the loop. It is handed its stream, its student and its rewards, and opens none of them."""
+"""The training loop. Stream, student and rewards are passed to it; it opens none of them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from rats.trainer.run import Run
 
 
 class Stopped(Exception):
-    """Somebody asked the run to stop in the middle of a step, which is abandoned: no weight has changed."""
+    """The run was told to stop in the middle of a step. The step is abandoned; no weight has changed."""
 
 
 class Stoppable:
-    """A student that is asked for nothing more once `stopping` is true: a micro-batch may take longer than is left."""
+    """A student whose calls raise Stopped once `stopping` is true: a micro-batch may take too long to wait for."""
 
     def __init__(self, student: Student, stopping: Callable[[], bool]) -> None:
         """Does what `student` does, or raises Stopped."""
@@ -44,7 +44,7 @@ class Stoppable:
 
 
 def stoppable(objective: Objective, stopping: Callable[[], bool]) -> Objective:
-    """The objective whose student, and whose rewards that wait for a server, give up once `stopping` is true."""
+    """The objective with a student and with remote rewards that raise once `stopping` is true."""
     for reward in objective.rewards:
         if hasattr(reward, "stopping"):
             reward.stopping = stopping
@@ -52,7 +52,7 @@ def stoppable(objective: Objective, stopping: Callable[[], bool]) -> Objective:
 
 
 def train(objective: Objective, stream: SampleStream, run: Run) -> State:
-    """Train until `settings.train.steps`; a checkpoint every so often, at the end, and when asked to stop.
+    """Trains until `settings.train.steps`. Saves checkpoints regularly, at the end, and when told to stop.
 
     Raises DataError when a loss or a gradient is not finite or too many rewards fail, SystemExit(143) after a stop.
     """
@@ -118,7 +118,7 @@ def _in_micro_batches(objective: Objective, samples: Sequence[Sample], run: Run,
 
 
 def micro_step(objective: Objective, samples: Sequence[Sample], run: Run, moment: Moment) -> Losses:
-    """Ask the method for its losses, and add their gradients."""
+    """Computes the method's losses of a micro-batch and adds their gradients."""
     batch = collate(samples, run.ranks.device)
     if run.live is not None:
         batch = run.live.trace(batch)

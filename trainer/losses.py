@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-EPS = 1e-8  # of cosine_similarity: a zero vector has no direction and must not divide by zero
+EPS = 1e-8  # as in cosine_similarity: a zero vector has no direction, and must not cause a division by zero
 
 
 def _state(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
@@ -29,7 +29,7 @@ def _velocity(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[
 
 
 def _x0(states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
-    """Predicted clean latent *before* each step (docs/design.md, equation 4): said to be the paper's, an ablation."""
+    """Predicted clean latent *before* each step (docs/design.md, equation 4): the paper's named choice, an ablation."""
     return torch.stack(list(x0s))
 
 
@@ -41,7 +41,7 @@ SPACES: dict[str, Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[float]]
 
 
 def compared(space: str, states: Sequence[Tensor], x0s: Sequence[Tensor], sigmas: Sequence[float]) -> Tensor:
-    """What the shaping loss compares, (N, B, T, C): one function for the student's path and for the teacher's.
+    """What the shaping loss compares, (N, B, T, C). Used for the student's and for the teacher's path.
 
     `states` are the N + 1 of (B, T, C) at `sigmas`, the noise first; `x0s` the N predictions before each step.
     """
@@ -62,7 +62,7 @@ def shape_loss(student_NBTC: Tensor, teacher_NBTC: Tensor, l2: float = 1.0, cos:
 
 
 def reward_loss(scores_B: Tensor, weight: float, margin: float | None = None) -> Tensor:
-    """Reward loss (B,): -w R, or w relu(m - R), which stops pushing a sample at the margin m.
+    """Reward loss (B,): -w R, or w relu(m - R), whose gradient is 0 above the margin m.
 
     docs/design.md, equation 13.
     """
@@ -71,5 +71,5 @@ def reward_loss(scores_B: Tensor, weight: float, margin: float | None = None) ->
 
 
 def _wide(x: Tensor) -> Tensor:
-    """At least float32; float64 stays, for the finite differences of the tests."""
+    """Casts to float32, but keeps float64, which the tests need for finite differences."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

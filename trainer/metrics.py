@@ -1,4 +1,4 @@
-"""`metrics.csv`: one row a step, the truth about a run, in a form that DVC plots; and the logs beside it."""
+"""`metrics.csv`, the reference of a run: one row for each step, which DVC can plot; and the logs beside it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Row = Mapping[str, float | int | str | None]
 
 
 def columns(horizons: int, rewards: Sequence[str] = ("",)) -> list[str]:
-    """Header for runs of up to `horizons` steps; a cell that a step does not have stays empty.
+    """Header for runs of up to `horizons` steps; a cell is empty if a step has no such value.
 
     `loss_total` = `loss_reward` + alpha * gate * shape; `loss_shape` and its parts are bare, before alpha and gate;
     `grad_reward` and `grad_shape` are the norms of the two terms as they enter the total, `grad_total` before clipping.
-    `bad`: samples that a reward failed on; all means leave them out, and a step of bad ones only has no update.
+    `bad`: number of samples on which a reward failed. All means leave them out; a step with bad ones only is no update.
     With several `rewards`, `reward_student` and `reward_teacher` are their weighted sums in units of their spreads, and
     each has a column of its own besides.
     `teacher_age`: steps since the followed trajectories were made; `teacher_beaten`: share of samples with R_S >= R_T.
@@ -38,10 +38,10 @@ def columns(horizons: int, rewards: Sequence[str] = ("",)) -> list[str]:
 
 
 class CsvLog:
-    """Appends rows. Each checkpoint holds a copy, and a run that goes on from it starts with that copy.
+    """Appends rows to a CSV file. Each checkpoint holds a copy, and a resumed run starts with that copy.
 
-    So the file is cut back to the checkpoint's step by construction, whatever became of it since: a step too many, a
-    half-written line, or gone (`dvc repro` deletes outs before it runs a stage).
+    So the file always ends at the checkpoint's step, whatever happened to it since: more steps, a half-written line, or
+    its deletion (`dvc repro` deletes outputs before it runs a stage).
     """
 
     def __init__(self, path: Path, columns: Sequence[str], kept: bytes | None = None) -> None:
@@ -53,7 +53,7 @@ class CsvLog:
         atomic_write(path, _text([self.columns]).encode() if kept is None else kept)
 
     def append(self, row: Row) -> None:
-        """Write one row; numbers as `repr`, so that two runs can be compared to the last bit."""
+        """Writes one row. Numbers are in full precision, so that runs can be compared bit by bit."""
         values = [row.get(name) for name in self.columns]
         with storage_errors(self.path), self.path.open("a", newline="") as file:
             file.write(_text([[_cell(value) for value in values]]))

@@ -1,4 +1,4 @@
-"""What a step is asked for: the objective of a run, and what a method answers for one micro-batch.
+"""The objective of a run, and the losses that a method computes for one micro-batch.
 
 B samples, R rewards that train, K values a sample of what is logged.
 """
@@ -23,7 +23,7 @@ from rats.trainer.sampling import Bridge, Trajectory, sample
 
 @dataclass(frozen=True)
 class Settings:
-    """`params.train`, with what the shards decide: all that the loop's arithmetic depends on."""
+    """`params.train` and values that follow from the shards: everything that the loop's arithmetic depends on."""
 
     train: TrainParams
     horizons: tuple[float, ...]
@@ -42,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Moment:
-    """A step, and where a micro-batch lies in its global batch: all that its randomness is keyed by."""
+    """A step, and the position of a micro-batch in its global batch. They decide all its random numbers."""
 
     step: int
     nfe: int
@@ -54,21 +54,21 @@ class Moment:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a method makes of one micro-batch: a value a sample, before any mean is taken.
+    """The losses of one micro-batch: one value for each sample, before any mean.
 
     The step minimises the sum of `reward_B + weight * shape_B` over the good samples, as a share of the global batch.
     """
 
     reward_B: Tensor
-    """The term that climbs a reward. Its gradient stops at `bridge`, the shaping term's does not."""
+    """The reward term. Its gradient stops at `bridge`; that of the shaping term does not."""
     shape_B: Tensor
-    """The term that follows the teacher, gate included, before its weight."""
+    """The shaping term, with the gate, before its weight."""
     weight: float
-    """Of the shaping term at this moment: alpha."""
+    """Weight of the shaping term in this step: alpha."""
     gate_B: Tensor
-    """How much of the shaping loss each sample feels; ones in a method without a gate."""
+    """Weight of the shaping loss for each sample; ones in a method without a gate."""
     good_B: Tensor
-    """False where a reward gave no score: nothing of that sample counts."""
+    """False where a reward failed: such a sample counts nowhere."""
     logged: Mapping[str, Tensor]
     """More columns of metrics.csv, (B,) or (K, B): the mean over good samples under its name, of K values also each
     one's under name_k1, name_k2, ..."""
@@ -103,7 +103,7 @@ _PER_SAMPLE = ("reward_B", "shape_B", "gate_B", "good_B")
 
 @dataclass(frozen=True)
 class Objective:
-    """What a training run is for: a student, the rewards that it climbs, by which method; `ranks` share the work."""
+    """What a run trains: a student, the rewards to maximise, and the method. `ranks` share the work."""
 
     student: Student
     rewards: Sequence[Reward]
@@ -134,9 +134,9 @@ def terms(losses: Losses, train: TrainParams) -> tuple[Tensor, Tensor]:
 
 
 def check(losses: Losses, batch: Batch, step: int) -> None:
-    """Raise DataError naming step, term and samples when something of ours is NaN or infinite, before it is used.
+    """Raises DataError with step, term and samples if a loss or teacher score is NaN or infinite, before it is used.
 
-    A reward's bad scores are none of ours: their samples are left out.
+    Failed scores of a reward are no error here: their samples are left out.
     """
     named = {"the teacher's score": batch.r_teacher_RB.sum(0), "the shaping loss": losses.shape_B}
     for term, value_B in named.items():

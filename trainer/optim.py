@@ -1,4 +1,4 @@
-"""What learns: the student's network, its optimizer and the moving average of its weights."""
+"""The student's network in training, its optimizer, and the moving average of its weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Schedule:
     """The learning rate of each step: linear over the first `warmup` steps, then constant.
 
     It sees its own fields and the step, nothing else. Each is a field of `params.train` that is in the settings' hash,
-    as a test holds: a rate that hung on `train.steps`, which is not, would change when a run is made longer, and the
-    run that goes on would not be told. A schedule that needs a length gets a field for it.
+    as a test holds: a rate that depended on `train.steps`, which is not in it, would change without notice if a
+    longer run is resumed. A schedule that needs a length gets a field for it.
     """
 
     lr: float
@@ -50,7 +50,7 @@ class Learner:
     """A network under training: AdamW without weight decay, linear warm-up, clipping, optional EMA."""
 
     def __init__(self, network: nn.Module, settings: TrainParams, ranks: Ranks | None = None) -> None:
-        """Trains all of `network`'s parameters that ask for a gradient; `ranks` may shard them in place."""
+        """Trains all parameters of `network` that require a gradient; `ranks` may shard them in place."""
         self.network = network
         self.settings = settings
         self.schedule = Schedule.of(settings)
@@ -65,8 +65,8 @@ class Learner:
     def accumulate(self, loss_reward: Tensor, loss_shape: Tensor, split: bool, bridge: Bridge | None = None) -> None:
         """Add one micro-batch's gradients of both terms (scalars, already weighted).
 
-        One backward pass for the sum, or, with `split`, one for each term, whose norms `update` then tells apart;
-        a reward that reaches only the last steps (`bridge`) always needs its own pass.
+        There is one backward pass for the sum. With `split` there is one for each term, so that `update` can give both
+        norms. A reward whose gradient reaches only the last steps (`bridge`) always needs its own pass.
         """
         if self.ranks.is_sharded:  # FSDP takes the mean over the ranks, the loss is a sum
             loss_reward = loss_reward * self.ranks.world
@@ -85,7 +85,7 @@ class Learner:
 
     @contextmanager
     def _reward_slot(self) -> Iterator[None]:
-        """Gradients made inside the block are added up apart from those made outside."""
+        """Gradients from inside the block are accumulated separately from those outside."""
         outside = [p.grad for p in self.parameters]
         inside = self._reward_gradient or [None] * len(outside)
         for p, grad in zip(self.parameters, inside, strict=True):
@@ -96,7 +96,7 @@ class Learner:
             p.grad = grad
 
     def forget(self) -> None:
-        """Drop all gradients: after a step, and of a step that is not taken."""
+        """Drops all gradients, after a step or if a step is abandoned."""
         self._reward_gradient = []
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -105,7 +105,7 @@ class Learner:
 
         The gradients stay: `forget` drops them.
 
-        `refuse(term)` makes the error to raise, before any weight has changed, when a norm is not finite.
+        If a norm is not finite, raises `refuse(term)` before any weight has changed.
         """
         norms = self._join(split)
         for term, value in norms.items():
@@ -161,7 +161,7 @@ class Learner:
             self.named[name].copy_(value)
 
     def _kept(self) -> dict[str, Tensor]:
-        """What training changes, and buffers: all of a network, or its adapters."""
+        """Trained parameters and buffers: those of the whole network, or of its adapters."""
         frozen = {name for name, p in self.network.named_parameters() if not p.requires_grad}
         return {name: value for name, value in self.network.state_dict().items() if name not in frozen}
 
@@ -171,9 +171,9 @@ class Learner:
         return copies * sum(p.numel() * p.element_size() for p in self.parameters)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """All that a bit-exact resume needs, by file name: `network`, `optimizer` and, if there is one, `ema`.
+        """Everything for a bit-exact resume, by file name: `network`, `optimizer` and, if there is one, `ema`.
 
-        On the CPU and whole; where they are sharded, all ranks must ask at once.
+        Full tensors on the CPU. If they are sharded, all ranks must call this together.
         """
         files = {"network": whole_by_name(self._kept()), "optimizer": self._moments()}
         if self.ema:
@@ -190,11 +190,11 @@ class Learner:
         return moments
 
     def weights(self) -> dict[str, Tensor]:
-        """What the run leaves, whole, on the CPU: the moving average where one is kept. All ranks must ask at once."""
+        """The final weights, full on the CPU: those of the moving average, if any. All ranks must call together."""
         return whole_by_name(self._kept() | self.ema)
 
     def restore(self, files: dict[str, dict[str, Tensor]]) -> None:
-        """Take back what `tensors` gave. Raises DataError when the names are those of another network."""
+        """Loads what `tensors` gave. Raises DataError if the names are those of another network."""
         put_back(files.get("network", {}), self._kept(), "network")
         put_back(files.get("ema", {}), self.ema, "ema")
         self._restore_moments(files["optimizer"])

@@ -1,6 +1,6 @@
-"""All randomness of a run that has a state of its own: torch's, numpy's and Python's global generators.
+"""The random generators with a state: torch's, numpy's and Python's global ones.
 
-What `rats` itself draws is keyed by (seed, step, place in the batch) and needs none of them; a reward or a network may.
+The random numbers of `rats` itself follow from (seed, step, place in the batch). Rewards and networks may use these.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from rats.schemas.errors import DataError, reason
 
 
 def generator(seed: int, step: int, purpose: str = "augment", index: int = 0) -> torch.Generator:
-    """Randomness of one place in the run: a function of its arguments and of nothing else."""
+    """A generator for one purpose at one place of the run. It depends on the arguments alone."""
     digest = hashlib.sha256(f"{purpose} {seed} {step} {index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def seed_all(seed: int) -> None:
-    """The global generators of a rank, at the start of a run."""
+    """Seeds the global generators of a rank at the start of a run."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -44,7 +44,7 @@ def capture() -> dict[str, Tensor]:
 
 
 def restore(states: Mapping[str, Tensor]) -> None:
-    """Take back what `capture` gave. Raises DataError when a generator of this process is missing or damaged."""
+    """Restores what `capture` gave. Raises DataError if the state of a generator is missing or damaged."""
     missing = sorted(capture().keys() - states.keys())
     if missing:
         raise DataError(f"the checkpoint has no state of the generator {missing[0]}: start over without --resume")

@@ -1,4 +1,4 @@
-"""A run under way: what learns, where it stands, what it writes, and who looks on."""
+"""A run in progress: its learner, state, logs, checkpoints and observers."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ log = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
 WINDOW = 10
-"""Steps over which the share of bad rewards is judged."""
+"""Number of last steps over which the share of failed scores is checked."""
 QUICK = 2 * 2**30
-"""Bytes of a checkpoint that is sure to be written in the few seconds after SIGTERM."""
+"""The largest checkpoint in bytes that is still written in the few seconds after SIGTERM."""
 
 
 class Live(Protocol):
-    """What moves beside the student: a teacher that runs in the loop, or the average that rolls the next generation."""
+    """A teacher that follows the student: one that runs in the loop, or the average for the next generation."""
 
     in_loop: bool
-    """Whether each batch's trajectories are made anew."""
+    """Whether it makes new trajectories for each batch."""
 
     def trace(self, batch: Batch) -> Batch:
         """The batch with the live teacher's trajectory and scores in place of the stored ones."""
         ...
 
     def follow(self, learner: Learner) -> None:
-        """One step of its own, after each update of the student."""
+        """Updates it after each update of the student."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that a resume needs, whole, on the CPU."""
+        """Everything that a resume needs: full tensors on the CPU."""
         ...
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `tensors` gave."""
+        """Loads what `tensors` gave."""
         ...
 
 
 @dataclass
 class Run:
-    """What `train` moves forward. Its attributes are for reading: the methods below change them.
+    """The state that `train` advances. Read its attributes; only its methods change them.
 
-    `student_step`: the step that the student is left of, where that is not the last one.
+    `student_step`: the step whose student is saved, if it is not the last one.
     """
 
     learner: Learner
@@ -74,7 +74,7 @@ class Run:
     stopping: Callable[[], bool] = lambda: False
     observers: list[Observer] = field(default_factory=list)
     recent: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
-    """Bad and all samples of each of the last steps."""
+    """Numbers of bad and of all samples in each of the last steps."""
 
     @property
     def ranks(self) -> Ranks:
@@ -88,16 +88,16 @@ class Run:
         return 0 if is_new else self.state.step - self.state.generation
 
     def open_log(self, log: CsvLog) -> None:
-        """Every checkpoint from here on has a copy of this file."""
+        """Adds a log, of which every later checkpoint has a copy."""
         self.logs[log.path.name] = log
 
     def stop_when(self, stopping: Callable[[], bool]) -> None:
-        """Stop in the middle of the step in which `stopping` turns true."""
+        """Makes the run stop in the middle of a step as soon as `stopping` returns true."""
         self.stopping = stopping
 
     @contextmanager
     def observed(self, *observers: Observer) -> Iterator[None]:
-        """Call `observers` after each step in this block, in order, on every rank, before a checkpoint is saved."""
+        """In this block, calls `observers` after each step, in order, on every rank, before a checkpoint is saved."""
         before = self.observers
         self.observers = [*before, *observers]
         try:
@@ -106,7 +106,7 @@ class Run:
             self.observers = before
 
     def advance(self, row: dict[str, float | int | None], gates: list[float], bad: int, position: int) -> None:
-        """Write the step's row, count the step as done, let the observers see it."""
+        """Writes the step's row, updates the state, and calls the observers."""
         if self.ranks.is_main:
             self.logs[METRICS].append(row)
         self.state = self.state.after(position, gates, bad, float(row["seconds"] or 0.0))
@@ -115,11 +115,11 @@ class Run:
             observer(self, row)
 
     def follow_generation(self, step: int) -> None:
-        """Read the shards that were made at `step`, from their first sample on."""
+        """Continues with the shards of the generation of `step`, from their first sample."""
         self.state = replace(self.state, generation=step, position=0)
 
     def keep_tau(self, tau: float) -> None:
-        """What was measured at the start, for a run that goes on."""
+        """Stores the measured tau for resumed runs."""
         self.state = replace(self.state, tau=tau)
 
     def finish(self, reason: str) -> None:
@@ -127,12 +127,12 @@ class Run:
         self.state = replace(self.state, finished=reason)
 
     def go_back_to(self, step: int) -> None:
-        """Leave the student of this step's checkpoint, not of the last step."""
+        """Loads the student of this step's checkpoint, which is then saved instead of the last one."""
         self.learner.restore(read(self.checkpoints.path(step)).tensors())
         self.student_step = step
 
     def check_rewards(self, max_bad: float, last: bool) -> None:
-        """Raise DataError when too many of the last ten steps' samples (at the end, of what there is) had no score."""
+        """Raises DataError if too many scores of the last ten steps failed; at the end, also of fewer steps."""
         bad = sum(count for count, _ in self.recent)
         asked = sum(count for _, count in self.recent)
         if (last or len(self.recent) == WINDOW) and bad > max_bad * asked:
@@ -142,7 +142,7 @@ class Run:
             )
 
     def shrink(self, error: Exception, size: int) -> int:
-        """Half the micro-batch, for good, after `error`; any other error than an exhausted memory is raised again."""
+        """Halves the micro-batch for the rest of the run if `error` says out of memory; else raises it again."""
         if not (should_reduce_batch_size(error) or isinstance(error, MemoryError)):
             raise error
         if size == 1 or self.ranks.world > 1:  # several ranks would have to shrink together
@@ -157,7 +157,7 @@ class Run:
         return size // 2
 
     def save(self) -> None:
-        """A checkpoint of this moment; all ranks must call, the main one writes, and all wait for it."""
+        """Saves a checkpoint. All ranks must call this; the main one writes, and all wait for it."""
         tensors = self.learner.tensors()
         if self.live is not None:
             tensors["teacher"] = self.live.tensors()
@@ -169,12 +169,12 @@ class Run:
         self.ranks.wait()
 
     def save_if_quick(self) -> None:
-        """For a process that has seconds left: a large checkpoint is not begun, the last one stands."""
+        """Saves a checkpoint unless it is too large for the few seconds after SIGTERM."""
         if self.learner.size() <= QUICK:
             self.save()
 
     def restore(self, saved: Saved) -> None:
-        """Go on from a checkpoint. Raises DataError when it lacks something that a bit-exact resume needs."""
+        """Resumes from a checkpoint. Raises DataError if it lacks something for a bit-exact resume."""
         files = saved.tensors()
         self.learner.restore(files)
         if self.live is not None:
@@ -189,12 +189,12 @@ Observer = Callable[[Run, Row], None]
 
 
 def checkpoints_in(out: Path, settings: TrainParams) -> Checkpoints:
-    """The checkpoints of the run in `out`, whether or not there are any."""
+    """The checkpoints of the run in `out`; there may be none yet."""
     return Checkpoints(out / "checkpoints", settings.checkpoints_total_limit)
 
 
 def nobody(learner: Learner) -> None:
-    """Nothing moves beside the student: it follows the stored teacher."""
+    """The follower for a stored teacher: None."""
 
 
 def open_run(
@@ -206,12 +206,12 @@ def open_run(
     state: State | None = None,
     follower: Callable[[Learner], Live | None] = nobody,
 ) -> Run:
-    """A run of `objective` in the folder `out`; what an earlier run has left beyond its step is removed.
+    """A run of `objective` in the folder `out`. Files of an earlier run after its step are removed.
 
-    All ranks must call. `saved`: the checkpoint that it goes on from; without one it starts at `state` (None: at its
-    first step). `follower` makes what moves beside the student.
+    All ranks must call this. The run resumes from the checkpoint `saved`; without one it starts at `state` (None: at
+    the first step). `follower` makes the teacher that follows the student.
 
-    Raises DataError when the checkpoint is of another network or lacks something.
+    Raises DataError if the checkpoint is of another network or incomplete.
     """
     train, ranks = objective.settings.train, objective.ranks
     learner = Learner(objective.student.network, train, ranks)

@@ -18,13 +18,13 @@ from rats.trainer.data import Batch
 
 @dataclass
 class Bridge:
-    """A place in the graph that lets gradients pass unless it is closed."""
+    """A place in the autograd graph that stops gradients while it is closed."""
 
     open: bool = True
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Nothing flows back over the bridge inside this block."""
+        """No gradient passes the bridge inside this block."""
         self.open = False
         try:
             yield
@@ -48,8 +48,8 @@ class _Cross(torch.autograd.Function):
 class Trajectory:
     """A student's path: N + 1 states (the noise first) and the N clean latents predicted before each step.
 
-    `sigmas`: the N + 1 of the states. `bridge` lies before the last k steps; None when the reward's gradient takes all
-    of them.
+    `sigmas`: those of the N + 1 states. `bridge` lies before the last k steps; None if the reward's gradient passes
+    through all steps.
     """
 
     states: list[Tensor]
@@ -74,8 +74,8 @@ def sample(
 
     Each step is docs/design.md, equation 3, and its prediction before it equation 4.
 
-    The shaping loss reaches every step. The reward shall reach only the last `last_k` (None: all): the forward
-    pass is the same, with a bridge before those steps that is closed for the reward's backward pass.
+    The gradient of the shaping loss reaches every step, that of the reward only the last `last_k` (None: all). For
+    that, a bridge lies before those steps and is closed in the reward's backward pass; the forward pass is the same.
     """
     steps = len(sigmas) - 1
     cut = steps - min(last_k or steps, steps)  # steps that the reward does not reach
@@ -93,9 +93,9 @@ def sample(
 
 
 def rounded(x_BTC: Tensor) -> Tensor:
-    """The latents as the store keeps the teacher's, with the gradient of the identity.
+    """The latents rounded as in the store, with the gradient of the unrounded ones.
 
-    So the gate's R_S is scored exactly as R_T was, and the reward's gradient shares its decoding (docs/design.md,
+    So the gate's R_S is computed exactly as R_T was, and the reward term uses the same decoding (docs/design.md,
     equation 11).
     """
     return x_BTC + (as_stored(x_BTC.detach()).to(x_BTC.dtype) - x_BTC.detach())

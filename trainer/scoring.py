@@ -1,4 +1,4 @@
-"""A reward's answer for a micro-batch, in which a bad sample costs itself and nothing else. B samples."""
+"""Scores of a micro-batch by a reward. A sample that fails does not affect the others. B samples."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Scored:
 
 
 def score(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> Scored:
-    """Score images in [0, 1]; NaN, an infinity or an exception makes a sample bad.
+    """Scores images in [0, 1]. A sample is bad if its score is NaN or infinite, or if it raises an exception.
 
-    A batch that raises is asked again one by one. Scores that are not finite leave the batch, and the others are
-    asked again without them: masking alone would not do, for 0 times the gradient of a NaN is NaN.
+    If a batch raises, its samples are scored one by one. Samples whose score is not finite are removed, and the others
+    are scored again without them. Masking would not be enough, since 0 times the gradient of a NaN is NaN.
 
-    Raises what says nothing about a picture: an exhausted memory, a lost device, a RatsError.
+    Raises errors that no picture causes: out of memory, a lost device, a RatsError.
     """
     try:
         scores_B = ask(reward, images_B3HW, list(prompts)).to(images_B3HW.device, torch.float32)
@@ -77,5 +77,5 @@ def _nothing(images_B3HW: Tensor) -> Scored:
 
 @lru_cache(maxsize=256)
 def _say_once(name: str, reason: str) -> None:
-    """A reward that fails every step should not fill the log with one line."""
+    """Logs each message once, so that a reward that fails in every step does not fill the log."""
     log.warning("reward %r gave no score for a picture, which is left out: %s", name, reason)

@@ -1,4 +1,4 @@
-"""Teachers that move: an average that follows the student, and one that is asked anew in every step.
+"""Teachers that follow the student: an average of its weights, and a teacher that runs in every step.
 
 B samples, H horizons (the noise first, the final last), T latent tokens, C channels, R rewards.
 """
@@ -22,40 +22,40 @@ from rats.trainer.scoring import score
 
 
 class Average:
-    """Moving average of a student's trained weights: what `refresh` rolls its next generation from.
+    """Moving average of a student's trained weights, by which `refresh` rolls out its next generation.
 
-    It asks nobody: the batch stays the stored one.
+    It runs no network: batches keep their stored trajectories.
     """
 
     in_loop = False
 
     def __init__(self, learner: Learner, decay: float) -> None:
-        """Starts from the weights of now. `decay` per update: 0 is the student itself, 1 never moves."""
+        """Starts with the present weights. `decay` per update: 0 is the student itself, 1 never changes."""
         self.weights: dict[str, Tensor] = {name: p.detach().clone() for name, p in learner.named.items()}
         self.decay = decay
 
     def trace(self, batch: Batch) -> Batch:
-        """The batch as it is."""
+        """The batch unchanged."""
         return batch
 
     @torch.no_grad()
     def follow(self, learner: Learner) -> None:
-        """Move towards the student, once an update (docs/design.md, equation 16)."""
+        """Moves towards the student, once for each update (docs/design.md, equation 16)."""
         if self.decay < 1:
             students: list[Tensor] = [learner.named[name] for name in self.weights]
             torch._foreach_lerp_(list(self.weights.values()), students, 1.0 - self.decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What an exact resume needs, on the CPU; where they are sharded, all ranks must ask at once."""
+        """Everything for a bit-exact resume, on the CPU. If sharded, all ranks must call this together."""
         return whole_by_name(self.weights)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `tensors` gave. Raises DataError when it is of another network."""
+        """Loads what `tensors` gave. Raises DataError if it is of another network."""
         put_back(tensors, self.weights, "teacher")
 
 
 class LiveTeacher(Average):
-    """A second network in the loop, whose weights are the average; `decay` 1 is a frozen teacher that is run anew.
+    """A second network in the loop, with the averaged weights. With `decay` 1 it is frozen, and runs each time.
 
     It starts from the batch's stored noise (rounded as the store keeps it; a rollout starts before that rounding).
     """
@@ -71,7 +71,7 @@ class LiveTeacher(Average):
         decode: Callable[[Tensor], Tensor],
         rewards: Sequence[Reward],
     ) -> None:
-        """`teacher.network` holds the learner's parameters by name; `grids`: the snapped sigmas, and the kept ones."""
+        """`teacher.network` has the learner's parameters by name. `grids`: snapped sigmas, and those of kept states."""
         network = dict(teacher.network.named_parameters())
         self.weights = {name: network[name] for name in learner.named}
         self.decay = decay

@@ -1,4 +1,4 @@
-"""Model families: what each published architecture has to say, and the models that are opened through it.
+"""Model families: one class for each published architecture, and the models that are opened through it.
 
 A family in a package of its own needs these three names (docs/families.md).
 """

@@ -1,7 +1,7 @@
-"""What sets one model family apart from another: the one file that a new family needs is a subclass of this.
+"""The base class of model families. A new family is one file with a subclass.
 
 Opening, guidance, training, scoring and planning are the same for all and live in `models.py`, `open.py` and
-`stages/plan/`. A subclass says what its diffusers pipeline calls things and repeats, in the pipeline's own
+`stages/plan/`. A subclass names the parts of its diffusers pipeline and repeats, in the pipeline's own
 arithmetic, how it packs, conditions, evaluates and decodes. It is found by name, through the entry points of
 `rats.families`.
 Shapes: B samples, T latent tokens, C channels, K frames.
@@ -26,31 +26,31 @@ EULER = FlowMatchEulerDiscreteScheduler.__name__
 
 
 class Family(ABC):
-    """One family at one resolution. It holds no weights."""
+    """A model family at one resolution. It holds no weights."""
 
     pipeline_class: ClassVar[Any]
-    """The diffusers pipeline that a student must draw in, and be told apart from in nothing."""
+    """The diffusers pipeline. A student must give the same pictures in it as here."""
     network_class: ClassVar[Any]
     vae_class: ClassVar[Any]
     encoders: ClassVar[Mapping[str, Any]]
-    """Class by component, of all that encodes prompts."""
+    """The classes of the text encoders, by component name."""
     tokenizers: ClassVar[Mapping[str, Any]]
     lora_targets: ClassVar[tuple[str, ...]]
-    """What `train.lora` adapts: ends of module names."""
+    """The modules that `train.lora` adapts, by the ends of their names."""
     depth: ClassVar[tuple[str, ...]]
-    """Fields of the network's configuration that count blocks, a kind each."""
+    """Fields of the network's configuration that hold numbers of blocks, one field for each kind of block."""
     embeds_guidance: ClassVar[bool] = False
     """Whether networks of this family may take `teacher.guidance_scale` as an input."""
     is_video: ClassVar[bool] = False
     longest_text: ClassVar[int] = 512
     """The largest `max_sequence_length` that the pipeline's call takes."""
     published: ClassVar[tuple[str, ...]] = ()
-    """How the hub ids of its pipelines begin: by them `rats init` knows the family before anything is fetched."""
+    """Prefixes of the hub ids of its pipelines. `rats init` finds the family by them before anything is fetched."""
     suggested: ClassVar[Mapping[str, Any]] = {}
-    """Fields of `teacher` in the params.yaml that `rats init` writes, where they are not the schema's own."""
+    """Fields of `teacher` that `rats init` writes into params.yaml, where they differ from the schema's defaults."""
 
     def __init__(self, settings: TeacherParams, vae: Any) -> None:
-        """`vae`: the decoder, or an outline of it: its configuration is read.
+        """`vae`: the decoder, with or without weights; only its configuration is read.
 
         Raises:
             ConfigError: a resolution, a number of frames or a guidance that the family cannot have.
@@ -62,7 +62,7 @@ class Family(ABC):
     @property
     @abstractmethod
     def pixel_multiple(self) -> int:
-        """What height and width must be multiples of."""
+        """Height and width must be multiples of this number of pixels."""
 
     @abstractmethod
     def latent_shape(self) -> tuple[int, int]:
@@ -92,14 +92,14 @@ class Family(ABC):
 
     @abstractmethod
     def to_vae(self, vae: Any, x_BTC: Tensor) -> Tensor:
-        """What the decoder takes, of clean latents in its dtype: unpacked, with scaling and shift undone."""
+        """The decoder's input, of clean latents in its dtype: unpacked, with scaling and shift undone."""
 
     def from_vae(self, decoded: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] of the decoder's output; of a video its scored frames (B, K, 3, H, W)."""
         return decoded
 
     def schedule(self, scheduler_config: Any, steps: int) -> dict[str, Any]:
-        """What the pipeline calls `scheduler.set_timesteps` with for so many steps."""
+        """The arguments with which the pipeline calls `scheduler.set_timesteps` for `steps` steps."""
         return {"num_inference_steps": steps}
 
     def guide(self, cond_BTC: Tensor, uncond_BTC: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class Family(ABC):
 
     @classmethod
     def call(cls, settings: TeacherParams) -> dict[str, int | float]:
-        """What the pipeline is called with, besides prompt and steps, to draw as a student: without true guidance."""
+        """The arguments of the pipeline's call for a student, besides prompt and steps. They turn off true CFG."""
         sizes = {"height": settings.height, "width": settings.width}
         return {**sizes, "max_sequence_length": settings.max_sequence_length}
 
@@ -148,17 +148,17 @@ def _check_settings(family: Family, settings: TeacherParams) -> None:
 
 
 PATCH = 2
-"""Latent positions of a network's patch a side, in every published network of these families."""
+"""Side of a network's patch in latent positions, for every published network of these families."""
 
 
 class PatchedFamily(Family):
-    """Pictures in patches. A family with another autoencoder says so in `vae_class` and `factor`."""
+    """Families whose tokens are patches of a picture. One with another autoencoder sets `vae_class` and `factor`."""
 
     vae_class = AutoencoderKL
 
     @property
     def factor(self) -> int:
-        """Pixels a latent position has a side."""
+        """Side of a latent position in pixels."""
         return 2 ** (len(self.vae_config.block_out_channels) - 1)
 
     @property
@@ -173,7 +173,7 @@ class PatchedFamily(Family):
     def dynamic_mu(self, scheduler_config: Any, max_shift: float) -> float:
         """`mu` of a shift that grows with the resolution: linear in the number of patches.
 
-        `max_shift`: what the pipeline takes where the scheduler's configuration does not say.
+        `max_shift`: the pipeline's default, for scheduler configurations without one.
         """
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
         low, high, at_low, at_high = (scheduler_config.get(name, default) for name, default in defaults.items())

@@ -1,4 +1,4 @@
-"""A family's parts put together: decoder, student, teacher, text encoders. B samples, T latent tokens, C channels."""
+"""Decoder, student, teacher and text encoders of a family. B samples, T latent tokens, C channels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rats.schemas.horizons import aligned
 from rats.schemas.params import evaluations_per_step
 
 SAMPLING = ("transformer", "vae", "scheduler")
-"""Components of a pipeline that encoding a prompt does without."""
+"""Components of a pipeline that are not needed to encode a prompt."""
 
 
 class FamilyDecoder:
-    """The VAE alone: all that a stored final needs to become a picture."""
+    """The VAE alone, which turns stored final latents into pictures."""
 
     def __init__(self, family: Family, vae: nn.Module) -> None:
         """Takes a loaded VAE, and freezes it."""
@@ -43,7 +43,7 @@ class FamilyStudent(FamilyDecoder):
     def __init__(
         self, family: Family, network: nn.Module, vae: nn.Module, scheduler: FlowMatchEulerDiscreteScheduler
     ) -> None:
-        """Takes loaded parts. Evaluations are in the dtype that the network has now, whatever is trained in later."""
+        """Takes loaded parts. Evaluations stay in the network's present dtype, even if its weights are cast later."""
         super().__init__(family, vae)
         self.network = cast(Any, network)
         self.scheduler = scheduler
@@ -51,7 +51,7 @@ class FamilyStudent(FamilyDecoder):
         self._embeds_guidance = bool(self.network.config.get("guidance_embeds"))
 
     def checkpoint_activations(self) -> None:
-        """Recompute activations of the network and of the decoder in the backward pass: less memory, a third slower."""
+        """Recompute the activations of network and decoder in the backward pass: less memory, about a third slower."""
         self.network.enable_gradient_checkpointing()
         self.vae.enable_gradient_checkpointing()
 
@@ -67,7 +67,7 @@ class FamilyStudent(FamilyDecoder):
         return self.family.evaluate(self.network, x_BTC.to(dtype), timestep_B, given, guidance_B).to(x_BTC.dtype)
 
     def stock_sigmas(self, steps: int) -> list[float]:
-        """The pipeline's own grid for so many steps, shifted once (statically or by resolution), then 0.
+        """The pipeline's own grid for `steps` steps, shifted once (statically or by resolution), then 0.
 
         `steps` + 1 values. Raises ConfigError when the scheduler's grid does not fall from 1.0 to 0.0.
         """
@@ -96,7 +96,7 @@ class FamilyText:
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
-        """The prompts' embeddings, batch first. One at a time: an embedding has the same bits in any company."""
+        """The prompts' embeddings, batch first. Each is encoded alone, so that its bits do not depend on the others."""
         each = [self.family.encode(self._pipeline, prompt) for prompt in prompts]
         return {name: torch.cat([one[name] for one in each]) for name in each[0]}
 
@@ -112,7 +112,7 @@ class FamilyTeacher(FamilyStudent):
         scheduler: FlowMatchEulerDiscreteScheduler,
         text: FamilyText | None,
     ) -> None:
-        """Takes loaded parts; without `text` it cannot encode, nor guide against a negative prompt."""
+        """Takes loaded parts. Without `text` it can neither encode prompts nor guide against a negative prompt."""
         super().__init__(family, network, vae, scheduler)
         self.network.requires_grad_(False).eval()
         scale = self.settings.true_cfg_scale
@@ -136,12 +136,12 @@ class FamilyTeacher(FamilyStudent):
 
     @torch.no_grad()
     def unguided_velocity(self, x_BTC: Tensor, sigma: float, conditioning: Conditioning) -> Tensor:
-        """Velocity (B, T, C) without true CFG, which is the untrained student; at embedded scale 1 if that is all."""
+        """Velocity (B, T, C) without CFG. If the only guidance is the embedded scale, it is 1 here."""
         embedded = self.settings.guidance_scale if self.evaluations_per_step > 1 else 1.0
         return self._evaluate(x_BTC, sigma, conditioning, embedded)
 
     def forget_encoders(self) -> None:
-        """Encode the negative prompt, if it is asked for in sampling, and let the text encoders go."""
+        """Free the text encoders, after encoding the negative prompt if sampling needs it."""
         if self.evaluations_per_step > 1:
             self._negatives(1)
         self._text = None

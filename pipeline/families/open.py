@@ -172,7 +172,7 @@ class Model:
         return pipeline
 
     def rebuilt_network(self, weights: dict[str, Tensor], lora: LoraParams | None) -> nn.Module:
-        """A network with these trained weights (CPU tensors by name), to be saved; `lora`: they are its adapters.
+        """A network with these trained weights (CPU tensors by name), for saving. With `lora`, they are its adapters.
 
         The network in training cannot be saved as it is: it may be sharded, and it is in float32 where `model.dtype` is
         not. This one is built on the CPU, since the device's memory is full.
@@ -229,7 +229,7 @@ def fitting_family(index: Mapping[str, Any]) -> str | None:
     for name in found(FAMILIES):
         try:
             cls: type[Family] = load_plugin(FAMILIES, name)
-        except ConfigError:  # what cannot be imported here fits nobody here
+        except ConfigError:  # a family that cannot be imported cannot open the model
             continue
         if cls.pipeline_class.__name__ == index.get("_class_name"):
             return name

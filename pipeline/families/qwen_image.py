@@ -28,8 +28,8 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
 class OneFrameVAE(AutoencoderKLQwenImage):
     """The published VAE, able to recompute activations of single frames.
 
-    diffusers' own cannot: it was made for videos, whose frames hand each other their last activations. One frame needs
-    none of them, so that its decoder's blocks can run again.
+    diffusers' own class cannot: it is made for videos, where each frame uses cached activations of the one before. A
+    single frame uses none, so its decoder's blocks can be run again.
     """
 
     _supports_gradient_checkpointing = True

@@ -21,7 +21,7 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
     from diffusers import StableDiffusion3Pipeline
 
 CLIP_TOKENS = 77
-"""Of both CLIP encoders; T5's `max_sequence_length` tokens stand behind them."""
+"""Tokens of both CLIP encoders. T5's `max_sequence_length` tokens follow them."""
 
 
 class StableDiffusion3(PatchedFamily):

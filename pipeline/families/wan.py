@@ -1,7 +1,7 @@
 """The Wan family: Wan2.1-T2V and anything in its format. Videos.
 
 Every number follows `diffusers.WanPipeline`: latents, timesteps, guidance and decoding. Its published scheduler is
-another solver: `Wan.scheduler` says what becomes of it.
+another solver: `Wan.scheduler` replaces it.
 Shapes: B samples, T latent tokens, C channels, F latent frames of h x w positions, K scored frames.
 """
 
@@ -46,8 +46,8 @@ OTHER_GRIDS = (
 class FramewiseVAE(AutoencoderKLWan):
     """The published VAE, able to recompute activations: one latent frame at a time, keeping the caches between them.
 
-    diffusers' own cannot: its decoder hands every frame the last activations of the one before in a list that it
-    changes in place. Here each frame's list is its own, and the gradient flows through it as before.
+    diffusers' own class cannot: its decoder passes the last activations of each frame to the next one in a list that it
+    changes in place. Here each frame gets its own list. The gradient flows through it as before.
     """
 
     _supports_gradient_checkpointing = True

@@ -1,1 +1,1 @@
-"""Files: local folders and buckets, atomic writes, verified reads, the cache of what was fetched."""
+"""Files: local folders and buckets, atomic writes, verified reads, and a cache of remote data."""

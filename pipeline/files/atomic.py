@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all: temporary name, fsync, rename.
+"""Atomic writes of local files and folders: temporary name, fsync, rename.
 
-A final name never holds a part of a file; what a killed process left under a temporary name is removed
-when the same file is written next. In a remote place one upload is what the rename is here (`remote`).
+A final name never holds a partial file. A temporary file that a killed process left is removed when the same file is
+written next. In a remote store, a single upload does what the rename does here (`remote`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def atomic_write(path: Path, data: bytes) -> None:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary file name beside `path`; what the body wrote there takes `path`'s place when it succeeds.
+    """A temporary file name beside `path`. If the body succeeds, the file that it wrote there replaces `path`.
 
     Raises:
         StorageError: the disk is full or fails; what was at `path` is still there.
@@ -49,7 +49,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_path(path: Path) -> Iterator[Path]:
-    """A name to write under, beside `path`; removed at the end unless `put` has moved it."""
+    """A temporary name beside `path`. The file is removed at the end, unless `put` moved it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -59,7 +59,7 @@ def temporary_path(path: Path) -> Iterator[Path]:
 
 
 def put(temporary: Path, path: Path) -> None:
-    """Make a written temporary file the one at `path`, on the disk when this returns."""
+    """Move a written temporary file to `path`; it is synced to the disk when this returns."""
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
@@ -67,9 +67,9 @@ def put(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place, synced, when the body succeeds.
+    """A temporary folder beside `path` that replaces it, synced, if the body succeeds.
 
-    An old folder is moved aside first: for a moment there is none at `path`, never a mixed one.
+    An old folder is moved aside first. For a moment there is none at `path`, but never a mixed one.
     """
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def storage_errors(path: object, size: int | None = None) -> Iterator[None]:
-    """Turn the operating system's errors while writing `path` (`size` bytes) into ours."""
+    """Turns errors of the operating system while `path` is written (`size` bytes) into RatsErrors."""
     try:
         yield
     except RatsError:
@@ -147,7 +147,7 @@ def storage_errors(path: object, size: int | None = None) -> Iterator[None]:
 
 
 def _errno(error: BaseException) -> int:
-    """The system's error number; safetensors (Rust) has it in its text only."""
+    """The system's error number. Errors of safetensors (Rust) have it only in their text."""
     if isinstance(error, OSError) and error.errno:
         return error.errno
     text = str(error)
@@ -160,7 +160,7 @@ def _free(size: int | None) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    """A temporary name in the same folder; leftovers of the same file go first, if their writers are dead."""
+    """A temporary name in the same folder. Temporary files that dead writers of the file left are removed first."""
     for stale in path.parent.glob(f"{escape(own_prefix(path.name))}*.tmp"):
         if is_abandoned(stale.name):
             remove(stale)
@@ -169,7 +169,7 @@ def _temporary(path: Path) -> Path:
 
 @contextmanager
 def file_lock(path: Path, seconds: float) -> Iterator[bool]:
-    """Whether the lock was got within `seconds`.
+    """Holds the lock in the block. Gives whether it was acquired within `seconds`.
 
     Raises:
         CannotCreateError: the lock's folder cannot be written.

@@ -1,4 +1,4 @@
-"""A local cache of what was read from a remote store: bounded in size, and checked at every use.
+"""A local cache of data from remote stores. Its size is bounded, and its files are checked at every use.
 
 `RATS_CACHE_DIR` names the folder (default: ~/.cache/rats), `RATS_CACHE_GIB` its size (default: 20; 0: no cache).
 Several processes may share it.
@@ -16,7 +16,7 @@ from rats.schemas.errors import ConfigError, RatsError
 
 DEFAULT_GIB = 20.0
 _SLACK = 0.05
-"""How much of the limit may be written before the folder's size is looked at again."""
+"""The share of the limit that may be written before the folder's size is measured again."""
 
 
 class Cache:
@@ -24,7 +24,7 @@ class Cache:
 
     Attributes:
         folder: Where they lie.
-        limit: Bytes. One process keeps to it; of several, each may be a twentieth above it for a moment.
+        limit: In bytes. One process never exceeds it; each of several may exceed it by a twentieth for a moment.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -33,7 +33,7 @@ class Cache:
         self._written = self._room = 0
 
     def get(self, name: str, fetch: Callable[[], bytes], is_whole: Callable[[bytes], bool]) -> bytes:
-        """The bytes of that name: the cached ones if they are whole, else what `fetch` gives, kept if it is whole."""
+        """The cached bytes of that name if they are valid, else those of `fetch`, which are then cached if valid."""
         path = self.folder / name[:2] / name
         data = _read(path)
         if data is not None and is_whole(data):
@@ -45,7 +45,7 @@ class Cache:
         return data
 
     def _keep(self, path: Path, data: bytes) -> None:
-        """Make room first, so that the bound holds at every moment; a cache that cannot be written is no error."""
+        """Makes room first, so that the limit always holds. A cache that cannot be written is no error."""
         if len(data) > self.limit:
             return
         if self._written + len(data) > self._room:
@@ -57,7 +57,7 @@ class Cache:
             self._room = 0
 
     def _make_room(self, wanted: int) -> int:
-        """Remove the longest unused until `wanted` bytes and some slack fit; returns how many may be written now."""
+        """Removes the least recently used files until `wanted` bytes and some slack fit; returns how many fit now."""
         files = sorted((stat.st_mtime_ns, stat.st_size, path) for path, stat in self._files())
         used = sum(size for _, size, _ in files)
         room = max(wanted, int(self.limit * _SLACK))
@@ -80,7 +80,7 @@ class Cache:
 
 @lru_cache(maxsize=1)
 def shared() -> Cache:
-    """The cache of this process's environment."""
+    """The cache of this process, as the environment variables describe it."""
     text = os.environ.get("RATS_CACHE_GIB", str(DEFAULT_GIB))
     try:
         limit = int(float(text) * 2**30)

@@ -1,7 +1,7 @@
-"""Temporary names: hidden, in the folder of what is being written, and saying who writes it.
+"""Temporary names: hidden names beside the final one, with machine and process of the writer.
 
-A process that is killed leaves its temporary file behind. The name says on which machine and in which process it was
-made, so that whoever finds it can tell whether its writer is gone.
+A process that is killed leaves its temporary file behind. By its name, another process can find out whether the writer
+is still running.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def temporary_name(name: str) -> str:
 
 
 def own_prefix(name: str) -> str:
-    """How all temporary names of `name` begin that were made on this machine."""
+    """The prefix of all temporary names of `name` that were made on this machine."""
     return f".{name}.{socket.gethostname()}-"
 
 
@@ -38,7 +38,7 @@ def is_abandoned(name: str) -> bool:
 def is_dead(name: str, written: float, since: float) -> bool:
     """Whether a temporary file that was `written` before `since` (seconds since 1970) has no writer any more.
 
-    Nobody can ask another machine for its processes: a writer there is gone when it was silent for a day more.
+    The processes of another machine are unknown: a writer there counts as dead after one more day.
     """
     match = _NAME.fullmatch(name)
     if match is None or written > since:

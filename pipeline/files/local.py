@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 
 class LocalPlace(PosixPath):
-    """A path that answers what `places.Place` asks."""
+    """A local path as a `places.Place`."""
 
     __slots__ = ()
 
@@ -30,7 +30,7 @@ class LocalPlace(PosixPath):
         return self
 
     def open_plain(self) -> Any:
-        """The file, if it is a plain one: a link could lead out of the folder."""
+        """Opens a regular file. Links are refused, since they could lead out of the folder."""
         try:
             handle = os.open(self, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
@@ -51,7 +51,7 @@ class LocalPlace(PosixPath):
                 raise StorageError(f"cannot read {self}: {error.strerror}") from None
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Fewer at the end of a file that was cut (never more memory than the file has)."""
+        """Fewer bytes if the file was cut. Never allocates more than the file's size."""
         with self.open_plain() as file:
             try:
                 return _read_range(file, start, end)
@@ -59,25 +59,25 @@ class LocalPlace(PosixPath):
                 raise StorageError(f"cannot read {self}: {error}", "check the disk") from None
 
     def cached(self, name: str, read: Callable[[], bytes], is_whole: Callable[[bytes], bool]) -> bytes:
-        """What `read` gives: a copy of a local file would be no nearer."""
+        """As `read`: local files are not cached."""
         return read()
 
     def sizes(self) -> dict[str, int]:
-        """Links and hidden files included."""
+        """Includes links and hidden files."""
         return {path.name: path.lstat().st_size for path in self.iterdir()} if self.is_dir() else {}
 
     def refuse_links(self) -> None:
-        """`open_plain` looks at a path's last part only."""
+        """Checks the folders, since `open_plain` checks only the last part of a path."""
         for path in [*self.glob("*"), *self.glob("scores/*")]:
             if path.is_symlink() and path.is_dir():
                 raise DataError(f"{path} is a link to another folder (a link is refused)")
 
     def write(self, data: bytes) -> None:
-        """Under a temporary name, then renamed."""
+        """Writes under a temporary name, then renames."""
         atomic_write(self, data)
 
     def create(self, data: bytes) -> bool:
-        """The caller holds a lock, which decides between two at once."""
+        """Not atomic: the caller must hold a lock."""
         if self.exists():
             return False
         self.write(data)
@@ -85,24 +85,24 @@ class LocalPlace(PosixPath):
 
     @contextmanager
     def temporary(self) -> Iterator[LocalPlace]:
-        """Beside the place, so that `put` need only rename."""
+        """A temporary file in the same folder, so that `put` only renames."""
         with storage_errors(self), temporary_path(self) as path:
             yield LocalPlace(path)
 
     def put(self, temporary: Path) -> None:
-        """On the disk when this returns."""
+        """The file is synced to the disk when this returns."""
         put(temporary, self)
 
     def lock(self, seconds: float) -> AbstractContextManager[bool]:
-        """Among the processes of this machine; released when the holder dies."""
+        """A lock among the processes of this machine. It is released if its holder dies."""
         return file_lock(self, seconds)
 
     def concurrently(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """One after the other: a local disk answers at once."""
+        """One after the other, since a local disk needs no waiting."""
         return [function(item) for item in items]
 
     def free(self) -> int:
-        """Of the disk that holds the nearest folder above which is there."""
+        """Free bytes of the disk with the nearest existing parent folder."""
         here = self.absolute()
         return shutil.disk_usage(next(folder for folder in (here, *here.parents) if folder.exists())).free
 

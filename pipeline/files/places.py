@@ -1,7 +1,7 @@
 """Where a store lies: a local folder, or any fsspec location ("s3://bucket/store", "gs://...", "memory://...").
 
-`Place` is what the rest of the program knows of it. Code that is local by its nature (runs, checkpoints, models,
-reports) uses pathlib.
+The rest of the program uses only `Place`. Code for local files alone (runs, checkpoints, models, reports) uses
+pathlib.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-"""The extra of this package that brings a protocol's file system."""
+"""The extra of this package that installs a protocol's file system."""
 
 
 class Place(Protocol):
-    """A file or folder of a store; `LocalPlace` and `RemotePlace` say how.
+    """A file or folder of a store. `LocalPlace` and `RemotePlace` implement it.
 
     Attributes:
-        has_locks: Whether `lock` keeps others out. Where it does not, `create` decides between two at once.
+        has_locks: Whether `lock` excludes other processes. If not, only `create` is atomic between processes.
     """
 
     has_locks: bool
@@ -55,7 +55,7 @@ class Place(Protocol):
 
     @property
     def local(self) -> Path | None:
-        """The place as the operating system knows it; None of a remote one."""
+        """The local path; None for a remote place."""
 
     def open_plain(self) -> Any:
         """An unbuffered binary reader of a plain file.
@@ -72,7 +72,7 @@ class Place(Protocol):
         """The bytes from `start` to before `end`, fewer where the file ends earlier; raises as `open_plain`."""
 
     def cached(self, name: str, read: Callable[[], bytes], is_whole: Callable[[bytes], bool]) -> bytes:
-        """What `read` gives; of a remote place kept under `name` in the local cache if `is_whole`, and found there."""
+        """As `read`. A remote file is kept in the local cache under `name`, if `is_whole` accepts its bytes."""
 
     def sizes(self) -> dict[str, int]:
         """Size by name of the files directly in a folder; empty when there is none."""
@@ -81,7 +81,7 @@ class Place(Protocol):
         """DataError when a folder of the set that lies here is a link."""
 
     def write(self, data: bytes) -> None:
-        """Write a whole file, or leave what is there.
+        """Writes a file atomically.
 
         Raises:
             StorageError: the disk is full or fails, or the store cannot be reached.
@@ -89,7 +89,7 @@ class Place(Protocol):
         """
 
     def create(self, data: bytes) -> bool:
-        """As `write`, unless something is there already; says whether it wrote."""
+        """As `write`, unless the file exists already. Returns whether it wrote."""
 
     def temporary(self) -> AbstractContextManager[LocalPlace]:
         """A local name to write a large file under, removed at the end; errors of the body are those of `write`."""
@@ -98,13 +98,13 @@ class Place(Protocol):
         """Make the file written under `temporary` the one at this place."""
 
     def lock(self, seconds: float) -> AbstractContextManager[bool]:
-        """Whether the lock of this name was got within `seconds`."""
+        """Holds a lock in the block. Gives whether it was acquired within `seconds`."""
 
     def concurrently(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """`function` of every item, in order: many at once where each is a request to a remote place."""
+        """`function` of every item, in order. For a remote place, many calls run at once."""
 
     def free(self) -> int | None:
-        """Bytes that can still be written here; None where that cannot be known."""
+        """Bytes that can still be written here; None if unknown."""
 
     def copy_to(self, target: Path) -> None:
         """Make a local file with this content, its folder made where needed."""
@@ -143,6 +143,6 @@ def _open_remote(url: str, protocol: str) -> RemotePlace:
 
 
 def matching(folder: Place, pattern: str) -> list[Place]:
-    """What matches below a folder, by name; nothing when there is none."""
+    """The paths below a folder that match, sorted by name; none if the folder does not exist."""
     found: list[Place] = list(folder.glob(pattern))
     return sorted(found, key=str)

@@ -11,7 +11,7 @@ from rats.pipeline.files.places import Place
 from rats.schemas.errors import StorageError
 
 _CHUNK = 1 << 20
-"""Read at once: small enough that a second hash of a piece finds it in the processor's cache."""
+"""Bytes read at once. So few stay in the processor's cache until they are hashed a second time."""
 
 
 def hash_bytes(data: bytes) -> str:
@@ -51,7 +51,7 @@ def hash_ranges(path: Place, ranges: Sequence[tuple[int, int]]) -> tuple[str, li
 
 
 def _pieces(path: Place) -> Iterator[memoryview]:
-    """A file's bytes in order, in one buffer that is used again: allocating would cost as much as hashing."""
+    """A file's bytes in order, in one reused buffer: allocating new ones would cost as much as hashing."""
     buffer = memoryview(bytearray(_CHUNK))
     with path.open_plain() as file:
         while count := _read_into(file, buffer, path):

@@ -1,9 +1,8 @@
 """A place in an object store, through fsspec.
 
-An object store has no rename, no links and no locks. What stands in for them: an object appears whole when its one
-upload ends, so nothing has to be renamed; the document that vouches for it comes after it, so a killed writer leaves
-nothing that is believed; and a name that must be taken once is created with the store's own condition "only if there
-is none" (`create`), where a local store uses a lock.
+An object store has no rename, no links and no locks. Instead: an object appears whole when its single upload ends, so
+nothing has to be renamed. The document that describes it is written after it, so that what a killed writer left is
+never read. And where a local store uses a lock, a name is taken by the store's own conditional write (`create`).
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 REQUESTS = 32
-"""Remote requests at once: each waits tens of milliseconds and costs nothing."""
+"""Remote requests at once. Each one waits tens of milliseconds and needs no processor."""
 
 
 class RemotePlace(ProxyUPath):
-    """An fsspec location that answers what `places.Place` asks."""
+    """An fsspec location as a `places.Place`."""
 
     has_locks = False
 
     @property
     def local(self) -> None:
-        """None: the operating system does not know it."""
+        """None: it has no local path."""
 
     def open_plain(self) -> Any:
-        """The object: there are no links."""
+        """Opens the object. Object stores have no links."""
         with _reading(self):
             return self.fs.open(self.path, "rb")
 
@@ -50,7 +49,7 @@ class RemotePlace(ProxyUPath):
             return self.fs.cat_file(self.path)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """One request, of these bytes alone."""
+        """One request for these bytes only."""
         with _reading(self):
             return self.fs.cat_file(self.path, start=start, end=end)
 
@@ -67,15 +66,15 @@ class RemotePlace(ProxyUPath):
         return {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
 
     def refuse_links(self) -> None:
-        """There are none."""
+        """Does nothing: object stores have no links."""
 
     def write(self, data: bytes) -> None:
-        """One upload: the object is there whole, or as it was before."""
+        """Writes an object by one upload. If that fails, the old object is still there."""
         with _writing(self):
             self.fs.pipe_file(self.path, data)
 
     def create(self, data: bytes) -> bool:
-        """Of several at once, exactly one does."""
+        """Of several writers at once, exactly one succeeds."""
         with _writing(self):
             try:
                 self.fs.pipe_file(self.path, data, mode="create")
@@ -85,12 +84,12 @@ class RemotePlace(ProxyUPath):
 
     @contextmanager
     def temporary(self) -> Iterator[LocalPlace]:
-        """In a temporary folder of this machine."""
+        """A file in a temporary folder of this machine."""
         with storage_errors(self), tempfile.TemporaryDirectory(prefix="rats-") as folder:
             yield LocalPlace(folder, self.name)
 
     def put(self, temporary: Path) -> None:
-        """One upload, whose size is looked at afterwards."""
+        """One upload, whose size is checked afterwards."""
         with _writing(self):
             self.fs.put_file(str(temporary), self.path)
             there, here = self.fs.size(self.path), temporary.stat().st_size
@@ -98,7 +97,7 @@ class RemotePlace(ProxyUPath):
                 raise StorageError(f"{self} has {there} of {here} bytes", "run the same command again")
 
     def lock(self, seconds: float) -> AbstractContextManager[bool]:
-        """Always got: `create` decides between two."""
+        """Always acquired: object stores have no locks, and `create` is atomic."""
         return nullcontext(True)
 
     def concurrently(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
@@ -107,7 +106,7 @@ class RemotePlace(ProxyUPath):
             return list(pool.map(function, items))
 
     def free(self) -> None:
-        """None: nobody can know."""
+        """None: unknown."""
 
     def copy_to(self, target: Path) -> None:
         """A download."""
@@ -116,7 +115,7 @@ class RemotePlace(ProxyUPath):
             self.fs.get_file(self.path, str(target))
 
     def is_copied_to(self, target: Path) -> bool:
-        """Byte by byte for a document, by size for the rest: the documents hold the hashes of all that is larger."""
+        """Compares documents byte by byte, other files by size, since the documents have their hashes."""
         if self.suffix != ".json":
             return target.stat().st_size == self.stat().st_size
         return target.read_bytes() == self.read()
@@ -124,7 +123,7 @@ class RemotePlace(ProxyUPath):
 
 @contextmanager
 def _reading(place: RemotePlace) -> Iterator[None]:
-    """Turns a remote file system's errors, of a dozen libraries, into ours."""
+    """Turns the errors of remote file systems into RatsErrors."""
     try:
         yield
     except RatsError:

@@ -15,13 +15,13 @@ from rats.pipeline.weights.hub import find_checkpoint
 from rats.schemas.errors import RatsError
 
 NOT_THE_SAMPLES_FAULT = (RatsError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
-"""Errors that say nothing about a picture: they end the task or the step, and no sample is blamed."""
+"""Errors that no picture causes. They end the task or the step; no sample is marked as failed."""
 
 
 def ask(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
-    """Scores (B,) as the reward gives them, NaN and infinities included; of videos (B, K, 3, H, W) the frames' mean.
+    """Scores (B,) as the reward gives them, NaN and infinities included. Videos (B, K, 3, H, W) get their frames' mean.
 
-    Raises ValueError for scores of another shape: broadcast, they would be somebody else's.
+    Raises ValueError for scores of another shape: broadcasting would give pictures the scores of others.
     """
     if images_B3HW.ndim == 5:
         frames_BK3HW, count = images_B3HW, images_B3HW.shape[1]
@@ -34,7 +34,7 @@ def ask(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
 
 
 def is_differentiable(reward: Reward) -> bool:
-    """Whether its scores carry a gradient to the pixels: its attribute `differentiable`, true if it has none."""
+    """Whether its scores have a gradient to the pixels: its attribute `differentiable`, by default true."""
     return bool(getattr(reward, "differentiable", True))
 
 
@@ -43,7 +43,7 @@ class CheckpointReward:
 
     adapter: ClassVar[str]
     version: ClassVar[int]
-    """Of its preprocessing and formula: raised when the same weights give other scores."""
+    """Version of preprocessing and formula. It is increased when the same weights give other scores."""
     checkpoints: ClassVar[tuple[str, ...]]
     """Names that the file may have, the preferred one first."""
 

@@ -36,7 +36,7 @@ class ClipFolder(CheckpointReward):
 
     checkpoints: ClassVar[tuple[str, ...]] = ("model.safetensors", "pytorch_model.bin")
     tokenizer_source: ClassVar[HubCommit] = CLIP_L_14
-    """For folders without a vocabulary."""
+    """Where the tokenizer comes from if the folder has no vocabulary."""
 
     def __init__(self, path: Path, name: str | None = None, device: str = "cpu") -> None:
         """Loads the folder `path`, or that of the file `path`, in float32; its name is the adapter's if not given."""
@@ -69,7 +69,7 @@ def open_tokenizer(cls: Any, folder: Path, source: HubCommit) -> Any:
 
 
 def vocabulary(folder: Path, source: HubCommit) -> Path:
-    """The folder itself if it has a vocabulary, else the hub's. Raises ConfigError when that is not in reach."""
+    """The folder itself if it has a vocabulary, else the hub's. Raises ConfigError if that cannot be fetched."""
     if any((folder / name).is_file() for name in VOCABULARY_FILES):
         return folder
     return resolve(source.repository, source.commit, SMALL_FILES)
@@ -83,7 +83,7 @@ def import_clip() -> tuple[Any, Any, Any]:
 
 
 def token_ids(tokenizer: Any, prompts: list[str], length: int, device: Any) -> Tensor:
-    """Token ids (B, length), cut and padded. CLIP's text tower looks left only, so no mask is needed."""
+    """Token ids (B, length), cut and padded. CLIP's text tower is causal, so it needs no mask."""
     tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     return tokens.input_ids.to(device)
 

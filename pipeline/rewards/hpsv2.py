@@ -1,8 +1,8 @@
 """HPS v2 and v2.1 (Wu et al. 2023): an open_clip checkpoint, run by transformers' CLIPModel.
 
-Two layouts: `HPS_v2.1_compressed.pt` or `HPS_v2_compressed.pt` (ViT-H-14, alone or in a folder or hub repository, where
-the file's name in the path chooses, v2.1 if it is not there), or open_clip's folder (`open_clip_config.json` +
-`open_clip_model.safetensors`) of any size.
+Two layouts are read. One is a single file of ViT-H-14, `HPS_v2.1_compressed.pt` or `HPS_v2_compressed.pt`; of a folder
+or hub repository, v2.1 is taken unless the path names the file. The other is open_clip's folder, of any size
+(`open_clip_config.json` and `open_clip_model.safetensors`).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _tower(settings: dict[str, Any], heads: int) -> dict[str, int]:
 
 
 def open_clip_config(folder: Path) -> dict[str, Any]:
-    """What open_clip_config.json says, else ViT-H-14's architecture."""
+    """The content of open_clip_config.json; without one, ViT-H-14's architecture."""
     settings = folder / "open_clip_config.json"
     return read_json(settings) if settings.is_file() else {"model_cfg": VIT_H_14}
 

@@ -23,10 +23,10 @@ from rats.schemas.errors import DataError
 
 TOKENIZER = HubCommit("google-bert/bert-base-uncased", "86b5e0934494bd15c9632b12f734a8a67f723594")
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""Mean and spread of the raw reward, fixed upstream."""
+"""Mean and standard deviation of the raw reward, fixed upstream."""
 
 LENGTH, SIZE = 35, 224
-"""Prompts are cut here upstream, and pictures are so large."""
+"""Upstream's length of prompts in tokens and side of pictures in pixels."""
 
 VISION_NAMES = (
     (r"^cls_token$", "embeddings.class_embedding"),
@@ -96,7 +96,7 @@ class ImageRewardNetwork(nn.Module):
         super().__init__()
         with quiet_loading():
             from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-        # A decoder in name, for the cross attention; called as an encoder it looks both ways, as upstream does.
+        # is_decoder adds the cross attention; the model is still called as an encoder, whose attention is not causal
         text = {**text, "encoder_hidden_size": vision["hidden_size"], "is_decoder": True}
         # Unused here, but the defaults lie outside of a small vocabulary.
         text |= {"bos_token_id": 0, "eos_token_id": 0, "sep_token_id": 0}

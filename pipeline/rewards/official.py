@@ -1,7 +1,7 @@
 """`backend: official`: rewards in their own packages, by their authors' classes and preprocessing, for comparisons.
 
-Their pins clash with newer transformers and with our tests' packages: `pip install 'rats[rewards]'` in an environment
-of its own. They preprocess one picture after the other, from 8 bits, on the CPU.
+They pin older transformers and packages that our tests cannot use: install `rats[rewards]` in an environment of its
+own. They preprocess one picture after the other, from 8 bits, on the CPU.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from rats.schemas.errors import ConfigError, DataError, reason
 
 INSTALL = "pip install 'rats[rewards]', in an environment of its own (docs/rewards.md)"
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
-"""Of ImageReward's tensors: what its score does without."""
+"""Prefixes of ImageReward's tensors that its score does not use."""
 
 
 def official_fingerprint(package: str, weights: Path) -> str:
-    """Identity of a reward in its own package: the versions that decide its formula and its pixels, and its files."""
+    """Fingerprint of a reward in its own package: the package's version, torchvision's, and the files."""
     identity = f"{package}-official-{_version(package)}-torchvision-{_version('torchvision')}"
     return adapter_fingerprint(identity, 1, [weights], weights.parent)
 
@@ -46,7 +46,7 @@ def _version(package: str) -> str:
 
 @contextmanager
 def _importing(package: str) -> Iterator[None]:
-    """Imports of a package that silences the warnings of the whole process: they are as before afterwards."""
+    """Imports a package that turns off warnings for the whole process, and restores them afterwards."""
     _version(package)
     try:
         with warnings.catch_warnings(), quiet_imports():
@@ -57,7 +57,7 @@ def _importing(package: str) -> Iterator[None]:
 
 
 def own_pixels(images_B3HW: Tensor, preprocess: Callable[[Image.Image], Tensor], ours_B3SS: Tensor) -> Tensor:
-    """What the package makes of each picture's 8-bit file, with the gradient of our differentiable preprocessing."""
+    """The package's preprocessing of each picture in 8 bits, with the gradient of our differentiable preprocessing."""
     levels = (images_B3HW.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
     theirs = torch.stack([preprocess(Image.fromarray(picture)) for picture in levels]).to(ours_B3SS)
     return theirs + (ours_B3SS - ours_B3SS.detach())

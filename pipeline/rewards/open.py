@@ -1,6 +1,6 @@
-"""Rewards by adapter name; a reward's module is imported when it is asked for, and not before.
+"""Opens rewards by adapter name. A reward's module is imported on first use.
 
-What a reward *is* is the content of its files (`identify`), never their path or revision: those say where to look.
+A reward is identified by the content of its files (`identify`), never by their path or revision.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def reward_fingerprint(reward: RewardParams) -> str:
 
 
 def pin_reward(reward: RewardParams) -> RewardParams:
-    """The same with absolute paths or the hub's commit of now, so that every worker, whenever, reads one content."""
+    """The same with absolute paths or the hub's current commit, so that every worker reads the same files."""
     _, revision = _located(reward, _adapter(reward))
     paths = {"path": absolute_if_local(reward.path)}
     if reward.token_file is not None:
@@ -38,7 +38,7 @@ def pin_reward(reward: RewardParams) -> RewardParams:
 
 
 def _token(reward: RewardParams) -> dict[str, str]:
-    """What only a server's client takes: adapters of other packages know nothing of it."""
+    """The `token_file` argument, only if it is set: other adapters than `url` do not accept it."""
     return {} if reward.token_file is None else {"token_file": reward.token_file}
 
 
@@ -55,7 +55,7 @@ def _adapter(reward: RewardParams) -> type[RewardAdapter]:
 
 
 def _located(reward: RewardParams, adapter: type[RewardAdapter]) -> tuple[Path | str, str | None]:
-    """Where the reward lies on this machine, and the hub's commit that it is of."""
+    """Where the reward lies on this machine, and its commit on the hub."""
     if not adapter.checkpoints:
         return reward.path, reward.revision
     try:

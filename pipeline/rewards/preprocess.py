@@ -14,19 +14,19 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 Fit = Literal["crop", "crop-rounded", "pad"]
-"""How a picture that is not square becomes one: its centre, cut as transformers cuts it or as torchvision does (half
-slacks rounded to even, not down), or all of it, its longest edge at the size and the rest black."""
+"""How a picture becomes square. "crop" cuts out the centre as transformers does. "crop-rounded" does so as torchvision,
+which rounds half a pixel to even and not down. "pad" scales the longest edge to the size and fills up with black."""
 
 
 Overshoot = Literal["kept", "cut", "rounded"]
-"""What a resized picture goes through after each direction: nothing, a cut to [0, 1], PIL's rounding to 8 bits too."""
+"""What follows the resizing of each direction: nothing, clamping to [0, 1], or PIL's rounding to 8 bits too."""
 
 PUBLISHED = 224
-"""Pixels a side of the published checkpoints, the smallest that a package resizes pictures for by PIL."""
+"""Side of the published checkpoints' pictures in pixels. From this size on, the packages resize by PIL."""
 
 
 def as_pil(size: int) -> Overshoot:
-    """PIL's rounding for checkpoints of the published size; smaller ones were trained and are scored without it."""
+    """PIL's rounding for checkpoints of the published size. Smaller ones are trained and scored without it."""
     return "rounded" if size >= PUBLISHED else "cut"
 
 
@@ -40,7 +40,7 @@ def resize_normalise(
 ) -> Tensor:
     """(B, 3, size, size), float32, differentiable: bicubic with antialiasing, made square, normalised.
 
-    The gradient of a rounding is that of what is rounded.
+    Rounding passes the gradient on unchanged.
     """
     images = images_B3HW.float()
     height, width = images.shape[-2:]
@@ -56,7 +56,7 @@ def resize_normalise(
 
 
 def _resize(images: Tensor, rows: int, columns: int, overshoot: Overshoot) -> Tensor:
-    """Both directions one after the other, the width first: PIL's order, which matters where it cuts between."""
+    """Resizes the width, then the height: PIL's order, which matters if values are clamped in between."""
     height, width = images.shape[-2:]
     if (height, width) == (rows, columns):
         return images
@@ -68,7 +68,7 @@ def _resize(images: Tensor, rows: int, columns: int, overshoot: Overshoot) -> Te
 
 
 def _to_8_bits(images: Tensor) -> Tensor:
-    """Levels 0 to 255 of 255, with the gradient of the images: a rounding has none."""
+    """The images rounded to 8 bits, with the gradient of the unrounded ones."""
     return images + ((images * 255).round() / 255 - images).detach()
 
 

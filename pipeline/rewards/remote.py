@@ -1,7 +1,7 @@
 """A reward in another process or on another host: the client of `rats serve`, or of any server of the same protocol.
 
-A remote reward trains as a local one: if it has a gradient, the server sends d score / d image along. This is how
-packages that cannot live in one environment are kept apart. B samples.
+A remote reward trains like a local one: if it has a gradient, the server also sends d score / d image. So packages that
+cannot be installed together can run in separate environments. B samples.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from rats.schemas.errors import ConfigError, DataError, NoWorkerError, RetryLate
 log = logging.getLogger(__name__)
 
 TIMEOUT = 120.0
-"""Seconds that a server may be silent in one request: a judge may take long over a full batch."""
+"""Seconds that a server may be silent in one request: a judge may need long for a full batch."""
 PATIENCE, FIRST_PATIENCE = 300.0, 10.0
-"""Seconds over which a busy or lost server is asked again: while a run lasts, and when it starts."""
+"""Seconds for which requests to a busy or lost server are retried: during a run, and at its start."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 LOOK_UP = 0.2
-"""Seconds between two looks, in a pause, at whether the run is to stop."""
+"""Seconds between two checks during a pause whether the run must stop."""
 BUSY = (429, 502, 503, 504)
-"""Statuses that pass: too many requests, or a server that is full, starting or behind a proxy that waits for it."""
+"""Statuses after which a request is retried: too many requests, or a server that is full, starting or unreachable."""
 SMALL = 1 << 20
 """Bytes of a reply beyond its tensors."""
 
-_jitter = random.Random()  # of its own: a run's randomness is in its checkpoints, and how often we wait is not
+_jitter = random.Random()  # not the global generator, whose state is in checkpoints and must not depend on retries
 
 
 class _Again(Exception):
-    """A request that may do better later; `after`: the seconds that the server asks for."""
+    """The request should be retried, after at least `after` seconds."""
 
     def __init__(self, reason: str, after: float = 0.0) -> None:
         super().__init__(reason)
@@ -56,14 +56,14 @@ class _Again(Exception):
 
 
 class Server:
-    """One server, asked one request at a time, again with growing pauses while it is away or full."""
+    """The client of one server: one request at a time, with retries and growing pauses while it is away or full."""
 
     def __init__(
         self, url: str, timeout: float = TIMEOUT, patience: float = PATIENCE, token_file: str | None = None
     ) -> None:
         """`url`: http://host:port, or https, with a path before /score if there is one.
 
-        `token_file`: holds the token that the server asks for. Raises ConfigError for what is no url or no token.
+        `token_file`: the file of the server's token. Raises ConfigError for an invalid url or token.
         """
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
@@ -147,7 +147,7 @@ def _seconds(header: str | None) -> float:
 
 
 def served(server: Server) -> ServedReward:
-    """What the server says of itself. Raises DataError when that is not what a reward server says."""
+    """The server's reply to GET /identity. Raises DataError if it is not that of a reward server."""
     reply = server.call("GET", "/identity")
     try:
         return ServedReward.model_validate_json(reply)
@@ -160,14 +160,14 @@ def served(server: Server) -> ServedReward:
 
 
 class UrlReward:
-    """The reward behind a url, one request of at most the server's batch at a time."""
+    """The reward of a server, in requests of at most the server's batch size."""
 
     checkpoints = ()
-    """No file: the url is handed over as it is."""
+    """Empty: there is no file, and the url is passed on unchanged."""
 
     @classmethod
     def identify(cls, url: str, token_file: str | None = None) -> str:
-        """The reward's fingerprint, as its server gives it. It does not hang on the token."""
+        """The reward's fingerprint from its server. It does not depend on the token."""
         return served(Server(url, patience=FIRST_PATIENCE, token_file=token_file)).fingerprint
 
     def __init__(
@@ -178,14 +178,14 @@ class UrlReward:
         timeout: float = TIMEOUT,
         token_file: str | None = None,
     ) -> None:
-        """Asks the server what it serves. `device` is the pictures', whatever the server computes on."""
+        """Fetches the server's identity. `device` is that of the pictures, not that of the server."""
         self.about = served(Server(url, timeout, FIRST_PATIENCE, token_file))
         self.server = Server(url, timeout, token_file=token_file)
         self.name, self.fingerprint, self.differentiable = name, self.about.fingerprint, self.about.differentiable
 
     @property
     def stopping(self) -> Callable[[], bool]:
-        """Whether whoever asks is to stop: then no pause is waited out, and RetryLaterError is raised."""
+        """Whether the run must stop: then pauses end at once, and RetryLaterError is raised."""
         return self.server.stopping
 
     @stopping.setter
@@ -224,7 +224,7 @@ def as_sent(images_B3HW: Tensor, pixels: str) -> Tensor:
 
 
 class _Remote(torch.autograd.Function):
-    """Scores whose derivative by the pixels came over the wire."""
+    """Scores whose gradient with respect to the pixels came from the server."""
 
     @staticmethod
     def forward(ctx: Any, images_B3HW: Tensor, scores_B: Tensor, gradient_B3HW: Tensor) -> Tensor:

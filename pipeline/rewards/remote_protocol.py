@@ -1,6 +1,6 @@
-"""What a reward server and its client send each other: safetensors with one JSON document in the header.
+"""The protocol of reward servers: safetensors with one JSON document in the header.
 
-No byte of it is ever unpickled. docs/rewards.md says the same to those who write a server of their own. B samples.
+Nothing is ever unpickled. docs/rewards.md describes the protocol for other servers. B samples.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from torch import Tensor
 from rats.schemas.errors import ConfigError, plain
 
 ABOUT = "rats"
-"""The header's one metadata key."""
+"""The only metadata key of the header."""
 MAX_HEADER = 1 << 24
-"""Bytes of a safetensors header: a hundred of the longest prompts fit, and it is parsed in a fraction of a second."""
+"""The most bytes of a safetensors header: a hundred of the longest prompts, parsed in a fraction of a second."""
 SLOWEST = 1 << 20
-"""Bytes a second: a body is waited for as long as it takes on the slowest link that can be trained over."""
+"""Bytes a second on the slowest link that is still useful. Waiting times for bodies follow from it."""
 SHORTEST_TOKEN, LONGEST_TOKEN = 16, 1024
 NEW_TOKEN = 'python -c "import secrets; print(secrets.token_urlsafe(32))" > FILE'
 
 
 class ServedReward(BaseModel):
-    """What a server says of its reward, under GET /identity."""
+    """The reply to GET /identity: the server's reward."""
 
     model_config = ConfigDict(frozen=True)
 
     protocol: Literal[1] = 1
     name: str
     fingerprint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-    """As the reward's own: a column of scores has one address, whoever scored it."""
+    """Equal to the reward's own fingerprint, so that a column of scores has the same address."""
     differentiable: bool
     pixels: Literal["float32", "uint8"] = "float32"
-    """What it wants to be sent: uint8 is a quarter of the bytes, where the reward rounds anyway."""
+    """The dtype to send. uint8 has a quarter of the bytes, for rewards that round to 8 bits anyway."""
     max_batch: Annotated[int, Field(gt=0)]
 
 
@@ -63,7 +63,7 @@ class Answer:
 
 
 def read_token(path: Path) -> str:
-    """The token that a server asks for in `Authorization: Bearer`: the file's one line.
+    """The token for `Authorization: Bearer`: the only line of the file.
 
     Raises ConfigError, without the token, where the file cannot be read or holds no token.
     """

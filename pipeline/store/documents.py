@@ -1,4 +1,4 @@
-"""JSON documents that carry the blake3 of their own content, so that damage is found before use."""
+"""JSON documents with a seal: the blake3 of their own content, so that damage is found before use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def write_sealed(path: Place, document: BaseModel) -> None:
 
 
 def create_sealed(path: Place, document: BaseModel) -> bool:
-    """As `write_sealed`, unless there is one already; says whether it wrote (`Place.create`)."""
+    """As `write_sealed`, unless the document exists; returns whether it wrote (`Place.create`)."""
     return path.create(_sealed(document))
 
 
@@ -59,7 +59,7 @@ def read_sealed(path: Place, model: type[_Model]) -> _Model:
 
 
 def check_version(content: Any, path: Place) -> None:
-    """Refuse a later format by name, before its unknown fields do."""
+    """Refuses a later format by its version, before its unknown fields give an unclear error."""
     version = content.get("format_version", 1)
     if version != 1:
         raise DataError(f"{path} has format version {brief(version)}, this rats reads 1", "update rats")

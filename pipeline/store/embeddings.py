@@ -1,4 +1,4 @@
-"""Prompt embeddings, stored once a prompt: `embeddings/<prompt id>.safetensors`, sealed."""
+"""Prompt embeddings, stored once for each prompt in `embeddings/<prompt id>.safetensors`, with a seal."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _parse(data: bytes, prompt_id: str) -> dict[str, Tensor]:
 
 @remedy(_REMEDY)
 def verify_embedding(shards: ShardSet, prompt_id: str) -> int:
-    """As `read_embedding`, but past any cache and without making tensors; returns how many bytes were read."""
+    """Checks an embedding as `read_embedding` does, without cache and tensors; returns the bytes read."""
     path = shards.embedding_path(prompt_id)
     data = path.read()
     try:
@@ -71,10 +71,10 @@ def verify_embedding(shards: ShardSet, prompt_id: str) -> int:
 
 
 def _check_seal(data: bytes, prompt_id: str) -> None:
-    """Raise ValueError and its like unless the bytes are what was sealed for this prompt.
+    """Raises ValueError or another of `_DAMAGE` unless the bytes match their seal and this prompt.
 
-    The seal is over the file as it is without its seal, which is taken out of the header here: to have safetensors
-    write the tensors again takes several times as long as the hash.
+    The seal is the hash of the prompt id and of the file without its seal. The file without it is made here by editing
+    the header: to serialise the tensors again would take several times as long as hashing.
     """
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -88,7 +88,7 @@ def _check_seal(data: bytes, prompt_id: str) -> None:
 
 
 def _header(content: dict[str, Any]) -> bytes:
-    """A safetensors header as the library writes it: its length, then JSON, filled up with spaces to 8 bytes."""
+    """A safetensors header as the library writes it: its length, then JSON, padded with spaces to 8 bytes."""
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

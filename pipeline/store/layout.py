@@ -1,13 +1,13 @@
-"""The files of a shard set, described once: their names, what vouches for them, and the order of their lives.
+"""The files of a shard set: their names, which document holds their hash, and the order of writing and deleting.
 
 A set is `<store>/<fingerprint>/`. It holds the kinds of file below and nothing else but the temporary files of writers
-(`pipeline.files.leftovers`). This module names; its callers read, write and delete.
+(`pipeline.files.leftovers`). This module only handles names; its callers read, write and delete.
 
     SHARD.name(shard="rollout-000003")             "shards/rollout-000003.tar"
     SHARD.parts("shards/rollout-000003.tar")       {"shard": "rollout-000003"}
 
-A new kind of file is a line here, a place in `KINDS` and one in `DELETED`, and a test holds all three against what a
-rollout writes.
+A new kind of file needs a line here and a place in `KINDS` and `DELETED`. A test compares them with what a rollout
+writes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PARTS = {
     "reward": (HASH_PATTERN, "*"),
     "lock": ("[^/]+", "*"),
 }
-"""What stands for each part of a name: as a regular expression, and in a file system's wildcards."""
+"""The parts of names: each as a regular expression and as a file system's wildcard."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Kind:
     """One kind of file.
 
     Attributes:
-        template: Its name below the set's folder, the varying parts in braces.
-        published: Whether a published folder has it; the others mean something only in a store.
-        vouched_by: The kind of the document that holds this file's hash. A kind without one carries its own seal, or
-            its name is its hash.
+        template: Its name below the set's folder, with the varying parts in braces.
+        published: Whether a published folder has it. The other kinds are of use only in a store.
+        vouched_by: The kind of document that holds this file's hash. A kind without one has its own seal, or its name
+            is its hash.
     """
 
     template: str
@@ -56,12 +56,12 @@ class Kind:
         return match and match.groupdict()
 
     def parts_of_alike(self, name: str) -> dict[str, str] | None:
-        """As `parts`, of every name with this folder and ending: what lies there under a wrong name is damage."""
+        """As `parts`, for every name in this folder with this ending, even a wrong one, which is damage."""
         match = self._alike.fullmatch(name)
         return match and match.groupdict()
 
     def wildcard(self, **parts: str | int) -> str:
-        """A pattern that a file system finds such files by; `parts` are those that are known."""
+        """A wildcard pattern for such files; `parts` are the known parts of the name."""
         return self.template.format(**{part: wildcard for part, (_, wildcard) in _PARTS.items()} | parts)
 
     @property
@@ -135,25 +135,25 @@ DELETED = (
     # after all shards: a rollout encodes only what it samples
     EMBEDDING,
 )
-"""The kinds that may go of a set that stays, in the order in which they go: a kill in between leaves a set that opens,
-verifies and resumes. A lock stays: if it went while a process waits for it, two could hold it."""
+"""The kinds that may be deleted from a set in use, in this order: after a kill in between, the set still opens,
+verifies and resumes. Locks are kept: if one were deleted while a process waits for it, two could hold it."""
 
 TOPS = tuple(dict.fromkeys(kind.top for kind in KINDS if kind.published))
-"""What lies at the top of a published folder."""
+"""Top-level names of a published folder."""
 
 _BY_TOP = {top: tuple(kind for kind in KINDS if kind.top == top) for top in {kind.top for kind in KINDS}}
-"""A set has many files, so a name is compared with the two or three kinds of its folder alone."""
+"""Kinds by folder. A set has many files, so a name is compared only with the few kinds of its folder."""
 
 
 class File(NamedTuple):
-    """A name, understood."""
+    """A name with its kind and its parts."""
 
     kind: Kind
     parts: dict[str, str]
 
 
 def understand(name: str) -> File | None:
-    """The kind and the parts of a name below a set's folder; None for what is no file of a set."""
+    """Kind and parts of a name below a set's folder; None if it is no file of a set."""
     for kind in _BY_TOP.get(name.partition("/")[0], ()):
         if (parts := kind.parts(name)) is not None:
             return File(kind, parts)
@@ -161,7 +161,7 @@ def understand(name: str) -> File | None:
 
 
 def to_delete(names: Iterable[str]) -> list[str]:
-    """Names of kinds that may go, in the order in which they go."""
+    """Those names whose kind may be deleted, in the order of deletion."""
     found = [(DELETED.index(file.kind), name) for name in names if (file := understand(name))]
     return [name for _, name in sorted(found)]
 

@@ -18,7 +18,7 @@ from rats.schemas.manifest import IndexRow, ScoreRow
 _Row = TypeVar("_Row", bound=BaseModel)
 
 _UNFOLDS = 1000
-"""Bytes in memory for a byte on disk, at most: rows of one prompt's many noises come to 50."""
+"""The largest allowed ratio of bytes in memory to bytes on disk. Real files reach 50, with many noises a prompt."""
 
 _SCHEMAS: dict[type[BaseModel], Any] = {
     IndexRow: pa.schema(
@@ -64,7 +64,7 @@ def read_rows(path: Place, model: type[_Row], blake3: str) -> list[_Row]:
 
 
 def _table(data: bytes, schema: Any) -> Any:
-    """The table of a file that does not unfold into much more than itself (ValueError: it does)."""
+    """Parses a Parquet file. Raises ValueError if it would take far more memory than its size."""
     about = pq.read_metadata(pa.BufferReader(data))
     if not about.schema.to_arrow_schema().equals(schema):
         raise ValueError(f"columns {about.schema.names}")
@@ -79,6 +79,6 @@ def _table(data: bytes, schema: Any) -> Any:
 
 
 def _text_bytes(column: Any) -> int:
-    """Length of all texts of a column whose repeated ones are stored once."""
+    """Total length of the texts in a dictionary-encoded column."""
     lengths = [pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks]
     return sum(pc.sum(chunk).as_py() or 0 for chunk in lengths)

@@ -1,4 +1,4 @@
-"""Which shard holds which sample: decided once, before the first of them is made."""
+"""Plans, which say what samples a shard holds. They are made before the first sample of the shard."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 
 
 def distinct(wanted: Sequence[PlannedSample]) -> set[str]:
-    """The keys of `wanted`; ConfigError when one is there twice."""
+    """The keys of `wanted`. Raises ConfigError if one occurs twice."""
     keys: set[str] = set()
     for sample in wanted:
         if sample.key in keys:
@@ -20,7 +20,7 @@ def distinct(wanted: Sequence[PlannedSample]) -> set[str]:
 
 
 def packed(wanted: Sequence[PlannedSample], plans: Sequence[ShardPlan], size: int) -> list[ShardPlan]:
-    """Plans of `size` samples for those that no plan names, numbered on from the last."""
+    """New plans of `size` samples each, for the wanted samples that are in no plan. Their numbers follow the last."""
     planned = {sample.key for plan in plans for sample in plan.samples}
     new = sorted((sample for sample in wanted if sample.key not in planned), key=lambda sample: sample.key)
     first = 1 + max((shard_number(plan.shard) for plan in plans), default=-1)
@@ -29,7 +29,9 @@ def packed(wanted: Sequence[PlannedSample], plans: Sequence[ShardPlan], size: in
 
 
 def needed(plans: Sequence[ShardPlan], done: Iterable[ShardDone], keys: set[str]) -> list[ShardPlan]:
-    """Plans of these keys; an unfinished one whose keys all lie in other shards, after an import, is not needed."""
+    """The plans that hold these keys. After an import, the keys of an unfinished shard may all lie in other shards:
+    such a plan is left out.
+    """
     rows = {part.shard: {row.key for row in part.rows} for part in done}
     missing = keys.difference(*rows.values())
 

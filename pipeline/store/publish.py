@@ -1,4 +1,4 @@
-"""Hands a snapshot to the next stage: a plain folder of hardlinks that `ShardSet.open` reads."""
+"""Publishes a snapshot for the next stage: a folder of hardlinks that `ShardSet.open` reads."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _scores(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str) -> 
 
 
 def _check_out(shards: ShardSet, out: Path) -> None:
-    """Never replace a folder that is not ours."""
+    """Refuses to replace a folder that is no published shard set."""
     if shards.root.local:
         here, root = out.resolve(), shards.root.local.resolve()
         if here.is_relative_to(root) or root.is_relative_to(here):
@@ -78,7 +78,7 @@ def _check_out(shards: ShardSet, out: Path) -> None:
 
 
 def _same(root: Place, out: Path, files: Sequence[str]) -> bool:
-    """Whether `out` is there already: link by link, or from a remote place name by name and size by size."""
+    """Whether `out` is up to date: by its links, or for a remote store by names and sizes."""
     found = (
         {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else set()
     )

@@ -1,4 +1,4 @@
-"""Rewards as columns: `scores/<fingerprint>/`, a Parquet file a shard, written after what it scores."""
+"""Columns of scores, one for each reward: `scores/<fingerprint>/` with a Parquet file for each finished shard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rats.schemas.manifest import RewardRecord, ScoreRow, ScoresDone
 REMEDY = "delete it and run `rats stage rollout`, which scores it again without the teacher"
 
 MAX_BAD = 0.1
-"""The share of samples that a reward may fail on, unless `--max-bad` says otherwise; trainers pass over them."""
+"""The default share of samples on which a reward may fail (`--max-bad`). The trainer leaves those samples out."""
 
 
 def record_reward(shards: ShardSet, name: str, hashes: dict[str, str]) -> str:
@@ -49,7 +49,7 @@ def reward_column(shards: ShardSet, name: str) -> tuple[str, RewardRecord]:
 
 
 def write_scores(shards: ShardSet, reward_fp: str, shard: str, rows: Sequence[ScoreRow]) -> None:
-    """One row for each sample of a finished shard; the table first, what vouches for it last."""
+    """Writes one row for each sample of a finished shard: first the table, then the document with its hash."""
     done = shards.done(shard)
     if done is None:
         raise DataError(f"{shard} has no samples to score yet", "run `rats stage rollout`")
@@ -85,7 +85,7 @@ def score_rows(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str |
 
 
 def read_scores(shards: ShardSet, reward_fp: str, keys: Iterable[str]) -> dict[str, float]:
-    """Score by key; failed samples are left out, a key that was never scored is an error."""
+    """Scores by key. Failed samples are left out; a key that was never scored is an error."""
     wanted = set(keys)
     paths = matching(shards.root, layout.SCORES_DONE.wildcard(reward=reward_fp))
     names = [path.name.partition(".")[0] for path in paths]

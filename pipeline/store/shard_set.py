@@ -1,6 +1,6 @@
-"""A shard set: `<store>/<fingerprint>/`, content-addressed, only ever added to, in a folder or a remote place.
+"""A shard set: `<store>/<fingerprint>/`, in a local folder or a remote store. Files are added and never changed.
 
-Everything is found through `ShardSet`; `layout` says which files there are, docs/design.md#a-shard-set-on-disk why.
+All access is by `ShardSet`. `layout` has the names of the files; docs/design.md#a-shard-set-on-disk has the reasons.
 """
 
 from __future__ import annotations
@@ -62,32 +62,32 @@ class ShardSet:
         """Open a store's `<fingerprint>` folder or a published one; a text may be a URL.
 
         Raises:
-            DataError: no shard set, a damaged or foreign recipe, or a later format version.
+            DataError: no shard set, a recipe that is damaged or of another set, or a later format version.
         """
         return cls(open_place(folder))
 
     @classmethod
     def open_or_create(cls, store: Place | Path | str, recipe: Recipe) -> ShardSet:
-        """The set of `recipe` in `store`, made if it is new."""
+        """The set of `recipe` in `store`, created if there is none."""
         root = open_place(store) / fingerprint(recipe)
         if not is_set(root):
             (root / layout.RECIPE.name()).write(canonical_json(recipe.model_dump(mode="json")))
         return cls(root)
 
     def path(self, kind: layout.Kind, **parts: str | int) -> Place:
-        """Where the file of a kind with these parts lies."""
+        """The path of the file of a kind with these parts."""
         return self.root / kind.name(**parts)
 
     def shard_path(self, shard: str) -> Place:
-        """The tar of a shard, there once it is whole."""
+        """The tar of a shard. It exists once it is whole."""
         return self.path(layout.SHARD, shard=shard)
 
     def done_path(self, shard: str) -> Place:
-        """The document that says a shard is whole."""
+        """The document of a finished shard."""
         return self.path(layout.DONE, shard=shard)
 
     def plan_path(self, shard: str) -> Place:
-        """The document that says what a shard will hold."""
+        """The document with the plan of a shard."""
         return self.path(layout.PLAN, shard=shard)
 
     def embedding_path(self, prompt_id: str) -> Place:
@@ -99,14 +99,14 @@ class ShardSet:
         return self.path(layout.REWARD, reward=reward_fp).parent
 
     def encoded(self) -> set[str]:
-        """Ids of all prompts whose embeddings are there."""
+        """Ids of all prompts that have embeddings."""
         folder = layout.EMBEDDING.folder
         names = (layout.EMBEDDING.parts(f"{folder}/{name}") for name in (self.root / folder).sizes())
         return {parts["prompt"] for parts in names if parts}
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:
-        """Exclusive among the processes of this machine; released when the holder dies. Nothing in a remote store."""
+        """A lock among the processes of this machine, released if its holder dies. No lock in a remote store."""
         with self._held(name, _LOCK_SECONDS) as held:
             if not held:
                 place = self.path(layout.LOCK, lock=name)
@@ -114,9 +114,9 @@ class ShardSet:
             yield
 
     def claim(self, shard: str) -> AbstractContextManager[bool]:
-        """Whether this process may make the shard now: False while another of this machine is at it.
+        """Whether this process may make the shard now: False while another process of this machine makes it.
 
-        In a remote store always True: two may make a shard there, and the first to finish wins.
+        Always True in a remote store, where two processes may make the same shard; the first to finish wins.
         """
         return self._held(f"{shard}.claim", 0.0)
 
@@ -126,18 +126,18 @@ class ShardSet:
     def plan(
         self, wanted: Sequence[PlannedSample], shard_samples: int, known: Iterable[ShardDone] = ()
     ) -> list[ShardPlan]:
-        """The shards that hold `wanted`; samples that no shard was ever planned for get new ones.
+        """Plans of the shards that hold `wanted`. Samples that are in no plan yet get new shards.
 
-        A plan is written before its first sample is made and never changed, so a killed or grown run finds
-        every shard as it was. New shards are packed in the order of keys, not of the prompt file.
-        Of the finished shards the `known` ones are not read again.
+        A plan is written before its first sample is made, and never changed. So a run that was killed, or that has
+        more prompts now, finds its old shards. New shards are filled in the order of keys, not of the prompt file.
+        The finished shards in `known` are not read again.
         """
         keys = distinct(wanted)
         with self.lock("plan"):
             while True:
                 plans = self.plans()
                 new = packed(wanted, plans, shard_samples)
-                # a number that another driver has just taken: look again at what is planned now
+                # another process has just taken a number: read the plans again
                 if all(create_sealed(self.plan_path(plan.shard), plan) for plan in new):
                     break
         return needed([*plans, *new], self.finished(known), keys)
@@ -150,7 +150,7 @@ class ShardSet:
 
     @remedy(REMAKE)
     def done(self, shard: str) -> ShardDone | None:
-        """What a finished shard holds; None when it is still to be made (or its tar was deleted).
+        """What a finished shard holds; None if it is not made yet, or its tar was deleted.
 
         Raises:
             DataError: the tar's size is not what was recorded.
@@ -162,7 +162,7 @@ class ShardSet:
 
     @remedy(REMAKE)
     def finished(self, known: Iterable[ShardDone] = ()) -> list[ShardDone]:
-        """`done` of every finished shard, by name; documents that are `known` are not read again."""
+        """`done` of every finished shard, in the order of names. Documents in `known` are not read again."""
         tars = self._finished_tars()
         documents = {done.shard: done for done in known}
         new = [shard for shard in tars if shard not in documents]
@@ -171,7 +171,7 @@ class ShardSet:
         return [self._checked(shard, documents[shard], size) for shard, size in tars.items()]
 
     def _finished_tars(self) -> dict[str, int]:
-        """Size of the tar of every shard that has its document too, by name: one listing."""
+        """Sizes of the tars that have a document, by shard; one listing of the folder."""
         folder = layout.DONE.folder
         found = {f"{folder}/{name}": size for name, size in (self.root / folder).sizes().items()}
         shards = sorted(parts["shard"] for name in found if (parts := layout.DONE.parts_of_alike(name)))
@@ -186,9 +186,9 @@ class ShardSet:
         return done
 
     def write_snapshot(self, wanted: Iterable[str], known: Iterable[ShardDone] = ()) -> Snapshot:
-        """Name the samples of these keys; the same content gives the snapshot that is already there.
+        """Writes a snapshot of the samples with these keys, or returns the existing one with the same content.
 
-        Of the finished shards the `known` ones are not read again.
+        The finished shards in `known` are not read again.
 
         Raises:
             DataError: a key is in no finished shard.
@@ -204,7 +204,7 @@ class ShardSet:
                     return new
 
     def _new_snapshot(self, rows: list[IndexRow], shards: dict[str, str], number: int) -> Snapshot | None:
-        """The index first, the manifest that vouches for it last; None when another driver took the number."""
+        """Writes the index, then the manifest with its hash. Returns None if another process took the number."""
         index, data = self.path(layout.INDEX, number=number), encode_rows(IndexRow, rows)
         snapshot = Snapshot(
             number=number,
@@ -216,13 +216,13 @@ class ShardSet:
             index_blake3=hash_bytes(data),
         )
         if self.root.has_locks:
-            index.write(data)  # under the lock, what lies there is of a killed writer
+            index.write(data)  # under the lock, an existing index was left by a killed writer
         elif not index.create(data):
             return None
         return snapshot if create_sealed(self.path(layout.MANIFEST, number=number), snapshot) else None
 
     def _last_number(self) -> int:
-        """Of all snapshots, and without locks of all indexes: there one may be of a snapshot that is to come."""
+        """The last snapshot's number. Without locks, indexes count too: another snapshot may be under way."""
         indexes = () if self.root.has_locks else self._numbers(layout.INDEX)
         return max([*self.snapshots(), *indexes], default=0)
 

@@ -32,7 +32,7 @@ LATENTS = "latents.safetensors"
 
 
 def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[Sample]) -> ShardDone:
-    """Write the plan's samples, in its order; a shard that is done already is left alone and not consumed.
+    """Writes the plan's samples in its order. If the shard is finished already, `samples` are not consumed.
 
     Args:
         shards: The set.
@@ -53,10 +53,10 @@ def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[Sample]) ->
 
 
 def _finish(shards: ShardSet, temporary: LocalPlace, done: ShardDone) -> ShardDone:
-    """Give the shard its name; of two writers the first wins, so that tar and document belong together.
+    """Gives the shard its name. Of two writers the first wins, so that tar and document belong together.
 
-    In a remote store nothing keeps two that finish in one moment apart: of one recipe they wrote the same bytes, and
-    if they did not, the reader finds that tar and document disagree.
+    In a remote store two writers may finish in the same moment. With the same recipe they wrote the same bytes; if not,
+    the reader finds that tar and document disagree.
     """
     with shards.lock(done.shard):
         if earlier := shards.done(done.shard):
@@ -81,7 +81,7 @@ def _write_tar(path: Path, horizons: tuple[float, ...], plan: ShardPlan, samples
 
 
 def _exactly(samples: Iterable[Sample], plan: ShardPlan) -> Iterator[Sample]:
-    """Count while passing on: too few or too many samples are an error of the caller's."""
+    """Passes the samples on and counts them. Raises DataError if there are too few or too many."""
     count = 0
     for count, sample in enumerate(samples, start=1):
         if count > len(plan.samples):
@@ -92,7 +92,7 @@ def _exactly(samples: Iterable[Sample], plan: ShardPlan) -> Iterator[Sample]:
 
 
 def _describe(sample: PlannedSample, horizons: tuple[float, ...]) -> bytes:
-    """The json member; the sigmas lie with the states, so that none is mistaken for the result."""
+    """The json member. It names the sigma of each state, so that no state is mistaken for the final one."""
     return canonical_json({**sample.model_dump(), "sigmas": list(horizons)})
 
 
@@ -114,7 +114,7 @@ def _checked(key: str, arrays: dict[str, np.ndarray], rows: int) -> dict[str, np
 
 
 def _read_back(path: LocalPlace, plan: ShardPlan, hashes: list[str]) -> ShardDone:
-    """Hash what the disk gives back and note where each sample's latents lie."""
+    """Reads the tar back, compares the hashes, and notes where each sample's latents lie."""
     rows = []
     with tarfile.open(path, "r:") as tar:
         places = {member.name: (member.offset_data, member.size) for member in tar}
@@ -182,7 +182,7 @@ def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> S
 
 
 def _parse(shards: ShardSet, row: IndexRow, data: bytes) -> dict[str, np.ndarray]:
-    """Arrays of a payload that is known to be what was written; another format is still refused."""
+    """The arrays of a payload whose hash was checked. Another format is refused all the same."""
     try:
         arrays = load(data)
         x, x0 = arrays["x"], arrays["x0"]

@@ -1,4 +1,4 @@
-"""What weights are: content hashes of components and rewards. Never imports torch."""
+"""Content hashes of components and rewards. Never imports torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ CHUNK = 1 << 20
 
 
 HASHED_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
-"""Prefixes: `text_encoder` stands for `text_encoder_2` too."""
+"""Prefixes of component names: `text_encoder` also means `text_encoder_2`."""
 
 
 NETWORK = "transformer"
-"""The component that samples, and the only one that training changes."""
+"""The component that predicts velocities, and the only one that training changes."""
 
 
 SMALL_FILES = ("*.json", "*.txt")
-"""What a checkpoint needs beside it: configuration and vocabulary."""
+"""Patterns of the small files that a checkpoint needs: configuration and vocabulary."""
 
 
 def hash_files(paths: Iterable[Path], root: Path) -> str:
@@ -41,7 +41,7 @@ def _hash_file(path: Path) -> str:
 
 
 def hash_path(path: Path) -> str:
-    """Hash of a file, or of all files below a folder; hidden ones (a hub's bookkeeping) left out."""
+    """Hash of a file, or of all files below a folder. Hidden files, which the hub's client writes, are left out."""
     if path.is_file():
         return hash_files([path], path.parent)
     files = (file for file in path.rglob("*") if file.is_file())
@@ -49,14 +49,14 @@ def hash_path(path: Path) -> str:
 
 
 def hash_paths(paths: Mapping[str, Path]) -> dict[str, str]:
-    """`hash_path` of several, by name."""
+    """`hash_path` of several paths, by name."""
     return {name: hash_path(path) for name, path in paths.items()}
 
 
 def adapter_fingerprint(adapter: str, version: int, weights: Iterable[Path], folder: Path) -> str:
-    """Identity of a reward: adapter, its version (of preprocessing and formula), weights, and the small files beside.
+    """Fingerprint of a reward: adapter, version of formula and preprocessing, weights, small files beside them.
 
-    `folder`: its top-level .json and .txt files (configuration, vocabulary) count too.
+    `folder`: its top-level .json and .txt files (configuration, vocabulary) are hashed too.
     """
     beside = (path for pattern in SMALL_FILES for path in folder.glob(pattern))
     parts = [adapter, str(version), hash_files({*weights, *beside}, folder)]
@@ -77,7 +77,7 @@ def read_json(path: Path) -> dict:
 
 
 def weights_bytes(folder: Path) -> int:
-    """Bytes of a component's files of weights. Raises ConfigError when one that its index names is not there."""
+    """Bytes of a component's weight files. Raises ConfigError if a file that its index names is missing."""
     for index in folder.glob("*.index.json"):
         for name in sorted(set(read_json(index).get("weight_map", {}).values())):
             if not (folder / name).is_file():

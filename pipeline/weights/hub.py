@@ -1,4 +1,4 @@
-"""Where weights lie and what they are: folders, hub revisions and content hashes. Never imports torch."""
+"""Finds models and checkpoints: local files and folders, or hub repositories. Never imports torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rats.pipeline.weights.hashes import SMALL_FILES
 from rats.schemas.errors import ConfigError, reason
 
 _CACHED: ContextVar[bool] = ContextVar("cached", default=False)
-"""Whether the hub itself is left alone."""
+"""Whether only the local cache of the hub is used."""
 
 
 PIPELINE_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.jinja", "*/*.model")
-"""What a diffusers folder needs; leaves out the single-file copies at the top of hub repositories."""
+"""The files of a diffusers folder, without the single-file copies at the top of hub repositories."""
 
 
 VARIANTS = ["*.fp16.*", "*.fp32.*", "*.non_ema.*"]
-"""Second copies of the same weights, which nothing here loads."""
+"""Patterns of further copies of the same weights, which are never loaded."""
 
 DECODER_PATTERNS = ("model_index.json", "vae/*.json", "vae/*.safetensors")
-"""What decoding stored latents needs of it."""
+"""The files of a pipeline that are needed to decode stored latents."""
 
 
 def resolve(path: str | Path, revision: str | None = None, patterns: Sequence[str] | None = None) -> Path:
@@ -41,7 +41,7 @@ def resolve(path: str | Path, revision: str | None = None, patterns: Sequence[st
 
 @contextmanager
 def only_cached() -> Iterator[None]:
-    """Nothing is fetched in this block: a hub repository is what the cache has of it, or a ConfigError."""
+    """Nothing is fetched in this block. A hub repository that is not in the cache is a ConfigError."""
     token = _CACHED.set(True)
     try:
         yield
@@ -62,8 +62,8 @@ def find_checkpoint(path: Path, names: Sequence[str]) -> Path:
 def resolve_checkpoint(path: str, revision: str | None, names: Sequence[str]) -> tuple[Path, str | None]:
     """A local file or folder as it is, or a checkpoint of a hub repository; and the hub's commit.
 
-    On a hub, `path` is `org/name` or `org/name/file`: that file, else the first of `names` that is there, comes with
-    the small files beside it. Raises ConfigError when there is none.
+    On a hub, `path` is `org/name` or `org/name/file`: that file, or the first of `names` that exists, is
+    fetched with the small files beside it. Raises ConfigError if there is none.
     """
     parts = path.split("/")
     repository, file = "/".join(parts[:2]), "/".join(parts[2:])
@@ -79,12 +79,12 @@ def resolve_checkpoint(path: str, revision: str | None, names: Sequence[str]) ->
 
 
 def absolute_if_local(path: str) -> str:
-    """A local path from the root on, since a worker may stand elsewhere; a hub id as it is."""
+    """A local path made absolute, since a worker may run in another folder; a hub id unchanged."""
     return str(Path(path).absolute()) if Path(path).exists() else path
 
 
 def is_hub_id(path: str) -> bool:
-    """`org/name`, unless `org` is a folder here: then a missing folder is meant."""
+    """Whether it is of the form `org/name`. If a folder `org` exists here, a missing local folder is meant."""
     organisation, _, name = path.partition("/")
     return bool(organisation and name) and "/" not in name and path[0] not in "./~" and not Path(organisation).is_dir()
 

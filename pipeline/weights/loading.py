@@ -1,4 +1,4 @@
-"""Loading models: components of a diffusers folder, single files, dtypes, devices, and silence on stderr."""
+"""Loads components of a diffusers folder and single files; dtypes, devices, and silencing of other libraries."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeP
 
 
 def _renaming(cls: Any) -> dict[str, Any]:
-    """What lets transformers 4 read a CLIPTextModel that transformers 5 has written, without its prefix."""
+    """Lets transformers 4 read a CLIPTextModel of transformers 5, whose names have no prefix."""
     if cls.__name__ != "CLIPTextModel" or not _transformers_4():
         return {}
     return {"key_mapping": {r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1."}}
@@ -109,7 +109,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Loads all of `module` from `state`; keys that the module lacks are ignored, keys that `state` lacks are not."""
+    """Loads all of `module` from `state`. Extra keys in `state` are ignored; missing ones are a DataError."""
     wanted = set(module.state_dict())
     missing = sorted(wanted - set(state))
     if missing:
@@ -122,12 +122,12 @@ def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:
 
 
 def quiet_imports() -> AbstractContextManager[None]:
-    """No warnings of transformers while modules are imported that look for torchvision."""
+    """Silences transformers' warnings while modules are imported that try to import torchvision."""
     return _errors_only(transformers_logging)
 
 
 def quiet_notices() -> AbstractContextManager[None]:
-    """No remarks of diffusers on features that it calls experimental."""
+    """Silences diffusers' notices about experimental features."""
     import diffusers.utils.logging as diffusers_logging
 
     return _errors_only(diffusers_logging)
@@ -135,7 +135,7 @@ def quiet_notices() -> AbstractContextManager[None]:
 
 @contextmanager
 def _errors_only(logging: ModuleType) -> Iterator[None]:
-    """A library's log shows errors alone; both have one interface."""
+    """Lets a library log errors only. diffusers and transformers have the same interface for it."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -28,11 +28,11 @@ ADAPTER = "default"
 PREFIX = f"{NETWORK}."
 """Of every name in the file: the component that is adapted, as every family's pipeline calls it."""
 FIELDS = ("r", "lora_alpha", "rank_pattern", "target_modules")
-"""What the file says of the adapters. Not the whole LoraConfig: other releases of peft refuse fields that they lack."""
+"""Fields of LoraConfig that the file holds. Not all of them: other releases of peft refuse fields that they lack."""
 
 
 def add_lora(network: nn.Module, lora: LoraParams, targets: Sequence[str], seed: int) -> None:
-    """Freeze `network` and give its modules trainable float32 adapters; its output stays what it was.
+    """Freezes `network` and adds trainable float32 adapters, which do not change its output yet.
 
     Args:
         network: A diffusers transformer, changed in place.
@@ -68,7 +68,7 @@ def save_lora(network: nn.Module, folder: Path) -> None:
 
 
 def load_lora(network: nn.Module, folder: Path) -> None:
-    """Put the adapters in `folder` into a bare network, in float32, frozen as the rest of it.
+    """Loads the adapters in `folder` into a network without adapters, in float32 and frozen.
 
     Raises:
         DataError: a damaged file; adapters for modules that the network lacks, or none for modules that the file's own
@@ -88,13 +88,13 @@ def load_lora(network: nn.Module, folder: Path) -> None:
 
 
 def merge_lora(network: nn.Module) -> None:
-    """Add the adapters into the network's own weights, rounded to their dtype, and take them out."""
+    """Merges the adapters into the network's weights, rounded to their dtype, and removes them."""
     network.fuse_lora(safe_fusing=True)  # type: ignore[operator]
     network.unload_lora()  # type: ignore[operator]
 
 
 def _inject(network: nn.Module, config: LoraConfig, seed: int) -> None:
-    """Peft leaves the adapters alone with a gradient."""
+    """Adds the adapters. peft freezes all other parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # peft draws on the CPU
         network.add_adapter(config, ADAPTER)  # type: ignore[operator]
@@ -107,7 +107,7 @@ def _layers(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_targets(network: nn.Module, targets: Iterable[str]) -> None:
-    """Peft passes over a target that fits nothing as long as another one fits."""
+    """Raises ConfigError for a target that names no module: peft ignores it if another target fits."""
     names = [name for name, _ in network.named_modules()]
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -129,7 +129,7 @@ def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _check_keys(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    """Nothing may be passed over, on either side."""
+    """Raises DataError unless both sides have the same names and shapes."""
     for name in sorted(found.keys() | expected.keys()):
         if name not in expected:
             raise DataError(f"{path} adapts {name}, which this network has not: name the model of its run")

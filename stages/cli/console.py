@@ -1,4 +1,4 @@
-"""What the command line prints, and how it ends: one line on stderr and an exit code for every error."""
+"""Output of the command line. Every error is one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from rats.schemas.errors import RatsError, StorageError
 
 
 def guarded(command: Callable[[], Any]) -> None:
-    """Run `command`; errors that a user can act on become one line and the exit codes of `schemas.errors`."""
+    """Runs `command`. Errors that a user can act on become one line and the exit codes of `schemas.errors`."""
     signal.signal(signal.SIGTERM, _on_sigterm)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns that torchvision is not there: by design
+    os.environ.setdefault(
+        "TRANSFORMERS_VERBOSITY", "error"
+    )  # it would warn that torchvision is missing, which we do without
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rats").setLevel(logging.INFO)
     try:
@@ -36,7 +38,7 @@ def guarded(command: Callable[[], Any]) -> None:
 
 
 def say(value: dict[str, Any], as_json: bool) -> None:
-    """The result on stdout: one JSON object, or a line a field."""
+    """Prints the result on stdout: one JSON object, or one line for each field."""
     if as_json:
         print(json.dumps(value))
         return
@@ -46,13 +48,13 @@ def say(value: dict[str, Any], as_json: bool) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> None:
-    """A line a row."""
+    """Prints one line for each row."""
     for row in rows:
         print("  ".join(("yes" if item else "no") if isinstance(item, bool) else str(item) for item in row.values()))
 
 
 def findings(rows: list[dict[str, Any]]) -> None:
-    """A line a check: yes, no, or - where what is missing is optional."""
+    """Prints one line for each check: yes, no, or - where something optional is missing."""
     width = max(len(row["check"]) for row in rows)
     for row in rows:
         mark = "yes" if row["ok"] else "no" if row["needed"] else "-"
@@ -73,5 +75,5 @@ def _fail(error: RatsError) -> NoReturn:
 
 
 def _on_sigterm(number: int, frame: FrameType | None) -> None:
-    """Unwinds the stack, so that temporary files go and workers end, then exits as a killed process does."""
+    """Unwinds the stack, so that temporary files are removed and workers end; exits with 143."""
     raise SystemExit(128 + number)

@@ -26,10 +26,10 @@ app.add_typer(shards, name="shards")
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Where the new project goes.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the new project.")],
     model: Annotated[str, typer.Option(metavar="PATH|HUB-ID", help="The teacher.")] = "black-forest-labs/FLUX.1-dev",
     family: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Its family, if model_index.json or the hub id does not tell.")
+        str | None, typer.Option(metavar="NAME", help="Its family, if model_index.json and hub id do not say it.")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .csv, split by concept.")
@@ -37,8 +37,8 @@ def init(
     reward: Annotated[
         list[str] | None, typer.Option(metavar="ADAPTER=PATH", help="A reward; repeatable, the first one trains.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
-    dvc: Annotated[bool, typer.Option("--dvc", help="Only write dvc.yaml anew, from DIR/params.yaml.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
+    dvc: Annotated[bool, typer.Option("--dvc", help="Only write dvc.yaml again, from DIR/params.yaml.")] = False,
     json_: Json = False,
 ) -> None:
     """Start a project of your own.
@@ -55,20 +55,21 @@ def init(
 def plan(
     split: Annotated[str, typer.Option(metavar="train|validation|test", help="Which prompts.")] = "train",
     experiments: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Trainings on this set; all variants if not given.")
+        int | None, typer.Option(min=1, metavar="N", help="Number of trainings on this set [default: all variants].")
     ] = None,
-    price: Annotated[float | None, typer.Option(min=0, metavar="USD", help="An hour of one worker.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="How many share the work.")] = None,
+    price: Annotated[float | None, typer.Option(min=0, metavar="USD", help="Price of one worker for an hour.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, metavar="N", help="Number of workers.")] = None,
     rate: Annotated[
-        float | None, typer.Option(min=1e-6, metavar="TFLOPS", help="Of one worker elsewhere; else measured here.")
+        float | None, typer.Option(min=1e-6, metavar="TFLOPS", help="Speed of one worker [default: measured here].")
     ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:
-    """Say what a rollout takes, before it starts.
+    """Estimate what a rollout takes.
 
-    Samples, what is there, evaluations, time, bytes and cost; stored trajectories against a live teacher.
+    Shows samples, evaluations, time, bytes and cost before anything runs, and compares stored trajectories with a
+    live teacher.
     """
     values = load(params, set_)
     from rats.stages.plan.plan import plan_stage
@@ -85,17 +86,17 @@ def plan(
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    nfe: Annotated[int, typer.Option(min=1, metavar="N", help="Network evaluations.")] = 3,
-    run: Annotated[Path, typer.Option(metavar="DIR", help="The run whose student draws.")] = Path("runs/rats"),
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The picture.")] = Path("out.png"),
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures, in a grid.")] = 1,
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    nfe: Annotated[int, typer.Option(min=1, metavar="N", help="Number of network evaluations.")] = 3,
+    run: Annotated[Path, typer.Option(metavar="DIR", help="The run whose student is used.")] = Path("runs/rats"),
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The image file.")] = Path("out.png"),
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images; several form a grid.")] = 1,
     seed: Seed = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:
-    """Draw a prompt with a trained student."""
+    """Generate images with a trained student."""
     values = load(params, set_)
     from rats.stages.generate import generate as draw
 
@@ -106,9 +107,9 @@ def generate(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run, such as runs/rats.")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The folder to make.")],
-    merged: Annotated[bool, typer.Option(help="The whole pipeline; else the adapters alone.")] = True,
-    evaluation: Annotated[Path, typer.Option(metavar="FILE", help="What evaluate wrote, for the card.")] = Path(
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The output folder.")],
+    merged: Annotated[bool, typer.Option(help="Write the whole pipeline, or only the adapters.")] = True,
+    evaluation: Annotated[Path, typer.Option(metavar="FILE", help="Figures for the model card.")] = Path(
         "reports/evaluate.json"
     ),
     params: ParamsFile = DEFAULT_PARAMS,
@@ -118,7 +119,7 @@ def export(
 ) -> None:
     """Write a student for plain diffusers.
 
-    Adapters, the whole pipeline, a model card and call.json: what to call it with.
+    Writes the adapters, the whole pipeline, a model card, and call.json with the arguments of the pipeline's call.
     """
     values = load(params, set_)
     from rats.pipeline.families.open import Model
@@ -132,15 +133,17 @@ def export(
 
 @app.command()
 def serve(
-    name: Annotated[str, typer.Argument(help="One of `rewards`; with --callable, what to call it.")],
-    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Where it listens; all but loopback need a token.")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: a free one.")] = 8765,
-    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures in one request.")] = 32,
-    queue: Annotated[int, typer.Option(min=1, metavar="N", help="Requests held; the next is told to wait.")] = 8,
+    name: Annotated[str, typer.Argument(help="One of `rewards`; with --callable, a new name.")],
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen at; needs a token unless loopback.")
+    ] = ("127.0.0.1"),
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="The port; 0 takes a free one.")] = 8765,
+    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of pictures in a request.")] = 32,
+    queue: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Waiting requests; further ones are told to retry.")
+    ] = 8,
     token_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The token that clients must send; else no authentication.")
+        Path | None, typer.Option(metavar="FILE", help="Token that clients must send [default: none].")
     ] = None,
     callable_: Annotated[
         str | None, typer.Option("--callable", metavar="MODULE:FUNCTION", help="A function of pictures and prompts.")
@@ -160,7 +163,7 @@ def serve(
     reward = open_callable(callable_, name) if callable_ else open_served(load(params, set_), name)
     server = RewardServer(reward, host, port, max_batch, queue, token)
     say({"url": server.url, **server.about.model_dump()}, json_)
-    sys.stdout.flush()  # whoever started us reads the port there
+    sys.stdout.flush()  # a parent process may read the port there
     server.serve()
 
 
@@ -168,7 +171,7 @@ def serve(
 def doctor(params: ParamsFile = DEFAULT_PARAMS, set_: Sets = None, json_: Json = False) -> None:
     """Check this installation.
 
-    Says what is installed, which devices there are, and whether all that the parameter file needs can be found.
+    Shows what is installed, which devices there are, and whether everything that the parameter file needs is present.
     """
     from rats.stages.doctor.doctor import examine
 

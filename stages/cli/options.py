@@ -23,8 +23,10 @@ STYLE: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
 ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The parameter file.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; logs go to stderr.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, do nothing.")]
-Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="The stage's seed, in place of the file's.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show what would be done.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="The stage's seed; overrides the parameter file.")
+]
 
 DEFAULT_PARAMS = Path("params.yaml")
 
@@ -34,30 +36,34 @@ class WorkerFlags:
     """Where the tasks of a stage run; each field is a flag of a command that is `grouped`."""
 
     workers: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Local processes, or jobs; 0: in this process.")
+        int | None, typer.Option(min=0, metavar="N", help="Number of local processes or jobs; 0: in this process.")
     ] = None
     scheduler_address: Annotated[
-        str | None, typer.Option(metavar="URL", help="A running Dask scheduler, tls:// or on this machine.")
+        str | None, typer.Option(metavar="URL", help="A running Dask scheduler: tls://, or on this machine.")
     ] = None
     scheduler_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What `dask scheduler` wrote about itself.")
+        Path | None, typer.Option(metavar="FILE", help="The file of `dask scheduler --scheduler-file`.")
     ] = None
-    tls_ca_file: Annotated[Path | None, typer.Option(metavar="PEM", help="Who signs for the cluster.")] = None
-    tls_cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Our certificate.")] = None
-    tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="Its key, if not in the same file.")] = None
-    cluster: Annotated[
-        str | None,
-        typer.Option(metavar="slurm|pbs|sge|lsf|htcondor|oar|cuda", help="Start workers there; cuda: on each GPU."),
-    ] = None
-    worker_resources: Annotated[
-        list[str] | None, typer.Option(metavar="GPU=1", help="What one task needs; repeatable.")
-    ] = None
-    wait_for_workers: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Give up when none is there so long.")
-    ] = None
-    performance_report: Annotated[Path | None, typer.Option(metavar="HTML", help="Dask's page about the workers.")] = (
+    tls_ca_file: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate of the cluster's CA.")] = None
+    tls_cert: Annotated[Path | None, typer.Option(metavar="PEM", help="Certificate of this client.")] = None
+    tls_key: Annotated[Path | None, typer.Option(metavar="PEM", help="Its private key, if it is in another file.")] = (
         None
     )
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="slurm|pbs|sge|lsf|htcondor|oar|cuda", help="Start workers on this system; cuda: one on each GPU."
+        ),
+    ] = None
+    worker_resources: Annotated[
+        list[str] | None, typer.Option(metavar="GPU=1", help="Resources that a task needs; repeatable.")
+    ] = None
+    wait_for_workers: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Fail after so long without a worker.")
+    ] = None
+    performance_report: Annotated[
+        Path | None, typer.Option(metavar="HTML", help="Write Dask's performance report to this file.")
+    ] = None
 
     def where(self, values: Params) -> Where:
         """The place that the flags name; else `store.workers` local processes."""
@@ -128,7 +134,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def load(path: Path, sets: list[str] | None, **values: float | None) -> Params:
-    """The parameters; a flag for one of them, such as `teacher__seed`, comes last and wins."""
+    """The parameters. A flag for one of them, such as `teacher__seed`, overrides file and `--set`."""
     from rats.schemas.params import load_params
 
     flags = [f"{name.replace('__', '.')}={value}" for name, value in values.items() if value is not None]
@@ -136,14 +142,14 @@ def load(path: Path, sets: list[str] | None, **values: float | None) -> Params:
 
 
 def split_named(name: str) -> Split:
-    """The split, if there is such a one."""
+    """The split of that name. Raises ConfigError if there is none."""
     if name not in ("train", "validation", "test"):
         raise ConfigError(f"unknown split {name!r}: use train, validation or test")
     return cast("Split", name)
 
 
 def place(text: str) -> Place:
-    """The folder that `text` names, which must be there, or the remote place, which is looked at when it is read."""
+    """The folder that `text` names, which must exist, or the remote place, which is not checked here."""
     from rats.pipeline.files.places import open_place
 
     found = open_place(text)

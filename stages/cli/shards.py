@@ -1,4 +1,4 @@
-"""`rats shards`: look into shard sets, check, show, share and clear them."""
+"""`rats shards`: list, check, compare, show, share and clean up shard sets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from rats.stages.cli.console import say, table
 from rats.stages.cli.options import DEFAULT_PARAMS, STYLE, Json, ParamsFile, Sets, load
 
-shards = typer.Typer(help="Look into shard sets; check, share and clear them.", **STYLE)
+shards = typer.Typer(help="List, check, compare, share and clean up shard sets.", **STYLE)
 
 Set = Annotated[str, typer.Argument(metavar="DIR", help="A shard set or a published folder; may be a URL.")]
 
@@ -47,7 +47,7 @@ def shards_verify(
 ) -> None:
     """Compare every hash.
 
-    Reads every byte of the set and says all that is damaged or missing.
+    Reads every byte of the set and lists everything that is damaged or missing.
     """
     from rats.pipeline.files.places import open_place
     from rats.stages.shards.verify import verify
@@ -59,16 +59,16 @@ def shards_verify(
 def shards_preview(
     path: Set,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")] = Path("preview.html"),
-    count: Annotated[int, typer.Option(min=1, metavar="N", help="Samples shown.")] = 24,
-    seed: Annotated[int, typer.Option(metavar="N", help="Decides which samples.")] = 0,
+    count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of samples.")] = 24,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed that selects the samples.")] = 0,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     json_: Json = False,
 ) -> None:
     """Write a page to look at.
 
-    One offline HTML file: decoded samples, what lies at each horizon, scores with their best and worst. The parameter
-    file names the model whose VAE decodes.
+    Writes one offline HTML file: decoded samples, the states at each horizon, and the best and worst scores. The VAE
+    is that of the model in the parameter file.
     """
     values = load(params, set_)
     from rats.pipeline.files.places import open_place
@@ -80,20 +80,21 @@ def shards_preview(
 @shards.command("export")
 def shards_export(
     path: Set,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that is written.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder.")],
     license_: Annotated[
-        str | None, typer.Option("--license", metavar="ID", help="Terms of the teacher's outputs, by the Hub's name.")
+        str | None,
+        typer.Option("--license", metavar="ID", help="License of the teacher's outputs, as the Hub names it."),
     ] = None,
-    license_name: Annotated[str | None, typer.Option(metavar="NAME", help="With --license other.")] = None,
-    license_link: Annotated[str | None, typer.Option(metavar="URL", help="With --license other.")] = None,
-    teacher: Annotated[str | None, typer.Option(metavar="NAME", help="The teacher, as the card names it.")] = None,
+    license_name: Annotated[str | None, typer.Option(metavar="NAME", help="For --license other: its name.")] = None,
+    license_link: Annotated[str | None, typer.Option(metavar="URL", help="For --license other: its name.")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="NAME", help="Name of the teacher on the card.")] = None,
     title: Annotated[str | None, typer.Option(metavar="TEXT", help="The card's title.")] = None,
     json_: Json = False,
 ) -> None:
     """Write a folder to share.
 
-    The newest snapshot with its scores and a dataset card: it opens in rats, in webdataset and in datasets, and can be
-    uploaded to the Hub as it is. Files are hardlinks where the file system allows.
+    Writes the newest snapshot with its scores and a dataset card. The folder opens in rats, webdataset and datasets,
+    and can be uploaded to the Hub as it is. Files are hardlinks where the file system allows.
     """
     from rats.pipeline.files.places import open_place
     from rats.stages.shards.card import Terms
@@ -105,13 +106,13 @@ def shards_export(
 
 @shards.command("import")
 def shards_import(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What export wrote, or the Hub's client fetched.")],
-    store: Annotated[str, typer.Option(metavar="STORE", help="The store that takes it; may be a URL.")] = "store",
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported folder, or a download of one.")],
+    store: Annotated[str, typer.Option(metavar="STORE", help="The store to import into; may be a URL.")] = "store",
     json_: Json = False,
 ) -> None:
     """Take an exported folder into a store.
 
-    Verifies every byte first. A rollout of that recipe then reuses the samples. Given again, it changes nothing.
+    Verifies every byte first. A rollout of the same recipe then reuses the samples. A second import changes nothing.
     """
     from rats.pipeline.files.places import open_place
     from rats.stages.shards.exchange import import_set
@@ -122,12 +123,12 @@ def shards_import(
 @shards.command("diff")
 def shards_diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A shard set or a published folder; may be a URL.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another one; may be a URL.")],
     snapshot_a: Annotated[int | None, typer.Option(metavar="N", help="A's snapshot [default: the newest].")] = None,
     snapshot_b: Annotated[int | None, typer.Option(metavar="N", help="B's snapshot [default: the newest].")] = None,
     json_: Json = False,
 ) -> None:
-    """Say in which fields two sets differ.
+    """Show how two sets differ.
 
     Compares recipes, samples and columns of scores by their documents.
     """
@@ -143,15 +144,15 @@ def shards_gc(
     store: Annotated[str, typer.Argument(metavar="STORE", help="A local store, the folder that holds the sets.")],
     root: Annotated[
         list[Path] | None,
-        typer.Option(metavar="DIR", help="Where experiments lie; repeatable [default: the current folder]."),
+        typer.Option(metavar="DIR", help="A folder of experiments; repeatable [default: the current folder]."),
     ] = None,
-    older_than: Annotated[float, typer.Option(min=0, metavar="HOURS", help="Keep what was written later.")] = 24.0,
+    older_than: Annotated[float, typer.Option(min=0, metavar="HOURS", help="Keep what is younger than this.")] = 24.0,
     delete: Annotated[bool, typer.Option("--delete", help="Delete; without it, only show.")] = False,
     json_: Json = False,
 ) -> None:
-    """Show what no experiment reaches.
+    """Show what no experiment uses.
 
-    With --delete it is removed: sets, snapshots, shards, scores and embeddings that nothing below the roots names.
+    With --delete, deletes the sets, snapshots, shards, scores and embeddings that no file below the roots refers to.
     """
     from rats.stages.shards.gc.collect import collect, in_words, refuse_busy
 

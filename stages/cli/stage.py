@@ -27,7 +27,7 @@ from rats.stages.cli.options import (
 
 MaxBad = Annotated[
     float | None,
-    typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Of the samples, on which a reward may fail; 0.1."),
+    typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Samples on which a reward may fail [default: 0.1]."),
 ]
 
 stage = typer.Typer(help="Run one stage of the pipeline.", **STYLE)
@@ -37,8 +37,10 @@ stage = typer.Typer(help="Run one stage of the pipeline.", **STYLE)
 @grouped
 def rollout(
     split: Annotated[str, typer.Option(metavar="train|validation|test", help="Which prompts.")] = "train",
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Publish the snapshot there, by hardlink.")] = None,
-    report_path: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Also write the report.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Publish the snapshot there, as hardlinks.")] = None,
+    report_path: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Also write the result to this file.")
+    ] = None,
     workers: WorkerFlags = LOCAL_WORKERS,
     max_bad: MaxBad = None,
     params: ParamsFile = DEFAULT_PARAMS,
@@ -49,7 +51,7 @@ def rollout(
 ) -> None:
     """Sample the teacher.
 
-    Keeps what students need and scores it. Finished shards are never made again.
+    Stores the states that students are trained on, and scores the final ones. Finished shards are reused.
     """
     values = load(params, set_, teacher__seed=seed)
     where = workers.where(values)
@@ -68,12 +70,22 @@ def rollout(
 @stage.command()
 @grouped
 def score(
-    split: Annotated[str | None, typer.Option(metavar="train|validation|test", help="Which prompts; train.")] = None,
-    shards: Annotated[str | None, typer.Option(metavar="DIR|URL", help="A shard set, in place of the split's.")] = None,
-    reward: Annotated[list[str] | None, typer.Option(metavar="NAME", help="One of `rewards`; repeatable; all.")] = None,
-    snapshot: Annotated[int | None, typer.Option(metavar="N", help="Its number; the split's or the newest.")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Publish the snapshot there, by hardlink.")] = None,
-    report_path: Annotated[Path | None, typer.Option("--report", metavar="FILE", help="Also write the report.")] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="train|validation|test", help="Which prompts [default: train].")
+    ] = None,
+    shards: Annotated[
+        str | None, typer.Option(metavar="DIR|URL", help="Score this set instead of the split's.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A reward; repeatable [default: all].")
+    ] = None,
+    snapshot: Annotated[
+        int | None, typer.Option(metavar="N", help="Snapshot [default: the split's or the newest].")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Publish the snapshot there, as hardlinks.")] = None,
+    report_path: Annotated[
+        Path | None, typer.Option("--report", metavar="FILE", help="Also write the result to this file.")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Score shards with failed rows again.")] = False,
     workers: WorkerFlags = LOCAL_WORKERS,
     max_bad: MaxBad = None,
@@ -85,7 +97,7 @@ def score(
 ) -> None:
     """Score stored samples.
 
-    Any reward, from the stored finals: no teacher is run or loaded. What is scored is never scored again.
+    Scores the stored final latents by any reward. No teacher is loaded or run. Existing scores are kept.
     """
     values = load(params, set_, teacher__seed=seed)
     where = workers.where(values)
@@ -106,13 +118,14 @@ def score(
 def train(
     shards: Annotated[str, typer.Option(metavar="DIR|URL", help="The training shards.")] = "data/teacher/train",
     variant: Annotated[str, typer.Option(metavar="NAME", help="A name under `variants`.")] = "rats",
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run; runs/VARIANT if not given.")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="latest", help="Go on from the newest checkpoint.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run [default: runs/VARIANT].")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="latest", help="Continue from the newest checkpoint.")] = None,
     checkpoints_total_limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Keep so many checkpoints; train.checkpoints_total_limit.")
+        int | None, typer.Option(min=1, metavar="N", help="Checkpoints kept; train.checkpoints_total_limit.")
     ] = None,
     max_bad: Annotated[
-        float | None, typer.Option(min=0.0, max=1.0, metavar="SHARE", help="A reward may fail on; train.max_bad.")
+        float | None,
+        typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Samples on which a reward may fail; train.max_bad."),
     ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
@@ -122,7 +135,7 @@ def train(
 ) -> None:
     """Train a few-step student.
 
-    From stored trajectories: no teacher is run, no reward is asked about a teacher sample. On several devices by
+    Trains from stored trajectories: no teacher is run, and no reward scores a teacher sample. For several devices use
     `torchrun --nproc_per_node N --no-python rats stage train` or `accelerate launch --no_python rats stage train`.
     """
     from rats.schemas.params import with_variant
@@ -143,7 +156,7 @@ def train(
 def evaluate(
     shards: Annotated[str, typer.Option(metavar="DIR|URL", help="The test shards.")] = "data/teacher/test",
     runs: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the runs.")] = Path("runs"),
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The cells.")] = Path("reports/evaluate.json"),
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The file of all results.")] = Path("reports/evaluate.json"),
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     seed: Seed = None,
@@ -152,7 +165,7 @@ def evaluate(
 ) -> None:
     """Compare teacher, base and students.
 
-    All on the same test prompts and noises.
+    All systems get the same test prompts and noises.
     """
     values = load(params, set_, evaluate__seed=seed)
     if dry_run:
@@ -168,7 +181,7 @@ def evaluate(
 @stage.command()
 def report(
     runs: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the runs.")] = Path("runs"),
-    evaluation: Annotated[Path, typer.Option(metavar="FILE", help="What evaluate wrote.")] = Path(
+    evaluation: Annotated[Path, typer.Option(metavar="FILE", help="Output of `rats stage evaluate`.")] = Path(
         "reports/evaluate.json"
     ),
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("reports/report.html"),
@@ -179,7 +192,7 @@ def report(
 ) -> None:
     """Write one offline HTML page.
 
-    The table, the pictures side by side, the course of reward and gate, the cost.
+    It shows the results, the pictures side by side, reward and gate over the training, and the cost.
     """
     values = load(params, set_)
     if dry_run:

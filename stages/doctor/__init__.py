@@ -1,1 +1,1 @@
-"""`rats doctor`: packages, devices and models, looked at before a stage needs them."""
+"""`rats doctor`: checks packages, devices and models before a stage needs them."""

@@ -24,7 +24,7 @@ def devices() -> list[dict[str, Any]]:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver, or None where its own tool does not say."""
+    """The version of NVIDIA's driver, or None if nvidia-smi does not tell it."""
     if shutil.which(DRIVER_QUERY[0]) is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""`rats doctor`: what is there, what is missing and how to get it. Loads no weights and fetches nothing."""
+"""`rats doctor`: shows what is installed, what is missing and how to get it. Loads no weights, fetches nothing."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from rats.stages.doctor.packages import Row, packages, row
 
 
 def examine(path: Path, overrides: Sequence[str], is_default: bool = True) -> list[Row]:
-    """One row a check: `check`, `ok`, `needed`, and `found`: what is there, or what is wrong and the way out.
+    """One row for each check: `check`, `ok`, `needed`, and `found` (what is there, or what is wrong and what to do).
 
     Args:
         path: The parameter file.
-        overrides: Of its values.
-        is_default: Whether nobody asked for this file, so that it need not be there.
+        overrides: Values that replace the file's, as "key=value".
+        is_default: Whether the user did not name this file, so that it may be missing.
     """
     rows = packages()
     if not all(one["ok"] for one in rows):

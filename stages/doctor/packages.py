@@ -1,4 +1,4 @@
-"""What is installed: this package's requirements and extras, by its metadata, and everybody's families and rewards.
+"""What is installed: this package's requirements and extras, by its metadata, and all families and rewards.
 
 Imports nothing that may be missing.
 """
@@ -23,12 +23,12 @@ Row = dict[str, Any]
 NAME = "rats"
 FOR_DEVELOPERS = "dev"
 APART = {"rewards": ", in an environment of its own (docs/rewards.md)"}
-"""Extras that cannot be installed beside the others."""
+"""Extras that cannot be installed together with the others."""
 KINDS = {FAMILIES: "family", REWARDS: "reward adapter", OFFICIAL: "official backend"}
 
 
 def row(check: str, ok: bool, found: str, needed: bool = True) -> Row:
-    """One line: what, whether it is well, whether anything fails without it, and what was found or how to get it."""
+    """One row: what was checked, whether it is fine, whether it is needed, and what was found or how to get it."""
     return {"check": check, "ok": ok, "needed": needed, "found": found}
 
 
@@ -40,20 +40,20 @@ def packages() -> list[Row]:
 
 
 def extras(needed: Set[str] = frozenset()) -> list[Row]:
-    """The optional parts; those in `needed` must be there."""
+    """The optional extras. Those in `needed` must be installed."""
     names = metadata(NAME).get_all("Provides-Extra") or []
     return [_extra(name, name in needed) for name in names if name != FOR_DEVELOPERS]
 
 
 def plugins(params: Params | None) -> list[Row]:
-    """Families, rewards and official backends, where they come from, and whether they import."""
+    """Families, rewards and official backends: the package that each comes from, and whether it can be imported."""
     return [
         _plugin(group, name, _is_asked_for(params, group, name)) for group in KINDS for name in sorted(found(group))
     ]
 
 
 def _requirements(extra: str = "", package: str = NAME) -> Iterator[Requirement]:
-    """Those of an extra of a package, or of its core; what `dask[distributed]` adds to dask too."""
+    """Requirements of a package or of one of its extras, with those that an extra such as `dask[distributed]` adds."""
     for one in map(Requirement, requires(package) or []):
         own = "extra ==" in str(one.marker)
         if own == bool(extra) and (one.marker is None or one.marker.evaluate({"extra": extra})):
@@ -68,7 +68,7 @@ def _package(one: Requirement) -> Row:
 
 
 def _problem(one: Requirement) -> str | None:
-    """What is wrong with an installed package and the way out, None if nothing is."""
+    """What is wrong with an installed package and what to do; None if it is fine."""
     asked = f"{one.name}{one.specifier}"
     try:
         there = version(one.name)

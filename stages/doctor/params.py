@@ -1,4 +1,4 @@
-"""What the parameter file needs of this machine: devices, model, prompts, rewards, disk. Nothing is fetched."""
+"""Checks what the parameter file needs: devices, model, prompts, rewards, disk space. Fetches nothing."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from rats.stages.plan.text import size
 from rats.stages.rollout.rollout import wanted_samples
 
 PROMPT_LENGTH = 100
-"""Characters of a prompt that is not here to be read."""
+"""Assumed length in characters of a prompt that cannot be read here."""
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def examine(path: Path, overrides: Sequence[str], is_default: bool) -> list[Row]:
-    """Devices, optional parts and plugins, and all that the parameter file leads to."""
+    """Rows for devices, extras and plugins, and for everything that the parameter file refers to."""
     try:
         params = load_params(path, overrides)
     except RatsError as error:
@@ -51,7 +51,7 @@ def examine(path: Path, overrides: Sequence[str], is_default: bool) -> list[Row]
 
 
 def _wanted(params: Params) -> set[str]:
-    """The optional parts of this package that these parameters use."""
+    """The extras of this package that these parameters use."""
     trackers = {tracker for name in params.evaluate.variants for tracker in with_variant(params, name).trackers}
     store = EXTRAS.get(params.store.path.partition("://")[0], "")
     official = any(reward.backend == "official" for reward in params.rewards)
@@ -84,7 +84,7 @@ def _hub() -> Iterator[Row]:
 
 
 def _checks(params: Params, model: Model) -> dict[str, Callable[[], str]]:
-    """Everything in the file that can lead nowhere."""
+    """A check for each thing that the file refers to."""
     checks: dict[str, Callable[[], str]] = {
         "compute.device": lambda: str(torch_device(params.compute.device)),
         "model": lambda: _model(model),
@@ -104,7 +104,7 @@ def _attempt(name: str, check: Callable[[], str]) -> Row:
 
 
 def _model(model: Model) -> str:
-    """Every component with its weights."""
+    """Checks every component of the model and its weights."""
     horizons = len(model.outline.grids()[1])
     family, folder = model.family, model.folder
     weighed = folder.parts(NETWORK, DECODER, *family.encoders)
@@ -124,7 +124,7 @@ def _prompts(params: Params, split: Split) -> str:
 
 
 def _samples(params: Params, split: Split) -> list[PlannedSample] | None:
-    """What a rollout wants; of a hub's data set as many as its `count`, with stand-ins for their texts, or None."""
+    """The samples of a rollout. For a data set on the hub, `count` of them with placeholder texts, or None."""
     source = getattr(params.prompts, split)
     if not isinstance(source, PromptSource) or not is_hub_id(source.path):
         return wanted_samples(params, split)
@@ -135,7 +135,7 @@ def _samples(params: Params, split: Split) -> list[PlannedSample] | None:
 
 
 def _reward(reward: RewardParams) -> str:
-    """Its fingerprint, for which all its files are read, and the vocabulary that it tokenises prompts with."""
+    """Its fingerprint, for which all its files are read, and the folder of its tokenizer's vocabulary."""
     found, adapter = f"{reward.adapter}, {reward_fingerprint(reward)[:12]}", load_plugin(REWARDS, reward.adapter)
     source = getattr(adapter, "tokenizer_source", None)
     if source is None or reward.backend == "official":
@@ -146,7 +146,7 @@ def _reward(reward: RewardParams) -> str:
 
 
 def _disk(params: Params, model: Model) -> str:
-    """Bytes of whole rollouts of all prompts, against what is free there and what is there already."""
+    """Compares the bytes that rollouts of all prompts take with the free and the used space."""
     student, place = model.outline, open_place(params.store.path)
     found = [_samples(params, split) for split in _splits(params)]
     needed = sum(_rollout_bytes(params, student, samples) for samples in found if samples is not None)
@@ -162,7 +162,7 @@ def _disk(params: Params, model: Model) -> str:
 
 
 def _rollout_bytes(params: Params, student: FamilyStudent, samples: list[PlannedSample]) -> int:
-    """From nothing: samples, embeddings, indexes and scores."""
+    """Bytes of a complete rollout: samples, embeddings, indexes and scores."""
     recipe = make_recipe(params, {}, "", *student.grids(), student.latent_shape())
     latents, a_shard = latents_bytes(recipe), params.store.shard_samples
     shards = [samples[start : start + a_shard] for start in range(0, len(samples), a_shard)]

@@ -43,7 +43,7 @@ Features = NDArray[np.float64]
 
 @dataclass
 class Measured:
-    """What is kept of a system: a score a sample and reward, judge features (N, F), the pictures that are shown."""
+    """Results of one system: scores by reward and sample, the judge's features (N, F), the pictures to show."""
 
     column: Column
     scores: dict[str, list[float]]
@@ -54,7 +54,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Bench:
-    """What measures: the same for every system."""
+    """The samples, rewards and judge that every system is measured by."""
 
     samples: Samples
     rewards: dict[str, Reward]
@@ -67,7 +67,7 @@ class Bench:
 
 
 def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> EvaluateReport:
-    """Writes `out` (the cells), and beside it every sample's score and the pictures of the report.
+    """Writes `out` (all cells), and beside it every sample's scores and the pictures of the report.
 
     Args:
         params: The whole configuration.
@@ -104,14 +104,14 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
 
 
 def _columns(params: Params) -> int:
-    """How many systems there are at most (an unguided teacher has one base less), for the progress only."""
+    """The largest possible number of systems, for the progress bar (an unguided teacher has one base less)."""
     grids = [with_variant(params, name).grid for name in params.evaluate.variants]
     bases = 2 * len({n for grid in grids for n in grid})
     return 1 + bases + sum(len(grid) for grid in grids)
 
 
 def check_teacher(params: Params, model: Model, shards: ShardSet) -> None:
-    """Refuses shards of another teacher than the parameters': its few-step base would be compared with a stranger."""
+    """Refuses shards of another teacher than the parameters name: the untrained base would be of another model."""
     check_recipe(params, model, shards)
     for name, there in shards.recipe.weights.items():
         if name != NETWORK and (here := model.folder.hash_of(name)) != there:
@@ -122,7 +122,7 @@ def check_teacher(params: Params, model: Model, shards: ShardSet) -> None:
 
 
 def check_student(record: RunRecord, run: Path, shards: ShardSet) -> None:
-    """Refuses a student that was trained on shards of another recipe, or that is not the one the run has left."""
+    """Refuses a student that was trained on shards of another recipe, or that is not the one in the run's record."""
     if record.recipe != shards.fingerprint:
         raise DataError(
             f"{run} was trained on shards of recipe {record.recipe[:12]}, these are of recipe "
@@ -185,7 +185,7 @@ def _finite(scores: list[float], reward: str, column: str, keys: Sequence[str]) 
 
 
 def _show(result: Measured, images: torch.Tensor, start: int, wanted: set[int]) -> None:
-    """Keeps the pictures that were chosen, and the size that all have, of a video's frames."""
+    """Keeps the chosen pictures, and the size of a picture or frame."""
     result.size = (int(images.shape[-2]), int(images.shape[-1]))
     for offset in range(len(images)):
         if start + offset in wanted:
@@ -213,13 +213,13 @@ def cells(params: Params, samples: Samples, measured: Sequence[Measured]) -> Ite
 
 
 def _role(params: Params, column: Column, reward: str) -> Role:
-    """Trained is what this student was trained on; teacher and base take the main setting's."""
+    """Whether the reward was trained on: by this variant, or for teacher and base by `params.train`."""
     train = with_variant(params, column.variant) if column.variant else params.train
     return "trained" if reward in train.reward_weights else "held_out"
 
 
 def _distances(params: Params, samples: Samples, measured: Sequence[Measured]) -> dict[str, NDArray[np.float64]]:
-    """Distance to the real pictures by concept, for each system; nothing without a judge or real pictures."""
+    """Each system's distances to the real pictures, by concept. Empty without a judge or real pictures."""
     if params.evaluate.real_features is None or measured[0].features is None:
         return {}
     features, concepts = open_real(Path(params.evaluate.real_features))
@@ -230,7 +230,7 @@ def _distances(params: Params, samples: Samples, measured: Sequence[Measured]) -
 def _diversity(
     samples: Samples, system: Measured, teacher: Measured, n: int, seed: int
 ) -> tuple[Samples, Paired] | None:
-    """Spread within a prompt, for prompts with several noises of at least two concepts."""
+    """Diversity within a prompt, over prompts with several noises. None if these have fewer than two concepts."""
     if system.features is None or teacher.features is None:
         return None
     prompts = [row.prompt_id for row in samples.rows]
@@ -269,7 +269,7 @@ def _cell(column: Column, metric: str, role: Role, samples: Samples, result: Pai
 
 
 def values_csv(samples: Samples, measured: Sequence[Measured]) -> str:
-    """Every sample's score, a row each, to the last bit."""
+    """Every sample's scores as CSV, one row each, in full precision."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(VALUE_COLUMNS)

@@ -1,4 +1,4 @@
-"""The systems that an evaluation compares, each a way from a stored noise to a final latent.
+"""The systems that an evaluation compares. Each one computes final latents from stored noise.
 
 All start from the stored noises of the test shards. B samples, T latent tokens, C channels.
 """
@@ -51,13 +51,13 @@ class Samples:
     kinds: list[str]
 
     def keep(self, keys: set[str]) -> Samples:
-        """Those samples only."""
+        """Only the samples with these keys."""
         kept = [i for i, row in enumerate(self.rows) if row.key in keys]
         rows, concepts, kinds = ([values[i] for i in kept] for values in (self.rows, self.concepts, self.kinds))
         return Samples(self.shards, rows, self.split, concepts, kinds)  # type: ignore[arg-type]
 
     def batches(self, size: int, device: torch.device) -> Iterator[Batch]:
-        """In order; every sample's hash is checked as it is read."""
+        """Batches in order. Every sample's hash is checked."""
         for start in range(0, len(self.rows), size):
             yield collate([self._sample(row) for row in self.rows[start : start + size]], device)
 
@@ -108,7 +108,7 @@ def systems(params: Params, model: Model, runs: Path) -> Iterator[System]:
 
 
 def _bases(teacher: Teacher, nfe: int) -> Iterator[System]:
-    """The teacher itself in a few steps of its stock grid, with its guidance and, if it has any, without."""
+    """The teacher itself in `nfe` steps of its stock grid, with guidance and, if it has any, without."""
     cost = nfe * teacher.evaluations_per_step
     draw = few_steps(teacher, nfe, teacher.guided_velocity)
     yield System(Column(f"base_guided-{nfe}", "base_guided", "", nfe, cost), draw, teacher.decode)
@@ -118,5 +118,5 @@ def _bases(teacher: Teacher, nfe: int) -> Iterator[System]:
 
 
 def stored_final(batch: Batch) -> Tensor:
-    """The teacher's final latents, as its scores saw them."""
+    """The teacher's stored final latents, which its scores were computed from."""
     return batch.x_HBTC[-1].float()

@@ -25,12 +25,12 @@ log = logging.getLogger(__name__)
 
 LORA, PIPELINE, CALL, CARD = "lora", "pipeline", "call.json", "README.md"
 EXPORTED = {LORA, PIPELINE, CALL, CARD, ".gitattributes", ".cache"}
-"""Names at the top of an export, and those that the Hub's client adds; a folder with anything else is not replaced."""
+"""Top-level names of an export, and those that the Hub's client adds. A folder with any other name is not replaced."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What is exported, all of it checked."""
+    """What will be exported. Everything was checked."""
 
     record: RunRecord
     student: Path
@@ -39,7 +39,7 @@ class Export:
 
 
 def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Export:
-    """Checks all that can be refused before anything is loaded or written; see `export_stage`."""
+    """Checks everything that can be wrong before anything is loaded or written; see `export_stage`."""
     record = read_record(run)
     student = checked_student(run, record)
     if not merged and not is_lora(student):
@@ -52,7 +52,7 @@ def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Expo
 
 
 def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation: Path) -> dict[str, Any]:
-    """Write the folder `out`, whole or not at all; an export that is there is replaced.
+    """Writes the folder `out` atomically; an older export is replaced.
 
     It holds lora/ (of a run that trained adapters), pipeline/ (with `merged`: the whole pipeline, its network the
     student's or the base's with the adapters added in), README.md (the model card) and call.json.
@@ -62,7 +62,7 @@ def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation:
         run: A finished run.
         out: The folder to make.
         merged: Whether to write pipeline/; a run of the whole network has nothing else.
-        evaluation: What `rats stage evaluate` wrote; its figures go on the card if it is there and of this student.
+        evaluation: Output of `rats stage evaluate`. Its figures go on the card if it exists and is of this student.
 
     Raises:
         ConfigError: no such run, or parameters that are not those it was trained with.
@@ -84,7 +84,7 @@ def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation:
 
 
 def summary(export: Export, run: Path, out: Path) -> dict[str, Any]:
-    """What `rats export` says, and all that it says with --dry-run."""
+    """What `rats export --dry-run` prints; without --dry-run more is added."""
     return {
         "out": str(out),
         "run": str(run),
@@ -106,7 +106,7 @@ def _write_pipeline(model: Model, student: Path, folder: Path) -> None:
 
 
 def _check_model(model: Model, run: Path, record: RunRecord, student: Path) -> None:
-    """The decoder must be the run's; for adapters, the network that they were trained on too."""
+    """The decoder must be the one of the run. For adapters, so must the network that they were trained on."""
     expected = {DECODER: record.vae} | ({NETWORK: record.base} if is_lora(student) else {})
     for name, there in expected.items():
         if (here := model.folder.hash_of(name)) != there:
@@ -118,7 +118,7 @@ def _check_model(model: Model, run: Path, record: RunRecord, student: Path) -> N
 
 
 def _check_call(model: Model, run: Path, record: RunRecord) -> None:
-    """A student draws well as it was trained to draw; a record of an older rats does not say how."""
+    """The pipeline must be called as in training. Records of older versions of rats do not say how."""
     for name, here in model.call().items():
         there = (record.call or {}).get(name, here)
         if there != here:

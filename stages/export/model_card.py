@@ -1,4 +1,4 @@
-"""The model card of an exported student: what it is, how it is called, how it was trained, how it did."""
+"""The model card of an exported student: what it is, how to call it, how it was trained, and its results."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def any_of(numbers: Sequence[int]) -> str:
 
 
 def own_cells(record: RunRecord, evaluation: Path) -> list[Cell]:
-    """The evaluation's figures of this very student; none, and a warning, where it is of another one."""
+    """The evaluation's cells of this student. If it is of another student: none, and a warning."""
     if not evaluation.is_file():
         return []
     try:
@@ -73,7 +73,7 @@ def own_cells(record: RunRecord, evaluation: Path) -> list[Cell]:
 
 
 def _other_scheduler(model: Model) -> str | None:
-    """Code of the scheduler that the family samples by, where it is not the base's own."""
+    """Python code for the family's scheduler, if it differs from the base model's; else None."""
     if model.folder.scheduler_config.get("_class_name", EULER) == EULER:
         return None
     config = model.scheduler().config
@@ -90,7 +90,7 @@ def _data(hub: str | None, adapter: bool, is_video: bool) -> ModelCardData:
 
 
 def _run_rows(record: RunRecord) -> list[tuple[str, str]]:
-    """What `run.json` says, in words."""
+    """Rows of the card about the run, from `run.json`."""
     gate = "none yet" if record.gate_mean is None else f"{record.gate_mean:.3f}"
     return [
         ("variant", code(record.variant)),

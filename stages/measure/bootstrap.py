@@ -34,7 +34,7 @@ class Paired(NamedTuple):
 def resample(num_concepts: int, n: int, seed: int) -> Array:
     """How often each concept was drawn in each of `n` resamples: (R, C), every row sums to C.
 
-    Raises ConfigError below two concepts, where nothing can be said about an unseen one.
+    Raises ConfigError for fewer than two concepts, which say nothing about other concepts.
     """
     if num_concepts < 2:
         raise ConfigError(
@@ -46,7 +46,7 @@ def resample(num_concepts: int, n: int, seed: int) -> Array:
 
 
 def group(labels: Sequence[str]) -> tuple[list[str], Rows]:
-    """Distinct labels, sorted, and each entry's position among them."""
+    """Distinct labels in sorted order, and the position of each entry's label among them."""
     names, rows = np.unique(np.asarray(labels, dtype=str), return_inverse=True)
     return names.tolist(), rows.reshape(-1)
 

@@ -1,4 +1,4 @@
-"""The judge that nobody here trained: ImageNet features, the kernel distance and diversity within a prompt."""
+"""The judge, an independent network: ImageNet features, the kernel distance (KID), and diversity within a prompt."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from rats.schemas.errors import ConfigError
 
 DIMENSION = 1280
 SMALL, LARGE = 128, 224
-"""Side to which pictures are brought: 128 for those of 64 px or less (a third of the cost, and 4 x 4 positions are
-enough for what 32 px show), the network's own 224 for larger ones."""
+"""Side in pixels to which pictures are resized. Those of 64 px or less take 128: a third of the cost, and 4 x 4
+positions are enough for 32 px. Larger ones take the network's own 224."""
 
 CHUNK = 64
 
@@ -78,9 +78,9 @@ def kid(features_a: ArrayLike, features_b: ArrayLike) -> float:
 
 
 def kid_by_sample(features_a: ArrayLike, features_b: ArrayLike, own_b: float) -> NDArray[np.float64]:
-    """What each sample of the first set adds to `kid`, (n,): their mean is `kid`, their spread gives its error.
+    """Contribution of each sample of the first set to `kid`, (n,). Their mean is `kid`; their spread gives its error.
 
-    To first order, the jackknife's pseudo-values. `own_b`: `mean_off_diagonal` of the second set's own kernel.
+    To first order, these are the jackknife's pseudo-values. `own_b`: `mean_off_diagonal` of the second set's kernel.
     """
     a = np.asarray(features_a, np.float64)
     within, across = kernel(a, a), kernel(a, features_b).mean(1)
@@ -90,7 +90,7 @@ def kid_by_sample(features_a: ArrayLike, features_b: ArrayLike, own_b: float) ->
 
 
 def diversity_by_sample(features: ArrayLike) -> NDArray[np.float64]:
-    """As `kid_by_sample`, of the mean pairwise cosine distance within all samples (n,), in [0, 2]."""
+    """As `kid_by_sample`, for the mean pairwise cosine distance of all samples: (n,), in [0, 2]."""
     values = np.asarray(features, np.float64)
     unit = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
     own = (1 - unit @ unit.T).sum(1) / (len(unit) - 1)

@@ -40,10 +40,10 @@ class RealSet:
         self.own = own if self.matched else np.full((len(self.names),) * 2, own[0, 0])
 
     def distance(self, features_NF: Array, concepts: Sequence[str]) -> Array:
-        """Squared MMD of every two concepts, (C, C), NaN where a concept has one picture only on a side.
+        """Squared MMD of every two concepts, (C, C); NaN where a concept has a single picture on one side.
 
-        Entry (c, d) estimates <f_c - r_c, f_d - r_d>, f and r being mean embeddings in the kernel's space.
-        Working by concept keeps both sides at equal shares whatever their numbers of pictures.
+        Entry (c, d) estimates <f_c - r_c, f_d - r_d>, where f and r are mean embeddings in the kernel's space.
+        Computed by concept, each concept has the same share on both sides, whatever its numbers of pictures.
         """
         fakes = np.asarray(features_NF, np.float64)
         size = len(self.names)
@@ -105,8 +105,8 @@ def own_block_means(kernel_NN: Array, rows_N: Rows, size: int) -> Array:
 def kid(distance_CC: Array, shares_C: Array, counts_RC: Array) -> Array:
     """KID of each resample, (R,), for concepts with the given shares of the pictures.
 
-    A concept that was drawn twice is two clusters of equal pictures; pairs *between* the copies would say that
-    pictures of different concepts are alike, so a concept's own block counts once a copy and not squared.
+    A concept that was drawn twice stands for two concepts with equal pictures. Pairs *between* the two copies would
+    count as equal pictures of different concepts. So a concept's own block counts once for each copy, and not squared.
     """
     weights = counts_RC * shares_C
     own = np.diag(distance_CC)

@@ -1,6 +1,6 @@
-"""The pictures of an evaluation: which are kept, and the file they are kept in.
+"""The pictures of an evaluation: which ones are kept, and in which file.
 
-A sheet is uint8 (P, H, W, 3) a system. They are picked by seed before anything is sampled, never by hand.
+A sheet is uint8 (P, H, W, 3) for one system. Pictures are chosen by seed before anything is sampled, never by hand.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NOISES_SHOWN = 6
 
 @dataclass(frozen=True)
 class Column:
-    """Whose pictures: a system, its variant and its steps and evaluations."""
+    """Which system a column of pictures is of: kind, variant, steps and evaluations."""
 
     id: str
     system: str
@@ -45,7 +45,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Choice:
-    """The samples shown: `side` (one a row) for all systems, `noises` (a prompt a row) for variety."""
+    """The samples to show: `side` for the comparison of systems, and `noises`, several noises of some prompts."""
 
     side: list[int]
     noises: list[list[int]]
@@ -69,7 +69,7 @@ class Pictures:
 
 
 def choose(concepts: Sequence[str], prompt_ids: Sequence[str], count: int, seed: int) -> Choice:
-    """Picks `count` samples of as many concepts as there are, and a few prompts with all their noises."""
+    """Chooses `count` samples of as many concepts as possible, and a few prompts with several noises."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(concepts)).tolist()
     side = _spread_over(order, concepts)[:count]
@@ -82,7 +82,7 @@ def choose(concepts: Sequence[str], prompt_ids: Sequence[str], count: int, seed:
 
 
 def _spread_over(order: Iterable[int], labels: Sequence[str]) -> list[int]:
-    """The same rows, first one of each label, then a second of each..."""
+    """The same rows in another order: first one of each label, then a second of each, and so on."""
     seen: dict[str, int] = {}
     turns = []
     for row in order:
@@ -140,7 +140,7 @@ def load_pictures(path: Path) -> Pictures:
 
 
 def grid(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One picture as it is; several in rows of nearly a square."""
+    """One picture unchanged; several in a nearly square grid."""
     width, height = pictures[0].size
     columns = math.ceil(math.sqrt(len(pictures)))
     sheet = Image.new("RGB", (columns * width, math.ceil(len(pictures) / columns) * height), "white")

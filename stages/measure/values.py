@@ -12,7 +12,7 @@ from rats.stages.measure.bootstrap import Paired, paired
 
 @dataclass(frozen=True)
 class Values:
-    """values.csv: a score by column (`Column.id`), metric and sample, with each sample's concept and kind."""
+    """values.csv: scores by system (`Column.id`), metric and sample, with each sample's concept and kind."""
 
     scores: dict[tuple[str, str], dict[str, float]]
     concepts: dict[str, str]

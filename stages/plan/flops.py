@@ -1,6 +1,6 @@
-"""What a network costs, before any weight is loaded: FLOPs counted on an outline, a rate timed on its blocks.
+"""The cost of a network before weights are loaded: FLOPs are counted on the meta device, the rate is timed on blocks.
 
-FLOPs are those of matrix products, convolutions and attention, a multiplication and an addition as two.
+FLOPs are those of matrix products, convolutions and attention; a multiply-add counts as two.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def conditioning_shapes(student: FamilyStudent) -> dict[str, tuple[int, ...]]:
 def measured_rate(model: Model, seconds: float = TIMED_SECONDS) -> float:
     """FLOP/s of this device in one block of each kind, full width, random weights, at the recipe's compute settings.
 
-    The rest of the network is more of the same blocks. Raises ConfigError when the device is not here.
+    The rest of the network consists of more such blocks. Raises ConfigError if this machine has no such device.
     """
     compute = model.compute
     device = torch_device(compute.device)
@@ -79,7 +79,7 @@ def _blocks(model: Model) -> FamilyStudent:
 
 
 def _materialised(blocks: FamilyStudent, model: Model, device: torch.device) -> FamilyStudent:
-    """The same network with random weights where and how the recipe wants it."""
+    """The same network with random weights, on the device and in the dtype of the recipe."""
     # built again: `to_empty` leaves tensors that are no buffers (Qwen-Image's rotary tables) on the meta device
     with quiet_notices(), device:
         network: Any = type(blocks.network).from_config(blocks.network.config)

@@ -1,4 +1,4 @@
-"""What a rollout worker and a training step take of a device's memory, from configurations alone."""
+"""Device memory of a rollout worker and of a training step, from configurations alone."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ from rats.trainer.sampling import Trajectory, rounded, sample
 
 
 def rollout_memory(params: Params, model: Model) -> Memory:
-    """Of one worker, which keeps the teacher, the text encoders and all rewards on its device.
+    """Memory of one worker, which keeps the teacher, the text encoders and all rewards on its device.
 
-    Encoding a prompt and scoring are left out of what comes and goes: they need less than the rest.
+    Temporary memory of encoding and scoring is left out: it is less than that of sampling.
     """
     student = _outline(model)
     rewards = [outline_reward(reward) for reward in params.rewards]
@@ -63,7 +63,7 @@ def rollout_memory(params: Params, model: Model) -> Memory:
 
 
 def train_memory(params: Params, model: Model, split: bool = True) -> Memory:
-    """Of a step of `params.train` on one device, nothing sharded; `split` as in `Outline`."""
+    """Memory of a step of `params.train` on one device, not sharded; `split` as in `Outline`."""
     train, student = params.train, _outline(model)
     if train.lora is not None:
         add_lora(student.network, train.lora, student.family.lora_targets, train.seed)
@@ -79,7 +79,7 @@ def train_memory(params: Params, model: Model, split: bool = True) -> Memory:
 
 
 def _outline(model: Model) -> FamilyStudent:
-    """The student as it is loaded, without values, and ready to be trained."""
+    """The student on the meta device, in the dtypes in which it is loaded."""
     found, dtype = copy.deepcopy(model.outline), torch_dtype(model.params.dtype)
     network, vae = in_dtype(found.network, dtype), in_dtype(found.vae, dtype)
     return FamilyStudent(found.family, network, vae, found.scheduler)
@@ -95,7 +95,7 @@ def _inputs(params: Params, student: FamilyStudent, count: int) -> tuple[torch.T
 
 @dataclass(frozen=True)
 class Outline:
-    """What a step is taken with, all of it on the meta device.
+    """Everything that a training step needs, on the meta device.
 
     `autocast`: what the network is evaluated in where that is not its own dtype.
     """
@@ -110,14 +110,14 @@ class Outline:
 
     @property
     def slots(self) -> int:
-        """Gradients that are kept of each weight."""
+        """Number of gradients kept for each weight."""
         return 2 if self.split else 1
 
 
 def step_bytes(outline: Outline) -> dict[str, int]:
-    """Bytes of a step at `max(train.nfe)`, by what they are; their sum is the most at once.
+    """Bytes of a training step at `max(train.nfe)`, by their use. Their sum is the peak.
 
-    Of student steps one is taken, and what the others keep for the backward pass is added: they are alike.
+    Only one student step is run. The others keep the same bytes for the backward pass, which are added.
     """
     train, student = outline.train, outline.student
     learner = Learner(student.network, train)
@@ -138,7 +138,7 @@ def step_bytes(outline: Outline) -> dict[str, int]:
 
 
 def _measured(outline: Outline, learner: Learner) -> tuple[int, int]:
-    """What one student step keeps, and the most at once of a step of one evaluation, beside what is held all along."""
+    """Bytes that one student step keeps for the backward pass, and the peak of a step of one, without weights."""
     student, train = outline.student, outline.train
     gpu, _ = AsOnGpu(student.network, outline.autocast), AsOnGpu(student.vae)
     modules = [student.network, student.vae, *(reward.modules for reward in outline.rewards)]
@@ -158,13 +158,13 @@ def _measured(outline: Outline, learner: Learner) -> tuple[int, int]:
 
 
 def _fill_gradients(learner: Learner, split: bool) -> None:
-    """Every micro-batch but the first finds the gradients of those before it."""
+    """Makes gradients, as every micro-batch but the first finds them."""
     nothing = torch.stack([p.sum() for p in learner.parameters]).sum()
     learner.accumulate(nothing, nothing * 1, split)
 
 
 def _finish(outline: Outline, learner: Learner, trajectory: Trajectory) -> None:
-    """Decode, score with gradient and without, compare, and walk back."""
+    """Decodes, scores with and without gradient, compares, and runs the backward pass."""
     train = outline.train
     images_B3HW = outline.student.decode(rounded(trajectory.final))
     reward = -_scored(outline.rewards, augment(images_B3HW, Draws(torch.Generator(), 0, train.batch), train.augment))

@@ -1,7 +1,7 @@
-"""Memory before anything is allocated: real code on tensors without values, whose storages are counted while they live.
+"""Memory before anything is allocated: real code runs on tensors of torch's meta device, whose bytes are counted.
 
-Tensors lie on torch's meta device, so a full-size network takes seconds and no memory. What is counted is tensors: not
-a GPU's context (about 0.5 GiB), the allocator's fragments, or the workspaces of cuDNN and cuBLAS.
+Such tensors have no values, so a full-size network takes seconds and no memory. Only tensors are counted: not a GPU's
+context (about 0.5 GiB), the allocator's fragmentation, or the workspaces of cuDNN and cuBLAS.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ FLOAT |= {"pow", "__pow__", "exp", "log", "rsqrt", "reciprocal", "softplus", "ms
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, whoever keeps them: graph, module or variable.
+    """Counts the bytes of all live storages, whether a graph, a module or a variable keeps them.
 
     `now`: of those alive; `peak`: the most since the last `reset`.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
-        """`tensors` are there already; others count from the operation that makes them."""
+        """`tensors` exist already. Others count from the operation that makes them."""
         super().__init__()
         self.now = self.peak = 0
         self._alive: set[int] = set()
@@ -49,7 +49,7 @@ class Live(TorchDispatchMode):
             self._see(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs the operation and looks at what it made."""
+        """Runs the operation and counts the storages of its results."""
         made = func(*args, **(kwargs or {}))
         for value in tree_leaves(made):
             if isinstance(value, Tensor):
@@ -76,10 +76,10 @@ class Live(TorchDispatchMode):
 
 
 class AsOnGpu(TorchFunctionMode):
-    """What a GPU does otherwise than the meta device, inside a module: fused attention, and autocast if wanted.
+    """Makes a module on the meta device use memory as on a GPU: with fused attention, and autocast if wanted.
 
-    The meta device would build attention's whole score matrix and has no autocast. It is in force while any part of
-    the module runs, also when a checkpointed part runs again in the backward pass.
+    The meta device would build attention's whole score matrix, and has no autocast. This mode is active while any part
+    of the module runs, also when a checkpointed part runs again in the backward pass.
     """
 
     def __init__(self, module: nn.Module, autocast: torch.dtype | None = None) -> None:
@@ -123,9 +123,9 @@ class AsOnGpu(TorchFunctionMode):
         return self._cast_weights[id(tensor)][1]
 
     def forget(self) -> int:
-        """Drop the cast weights, as the end of an autocast block does and of each part that runs again from here on.
+        """Drops the cast weights, as the end of an autocast block does; later, each part that runs drops its own.
 
-        Returns the bytes of those that there were: the graph keeps them or not.
+        Returns their bytes. The graph may still keep them.
         """
         size = sum(cast.nbytes for _, cast in self._cast_weights.values())
         self._cast_weights.clear()
@@ -134,7 +134,7 @@ class AsOnGpu(TorchFunctionMode):
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Keeps queries, keys, values, the output and a number a row. Masks are small and left out."""
+    """Fused attention keeps queries, keys, values, the output and one number for each row. Masks are left out."""
     output: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
     return output
 
@@ -150,7 +150,7 @@ def held(*modules: nn.Module) -> int:
 
 
 def transient(run: Callable[[], Any], *modules: nn.Module) -> int:
-    """The most bytes at once that a call of `run` needs beside the modules' weights, without gradients."""
+    """Peak bytes that a call of `run` needs in addition to the modules' weights, without gradients."""
     with torch.no_grad(), Live(tensors_of(*modules)) as live:
         before = live.now
         run()
@@ -158,8 +158,8 @@ def transient(run: Callable[[], Any], *modules: nn.Module) -> int:
 
 
 def in_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module as `from_pretrained` gives it: in `dtype`, but for what its class keeps in float32."""
-    strict = dtype == torch.float16 or isinstance(module, ModelMixin)  # transformers does so for float16 alone
+    """The module as `from_pretrained` gives it: in `dtype`, except for what its class keeps in float32."""
+    strict = dtype == torch.float16 or isinstance(module, ModelMixin)  # transformers keeps them for float16 only
     kept = set(getattr(module, "_keep_in_fp32_modules", None) or ()) if strict else set()
     for name, parameter in module.named_parameters():
         parameter.data = parameter.data.to(torch.float32 if kept & set(name.split(".")) else dtype)
@@ -179,21 +179,21 @@ def encoder_bytes(student: FamilyStudent, folder: Path, dtype: torch.dtype) -> i
 
 
 class RewardOutline:
-    """A reward without values in its weights. `known`: it is the reward itself, and no other of a published size."""
+    """A reward on the meta device. `known`: it is the reward itself, and not a substitute of a published size."""
 
     name, fingerprint = "outline", ""
 
     def __init__(self, modules: Sequence[nn.Module], score: Callable[[Tensor, list[str]], Tensor], known: bool) -> None:
-        """`modules`: its networks, on the meta device, where `score` asks them."""
+        """`modules`: its networks, on the meta device, which `score` calls."""
         self.modules, self.score, self.known = nn.ModuleList(modules), score, known
         for module in modules:
             AsOnGpu(module)
 
 
 def outline_reward(reward: RewardParams) -> RewardOutline:
-    """The reward as it is loaded; where its files are not on this disk a CLIP of ViT-H-14, as HPSv2 and PickScore are.
+    """The reward on the meta device. If its files are not on this disk: a CLIP of ViT-H-14, as HPSv2 and PickScore are.
 
-    A server's reward takes no memory here.
+    A reward on a server takes no memory here.
     """
     if not (Path(reward.path).exists() or "://" in reward.path):
         return _vit_h_14()

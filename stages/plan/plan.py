@@ -1,4 +1,4 @@
-"""`rats plan`: what a rollout takes before it starts, and what stored trajectories save against a live teacher."""
+"""`rats plan`: estimates the cost of a rollout, and what stored trajectories save compared with a live teacher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rats.stages.rollout.rollout import read_recipe, wanted_samples
 
 @dataclass(frozen=True)
 class Survey:
-    """What is wanted and what is there: `groups` are the samples of each shard that is still to be made."""
+    """What is wanted and what exists. `groups` are the samples of each shard that must still be made."""
 
     recipe: Recipe
     root: Place
@@ -41,7 +41,7 @@ class Survey:
 
 
 def survey(params: Params, model: Model, split: Split) -> Survey:
-    """What a rollout would find out before it starts its work; writes nothing, loads no weights.
+    """Finds what a rollout would have to make. Writes nothing and loads no weights.
 
     Raises:
         ConfigError: no prompts or model where the parameters say.
@@ -67,7 +67,7 @@ def survey(params: Params, model: Model, split: Split) -> Survey:
 
 
 def work_of(found: Survey, params: Params) -> Work:
-    """The survey in numbers."""
+    """The numbers of a survey."""
     per_sample = params.teacher.evaluations
     batches = sum(math.ceil(len(group) / params.compute.micro_batch) for group in found.groups)
     return Work(
@@ -86,7 +86,7 @@ def work_of(found: Survey, params: Params) -> Work:
 
 
 def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
-    """What `rollout_stage` would do, without doing any of it: the fields of `Work`."""
+    """What `rollout_stage` would do, for --dry-run: the fields of `Work`."""
     return work_of(survey(params, Model.of(params), split), params).model_dump()
 
 
@@ -98,7 +98,7 @@ def plan_stage(
     workers: int | None = None,
     rate: float | None = None,
 ) -> Plan:
-    """What a rollout of the split takes.
+    """The cost of a rollout of the split.
 
     Args:
         params: The parameters.

@@ -1,4 +1,4 @@
-"""What `rats plan` says: the work of a rollout before it starts, and what stored trajectories save."""
+"""The result of `rats plan`: the work of a rollout, and what stored trajectories save."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from rats.schemas.manifest import Record
 
 
 class Work(Record):
-    """What a split needs and what of it is there.
+    """The samples of a split, and how many of them must still be made.
 
-    `samples_to_make` may exceed what is missing: a shard that was planned earlier is made whole. `evaluations` are
-    network evaluations of one sample; `forwards` those of a micro-batch, which is always padded to full.
+    `samples_to_make` may exceed `samples_missing`, since a planned shard is always made whole. `evaluations` counts
+    network evaluations of single samples; `forwards` counts those of micro-batches, which are always full.
     """
 
     fingerprint: str
@@ -26,7 +26,7 @@ class Work(Record):
 
 
 class Expense(Record):
-    """Evaluations of the teacher's network, seconds of one worker, and USD where there is a price."""
+    """Evaluations of the teacher's network, seconds of one worker, and USD if a price was given."""
 
     evaluations: int
     worker_seconds: float
@@ -36,8 +36,8 @@ class Expense(Record):
 class Comparison(Record):
     """The teacher's part in `experiments` trainings of `steps` steps of `batch` samples.
 
-    `stored`: all of the split's samples, once. `live`: a teacher that is run for every sample of every step.
-    From experiment `pays_from` on, stored trajectories cost less.
+    `stored` makes all samples of the split once. `live` runs the teacher for every sample of every step.
+    From experiment number `pays_from` on, stored trajectories cost less.
     """
 
     experiments: int
@@ -49,9 +49,9 @@ class Comparison(Record):
 
 
 class Memory(Record):
-    """Bytes of a device's memory by what they are; their sum is the most at once.
+    """Bytes of a device's memory by their use. Their sum is the peak.
 
-    `stand_ins`: how many rewards are not on this disk, and counted as a ViT-H-14.
+    `stand_ins`: number of rewards that are not on this disk, and are counted as a ViT-H-14.
     """
 
     parts: dict[str, int]
@@ -59,16 +59,16 @@ class Memory(Record):
 
     @property
     def peak(self) -> int:
-        """The most at once."""
+        """The peak in bytes."""
         return sum(self.parts.values())
 
 
 class Plan(Record):
     """`rats plan`. `rate` is FLOP/s of one worker, `price` USD an hour of one worker; sizes are bytes.
 
-    `flops` count whole micro-batches. `decode_flops` is for one picture; decoding, rewards and text encoders are
-    part neither of `flops` nor of the times. `seconds` takes `workers` to be as fast together as one alone.
-    `bytes_free` is None for a remote store.
+    `flops` counts full micro-batches. `decode_flops` is for one picture. Decoding, rewards and text encoders are
+    neither in `flops` nor in the times. `seconds` assumes that `workers` do not slow each other down. `bytes_free` is
+    None for a remote store.
     """
 
     split: str

@@ -1,4 +1,4 @@
-"""How many bytes a shard set will take, known before anything is sampled: members are serialised, not guessed."""
+"""The size of a shard set before anything is sampled. Members are serialised to measure them, not estimated."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BLOCK, RECORD = 512, 10240
 """Tar pads each member to a block and the file to a record."""
 
 TABLE_ROW = 64
-"""A sample in a Parquet index or a column of scores: hashes hardly compress, all else does."""
+"""Bytes of a sample in a Parquet index or a column of scores, mostly its hashes, which do not compress."""
 
 DOCUMENT_ROW = 200
-"""What a shard's `done.json` adds to the sample of its `plan.json`: place, length, hash, status."""
+"""Bytes that `done.json` has for each sample beyond those of `plan.json`: offset, length, hash, status."""
 
 
 def latents_bytes(recipe: Recipe) -> int:
@@ -38,7 +38,7 @@ def embedding_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -
 
 
 def shard_bytes(recipe: Recipe, latents: int, samples: Sequence[PlannedSample], columns: int) -> int:
-    """A shard, the documents that plan and vouch for it, its rows in the index and in `columns` columns of scores."""
+    """Bytes of a shard, its two documents, and its rows in the index and in `columns` columns of scores."""
     sigmas = len(canonical_json({"sigmas": list(recipe.horizons)}))
     described = [len(canonical_json(sample.model_dump())) for sample in samples]
     members = sum(2 * BLOCK + _padded(latents, BLOCK) + _padded(size + sigmas, BLOCK) for size in described)

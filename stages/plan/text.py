@@ -9,7 +9,7 @@ BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
 def plan_rows(plan: Plan) -> list[tuple[str, str]]:
-    """What each line is about, and what it says."""
+    """A label and a text for each line."""
     work = plan.work
     there = work.samples - work.samples_missing
     rows = [
@@ -30,7 +30,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _memory(memory: Memory) -> str:
-    """The sum and its parts, the largest first; what is under a hundredth is in the sum alone."""
+    """The sum and its parts, the largest first. Parts below 1 % are only in the sum."""
     parts = sorted(((value, name) for name, value in memory.parts.items() if value >= memory.peak / 100), reverse=True)
     named = ", ".join(f"{name} {size(value)}" for value, name in parts)
     count = memory.stand_ins
@@ -83,7 +83,7 @@ def size(count: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds, or from an hour on hours and minutes: "4:10 min", "12:30 h"."""
+    """Minutes and seconds; from an hour on, hours and minutes: "4:10 min", "12:30 h"."""
     minutes, rest = divmod(round(seconds), 60)
     if seconds < 3600:
         return f"{minutes}:{rest:02d} min"

@@ -1,4 +1,4 @@
-"""What the report says of reuse and cost: what was rolled out once, and how often it was read."""
+"""The report's section on reuse and cost: what was rolled out, and how often it was read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _summary(params: Params, records: Mapping[str, RunRecord]) -> str:
 
 
 def _read(params: Params, name: str, record: RunRecord) -> int:
-    """Trajectories that a run has read; beside a live teacher it reads their noise alone."""
+    """Number of trajectories that a run has read. With a live teacher it reads only their noise: 0."""
     return 0 if record.teacher_mode == "live-ema" else record.steps * with_variant(params, name).batch
 
 

@@ -1,4 +1,4 @@
-"""The report's figures, each a function from plain numbers to an SVG text. No state, no pyplot, no clock."""
+"""The report's figures. Each function turns plain numbers into an SVG text, the same text every time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ INK = "#7d858f"
 """Axes and text: a grey that reads on a white page and on a dark one."""
 TEACHER = "#9aa2ab"
 PALETTE = ("#2f81c7", "#e08a1e", "#2a9d74", "#c95d97", "#8a6fd1", "#b6a12c")
-"""Variants in the order of `evaluate.variants`; told apart by the colour-blind too."""
+"""Colours of the variants, in the order of `evaluate.variants`. Colour-blind readers can tell them apart."""
 BASE = "#d1495b"
 
 Column = NDArray[np.float64]
@@ -32,7 +32,7 @@ Column = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Curve:
-    """A run's metrics.csv by column, one entry a training step; NaN where a step logged nothing."""
+    """A run's metrics.csv by column, one entry for each training step; NaN where a step logged nothing."""
 
     name: str
     columns: dict[str, Column]
@@ -77,7 +77,7 @@ def _width(values: Column) -> int:
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour a variant, the same in every figure."""
+    """A colour for each variant, the same in every figure."""
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
@@ -231,7 +231,7 @@ _STYLE: Any = {
 
 
 def _dress(axes: Axes) -> None:
-    """Two thin axes, a faint grid, nothing behind."""
+    """Style: two thin axes, a faint grid, a transparent background."""
     axes.patch.set_alpha(0)
     axes.grid(color=INK, alpha=0.18, linewidth=0.6)
     for side in ("top", "right"):
@@ -242,7 +242,7 @@ def _dress(axes: Axes) -> None:
 
 
 def _svg(figure: Figure) -> str:
-    """The same figure gives the same text: no date, fixed ids."""
+    """The figure as SVG. Without a date and with fixed ids, the same figure gives the same text."""
     figure.patch.set_alpha(0)
     buffer = io.StringIO()
     FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})

@@ -160,7 +160,7 @@ def _shown(picture: Picture, prompt: str, column: Column) -> Entry:
 
 
 def _variety(pictures: Pictures, main: str) -> Entry | None:
-    """Teacher, guided base and main student at the fewest steps."""
+    """Pictures of one prompt from several noises: teacher, guided base and main student, at the fewest steps."""
     if not pictures.noise_prompts:
         return None
     students = [c for c in pictures.columns if c.variant == main]
@@ -175,11 +175,11 @@ def _variety(pictures: Pictures, main: str) -> Entry | None:
 
 
 PROVENANCE = ("recipe", "snapshot", "reward_fingerprint", "base", "vae", "student", "settings")
-"""Of a run's record."""
+"""Fields of a run's record that the page shows."""
 
 
 def _provenance(params: Params, records: dict[str, RunRecord], evaluated: str) -> list[tuple[str, str]]:
-    """Hashes and names by which every number on the page can be found again."""
+    """Hashes and names of everything that the page's numbers were made with."""
     rows = [("model", params.model.path), ("judge", params.evaluate.judge or "none"), ("evaluated snapshot", evaluated)]
     rows += [(f"reward {reward.name}", f"{reward.adapter}, {reward.path}") for reward in params.rewards]
     for name, record in records.items():

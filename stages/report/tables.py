@@ -31,7 +31,7 @@ def decimals(cells: Sequence[Cell]) -> dict[str, int]:
 
 
 def _decimals(widths: Sequence[float]) -> int:
-    """0 to 6; 3 where there is no interval."""
+    """From 0 to 6; 3 if there is no interval."""
     if not widths:
         return 3
     exponent = math.floor(math.log10(float(np.median(widths))))

@@ -1,4 +1,4 @@
-"""Columns of scores: which are asked for, and that model, decoder, grids and reward are the same in both stages."""
+"""Columns of scores, and the checks that training uses the model, decoder, grids and rewards of the rollout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rats.schemas.recipe import Recipe, make_recipe
 from rats.stages.rollout.scorer import reward_hashes
 
 NOT_COMPARED = ("compute", "format_version", "solver_version")
-"""Where and how the teacher ran, which a student may do elsewhere. Text encoders are not asked for at all:
+"""Fields about where and how the teacher ran, which may differ for the student. Text encoders are not compared either:
 the embeddings are in the shards."""
 
 
@@ -96,7 +96,7 @@ RETRY = "mend the reward, then `rats stage score --retry-failed`"
 
 
 def column_hashes(params: Params, vae: str) -> dict[str, dict[str, str]]:
-    """What decides each reward's column, by the reward's name. Reads and hashes the rewards, loads none."""
+    """The hashes that decide each reward's column, by reward name. Reads and hashes the rewards' files only."""
     frames = params.teacher.seen_frames
     return {reward.name: reward_hashes(reward_fingerprint(reward), vae, frames) for reward in params.rewards}
 
@@ -111,7 +111,7 @@ def check_failed(
     """
     failed = 0
     for name, column in columns.items():
-        # of a key that lies in two shards the first one counts
+        # reversed, so that of a key in two shards the first shard counts
         tars = sorted(snapshot.shards.items(), reverse=True)
         tables = shards.root.concurrently(partial(_scored, shards, column), tars)
         rows = {row.key: row for table in tables for row in table}

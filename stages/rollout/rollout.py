@@ -1,6 +1,6 @@
-"""Stage one: sample the teacher once, keep the states that students are aligned to, score the finals.
+"""Stage rollout: samples the teacher once, stores the states that students are aligned to, and scores the final ones.
 
-This is the driver: it names what is wanted, finds out what is missing, has it made, and names what is there.
+This is the driver: it lists what is wanted, finds what is missing, lets workers make it, and writes a snapshot.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ def rollout_stage(
     max_bad: float = MAX_BAD,
     samples: Sequence[PlannedSample] | None = None,
 ) -> RolloutReport:
-    """Make what is missing of a split's samples and scores, name them by a snapshot, publish it into `out`.
+    """Makes the missing samples and scores of a split, writes a snapshot of them, and publishes it into `out`.
 
-    Shards that are done are reused: a second call, and a call after a kill, runs no teacher for them.
+    Finished shards are reused: a second call, or a call after a kill, runs no teacher for them.
 
     Args:
         params: The whole configuration.
         split: Which prompts.
         out: A folder to publish into.
         where: Where tasks run; `params.store.workers` local processes if not given.
-        max_bad: The share of the samples, 0 to 1, that a reward may fail on.
-        samples: These exactly, in place of the split's.
+        max_bad: The share of samples, 0 to 1, on which a reward may fail.
+        samples: These samples, instead of all samples of the split.
 
     Raises:
         ConfigError: no prompts, model or reward where the parameters say.
         DataError: a damaged shard, or a reward that fails on more samples than `max_bad`.
-        NoWorkerError: nobody took the work.
+        NoWorkerError: no worker accepted a task.
     """
     start = time.monotonic()
     params, model = absolute(params)

@@ -1,4 +1,4 @@
-"""`rats stage score`: any reward onto an existing shard set, from the stored finals, without the teacher."""
+"""`rats stage score`: scores an existing shard set by any reward, from its stored latents, without the teacher."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Source:
-    """A shard set, the parameters it is scored with, the decoder's hash, and whose split it is (None: all of it)."""
+    """A shard set to score, with parameters and decoder's hash. `keys` are those of the split; None: all samples."""
 
     shards: ShardSet
     params: Params
@@ -38,13 +38,13 @@ class Source:
     keys: frozenset[str] | None
 
     def snapshot(self, number: int | None) -> Snapshot:
-        """The one that was asked for, else the split's, else the newest."""
+        """The snapshot of that number; without a number the split's, or the newest."""
         if number is None and self.keys is not None:
             return self.shards.write_snapshot(self.keys)
         return self.shards.snapshot(number)
 
     def done(self, snapshot: Snapshot) -> list[ShardDone]:
-        """The snapshot's shards, which must all be there."""
+        """Documents of the snapshot's shards, which must all be finished."""
         found = sorted(snapshot.shards.items())
         return self.shards.root.concurrently(lambda item: _whole(self.shards, *item), found)
 
@@ -60,16 +60,16 @@ def score_stage(
     out: Path | None = None,
     snapshot: int | None = None,
 ) -> ScoreReport:
-    """Write the scores that are missing for a snapshot's shards, as rollout would have written them.
+    """Writes the missing scores of a snapshot's shards, exactly as a rollout writes them.
 
     Args:
         params: The whole configuration.
         split: The split whose samples in the store are scored; the train split if `shards` is not given either.
-        shards: A shard set's folder or URL instead, such as an imported one. Of `model.path` only the VAE is needed
-            then; size, dtype, threads and micro-batch are those that the set was made with.
+        shards: The folder or URL of a shard set instead of a split, such as an imported one. Then only the VAE of
+            `model.path` is needed; size, dtype, threads and micro-batch are taken from the set's recipe.
         rewards: Names of `params.rewards`, all if not given.
         where: Where tasks run; `params.store.workers` local processes if not given.
-        max_bad: The share of the samples, 0 to 1, that a reward may fail on.
+        max_bad: The share of samples, 0 to 1, on which a reward may fail.
         retry_failed: Score shards with failed rows again.
         out: A folder to publish into, with all columns of `params.rewards` that are complete.
         snapshot: Number of the snapshot; by default the split's own, or the newest one of `shards`.
@@ -77,7 +77,7 @@ def score_stage(
     Raises:
         ConfigError: an unknown reward, no VAE or reward where the parameters say.
         DataError: a damaged or missing shard, or a reward that fails on more samples than `max_bad`.
-        NoWorkerError: nobody took the work.
+        NoWorkerError: no worker accepted a task.
     """
     start = time.monotonic()
     source = _open(params, split, shards)
@@ -119,7 +119,7 @@ def plan_score(
     retry_failed: bool = False,
     snapshot: int | None = None,
 ) -> dict[str, Any]:
-    """What `score_stage` would do, without doing any of it."""
+    """What `score_stage` would do, for --dry-run."""
     source = _open(params, split, shards)
     hashes = column_hashes(source.params, source.vae)
     records = {name: RewardRecord(name=name, hashes=hashes[name]) for name in _chosen(source.params, rewards)}
@@ -165,9 +165,9 @@ def _open_split(params: Params, model: Model, split: Split) -> Source:
 
 
 def as_made(params: Params, recipe: Recipe) -> Params:
-    """The parameters with what decides a score's last bits as in the recipe: size, dtype, threads, micro-batch.
+    """The parameters with the recipe's size, dtype, threads and micro-batch, which change the last bits of a score.
 
-    The device stays, since another machine may have another one; a warning says so when its kind differs.
+    The device is not changed, since this machine may have another one. If its kind differs, a warning is logged.
     """
     if params.compute.device.partition(":")[0] != recipe.compute.device:
         here, there = params.compute.device, recipe.compute.device
@@ -216,6 +216,6 @@ def _announce(shards: ShardSet, done: Sequence[ShardDone], tasks: Sequence[Score
 
 
 def _complete(shards: ShardSet, done: Sequence[ShardDone], hashes: dict[str, dict[str, str]]) -> list[str]:
-    """Those of the columns that every shard has."""
+    """The columns that are complete: every shard has its scores."""
     columns = [RewardRecord(name=name, hashes=parts).fingerprint for name, parts in hashes.items()]
     return [column for column in columns if all(scores_done(shards, column, part.shard, part.blake3) for part in done)]

@@ -1,4 +1,4 @@
-"""Scores of the stored finals. Rollout and back-fill both score what is on disk, by this file, so they agree."""
+"""Scores stored final latents. `rats stage rollout` and `rats stage score` both use this code, so they agree."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from rats.stages.workers.tasks import Busy, Made, ShardTask, claimed
 log = logging.getLogger(__name__)
 
 SCORING_VERSION = "1"
-"""Raised when the way from a stored final to a score changes: every column of scores gets a new address."""
+"""Increased when the computation from a stored final latent to a score changes. All columns get new addresses."""
 
 Item = TypeVar("Item")
 
@@ -46,19 +46,19 @@ class Verdict:
 
 
 def reward_hashes(reward_fingerprint: str, vae: str, frames: int) -> dict[str, str]:
-    """What decides a column of scores: the reward with its preprocessing, the decoder, and how they are joined.
+    """The hashes that decide a column of scores: reward with preprocessing, decoder, and this code's version.
 
-    `frames`: how many the reward sees of a sample (`TeacherParams.seen_frames`). One, as of a picture, is not said:
-    columns of pictures keep their addresses.
+    `frames`: how many frames of a sample are scored (`TeacherParams.seen_frames`). One frame, of a picture, is left
+    out, so that older columns keep their addresses.
     """
     hashes = {"reward": reward_fingerprint, "vae": vae, "scoring": SCORING_VERSION}
     return hashes | ({"scored_frames": str(frames)} if frames > 1 else {})
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], int]]:
-    """Batches that are always full, the last one by repeating its last item, and how many of each count.
+    """Full batches, and how many items of each are real: the last batch is filled by repeating its last item.
 
-    A network's last bits depend on the batch size, so every sample meets the same one.
+    A network's last bits depend on the batch size, so every sample must see the same one.
     """
     for start in range(0, len(items), size):
         batch = list(items[start : start + size])
@@ -78,9 +78,9 @@ def score_finals(
 
 
 def judge(reward: Reward, images_B3HW: Tensor, prompts: list[str], count: int) -> list[Verdict]:
-    """Verdicts for the first `count` pictures; an exception costs only the pictures that raise it by themselves.
+    """Verdicts for the first `count` pictures. If the batch raises, only pictures that raise by themselves fail.
 
-    They are tried one by one in a full batch of that one picture: with the batch size, the others keep their bits.
+    They are then scored one by one, in a full batch of copies: with the same batch size, scores keep their last bits.
     """
     try:
         return _ask(reward, images_B3HW, prompts)[:count]
@@ -122,7 +122,7 @@ def _row(row: IndexRow, verdict: Verdict) -> ScoreRow:
 
 
 class Scorer:
-    """A worker's decoder and rewards, each loaded once and only if a task asks for it."""
+    """A worker's decoder and rewards. Each is loaded once, by the first task that needs it."""
 
     def __init__(self, params: Params, shards: ShardSet) -> None:
         """Loads nothing yet. `params` are those the set was made with."""
@@ -136,7 +136,7 @@ class Scorer:
         return self.model.open_decoder()
 
     def reward(self, name: str, column: str) -> Reward:
-        """A reward by name, for a column of scores: ConfigError where this machine has another one in its place."""
+        """A reward by name, for a column of scores. Raises ConfigError if this machine has another one of that name."""
         if name not in self._rewards:
             settings = next(reward for reward in self.params.rewards if reward.name == name)
             reward, wanted = open_reward(settings, self.params.compute.device), reward_columns(self.shards)[column]
@@ -166,7 +166,7 @@ class ScoreTask(ShardTask):
 
 @dataclass(frozen=True)
 class ScoreSetup:
-    """What a worker needs in order to make its context; pickles."""
+    """What a worker needs to load its models. It can be pickled."""
 
     params: Params
     root: Place
@@ -204,7 +204,7 @@ def missing_columns(shards: ShardSet, done: ShardDone, columns: dict[str, str], 
 
 @contextmanager
 def forwards(network_class: type[nn.Module]) -> Iterator[Callable[[], int]]:
-    """Counts the forwards of every network of a class in this process, whoever runs it."""
+    """Counts the forward calls of all networks of a class in this process."""
     seen = 0
 
     def hook(module: nn.Module, args: Any) -> None:
@@ -220,7 +220,7 @@ def forwards(network_class: type[nn.Module]) -> Iterator[Callable[[], int]]:
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """The recipe's threads: sums in other orders have other last bits."""
+    """Sets torch's threads as in the recipe: another number sums in another order, and gives other last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

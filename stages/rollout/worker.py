@@ -1,4 +1,4 @@
-"""What a rollout does on a worker: sample a shard with the teacher, score it from what is on disk.
+"""The part of a rollout that runs on a worker: samples a shard with the teacher, then scores the stored latents.
 
 A task is one shard. The worker writes shards and scores itself and returns counts, never tensors.
 Shapes: B samples, H kept horizons, T latent tokens, C channels.
@@ -39,18 +39,18 @@ class Task(ShardTask):
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs in order to make its context; pickles."""
+    """What a worker needs to load its models. It can be pickled."""
 
     params: Params
     root: Place
 
     def __call__(self) -> Context:
-        """The worker's context; models are loaded by the first task that needs them."""
+        """The worker's models. Each is loaded by the first task that needs it."""
         return Context(self.params, ShardSet.open(self.root))
 
 
 class Context(Scorer):
-    """A worker's models, each loaded once and only if a task asks for it."""
+    """A worker's models. Each is loaded once, by the first task that needs it."""
 
     def __init__(self, params: Params, shards: ShardSet) -> None:
         """Loads nothing yet."""
@@ -59,7 +59,7 @@ class Context(Scorer):
 
     @cached_property
     def teacher(self) -> FamilyTeacher:
-        """The teacher, its weights those of the recipe, its network's forwards counted by a hook."""
+        """The teacher. Its weights are checked against the recipe; a hook counts the forward calls of its network."""
         self.model.folder.check(self.shards.recipe.weights)
         teacher = self.model.open_teacher()
         teacher.network.register_forward_hook(self._count)
@@ -67,7 +67,7 @@ class Context(Scorer):
 
     @cached_property
     def decoder(self) -> FamilyDecoder:
-        """The teacher's own decoder where it is loaded anyway, else the VAE alone."""
+        """The teacher's decoder if the teacher is loaded, else the VAE alone."""
         if "teacher" in self.__dict__:
             return self.teacher
         return self.model.open_decoder()
@@ -77,7 +77,7 @@ class Context(Scorer):
 
 
 def do_task(context: Context, task: Task) -> Made | Busy:
-    """One shard on a worker: what is missing of embeddings and samples, then of scores, from what is on disk."""
+    """Makes one shard's missing embeddings and samples, then its missing scores from the stored latents."""
     before = context.teacher_forwards
     with claimed(context.shards, task.shard, task.wait) as mine, threads(context.params.compute.threads):
         if not mine:
@@ -89,7 +89,7 @@ def do_task(context: Context, task: Task) -> Made | Busy:
 
 
 def encode(context: Context, plan: ShardPlan) -> None:
-    """Write the embeddings that are missing, of a finished shard's prompts too."""
+    """Writes missing embeddings, also those of a finished shard."""
     prompts = {sample.prompt_id: sample.prompt for sample in plan.samples}
     for prompt_id, prompt in prompts.items():
         if not has_embedding(context.shards, prompt_id):
@@ -105,7 +105,7 @@ def roll_shard(teacher: Teacher, shards: ShardSet, plan: ShardPlan) -> ShardDone
 def _samples(
     teacher: Teacher, shards: ShardSet, samples: Sequence[PlannedSample]
 ) -> Iterator[tuple[PlannedSample, dict[str, np.ndarray]]]:
-    """Each sample with its kept rows, in order; the network sees full micro-batches only."""
+    """The samples in order, each with its kept rows. The network gets full micro-batches only."""
     recipe = shards.recipe
     rows = rows_of(recipe.sigmas, recipe.horizons)
     for batch, count in batches(samples, recipe.compute.micro_batch):
@@ -130,7 +130,7 @@ def _trajectories(
 
 
 def _conditioning(shards: ShardSet, batch: Sequence[PlannedSample], device: torch.device) -> Conditioning:
-    """What the student will be given as well: the embeddings as they are stored."""
+    """The stored embeddings, which the student will get as well."""
     read = [read_embedding(shards, sample.prompt_id) for sample in batch]
     return {name: torch.stack([part[name] for part in read]).to(device) for name in read[0]}
 

@@ -1,1 +1,1 @@
-"""`rats shards`: look at, verify, compare, exchange and clean up shard sets."""
+"""`rats shards`: list, verify, compare, exchange and clean up shard sets."""

@@ -1,4 +1,4 @@
-"""The dataset card of an exported shard set: what it is, whose terms it is under, how it is read."""
+"""The dataset card of an exported shard set: what it is, under which license, and how to read it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rats.stages.shards.describe import Column, content_rows, noises, read_colum
 from rats.stages.templates.render import code, render
 
 SHARDS = "shards/*.tar"
-"""The one pattern that loaders are given: with the Parquet files beside it, `load_dataset` would guess wrong."""
+"""The data files, for `load_dataset`: without this pattern it would also read the Parquet files beside them."""
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What the one who exports must say: a licence identifier of the Hub, and for "other" its name and link."""
+    """What the user states on export: the Hub's identifier of a license, and for "other" its name and link."""
 
     license: str
     license_name: str | None = None
@@ -70,7 +70,7 @@ def _data(title: str, samples: int, terms: Terms) -> DatasetCardData:
 
 
 def size_category(samples: int) -> str:
-    """The Hub's word for a number of samples."""
+    """The Hub's size category for a number of samples."""
     bounds = ["1K", "10K", "100K", "1M", "10M", "100M", "1B"]
     power = max(0, int(math.log10(max(samples, 1))) - 2)
     return "n<1K" if power == 0 else f"{bounds[power - 1]}<n<{bounds[power]}" if power < len(bounds) else "other"
@@ -94,7 +94,7 @@ def _entry(column: Column) -> dict[str, Any]:
 
 
 def _markdown(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Cells of a table: hashes and foreign text letter by letter."""
+    """Cells of a table. Hashes and the negative prompt are shown as code."""
     literal = re.compile(r"[0-9a-f]{40,}")
     return [
         (name, code(value) if literal.fullmatch(value) or name == "negative prompt" else value) for name, value in rows

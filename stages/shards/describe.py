@@ -59,7 +59,7 @@ def _row(shards: ShardSet) -> dict[str, Any]:
 
 
 def recipe_rows(recipe: Recipe, teacher: str | None) -> list[tuple[str, str]]:
-    """How the samples were made; `teacher` is its name, if it is known: no recipe holds it."""
+    """Rows on how the samples were made. `teacher` is the teacher's name, if known; no recipe holds it."""
     steps = len(recipe.sigmas) - 1
     compute, frames = recipe.compute, f", {recipe.frames} frames" if recipe.frames > 1 else ""
     return [
@@ -79,14 +79,14 @@ def recipe_rows(recipe: Recipe, teacher: str | None) -> list[tuple[str, str]]:
 
 
 def _guidance(recipe: Recipe) -> str:
-    """Of both kinds; networks without an input for a scale have the second alone."""
+    """Both kinds of guidance as text; the embedded one only for networks with such an input."""
     free = f"classifier-free {recipe.true_cfg_scale:g}"
     embeds = load_plugin(FAMILIES, recipe.family).embeds_guidance
     return f"embedded {recipe.guidance_scale:g}, {free}" if embeds else free
 
 
 def content_rows(shards: ShardSet, snapshot: Snapshot, rows: Sequence[IndexRow]) -> list[tuple[str, str]]:
-    """What a snapshot holds."""
+    """Rows on what a snapshot holds."""
     size = sum(shards.shard_path(shard).stat().st_size for shard in snapshot.shards)
     return [
         ("samples", f"{len(rows):,}"),
@@ -99,14 +99,14 @@ def content_rows(shards: ShardSet, snapshot: Snapshot, rows: Sequence[IndexRow])
 
 
 def noises(rows: Sequence[IndexRow]) -> str:
-    """How many noises the prompts have, in words."""
+    """Number of noises for each prompt, in words."""
     counts = sorted(set(Counter(row.prompt_id for row in rows).values()))
     most = counted(counts[-1], "noise")
     return most if len(counts) == 1 else f"{counts[0]} to {most}"
 
 
 def counted(count: int, thing: str) -> str:
-    """A number and its noun."""
+    """A number and its noun, in the plural where needed."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
@@ -135,7 +135,7 @@ class Column:
 
 
 def read_columns(shards: ShardSet, rows: Sequence[IndexRow]) -> list[Column]:
-    """All columns by name, as far as the shards of these samples have been scored."""
+    """All columns of scores, sorted by name, with the rows of these samples as far as they are scored."""
     keys, names = {row.key for row in rows}, sorted({row.shard for row in rows})
     found = []
     for fingerprint, record in reward_columns(shards).items():

@@ -1,4 +1,4 @@
-"""`rats shards diff A B`: in which fields of the recipe two sets differ, and in which samples and scores, in words."""
+"""`rats shards diff A B`: lists the recipe fields, samples and scores in which two sets differ."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rats.schemas.recipe import Recipe
 
 GRIDS = ("sigmas", "horizons")
 LISTED = 3
-"""So many of the keys or sigmas that differ are spelled out; the rest is counted."""
+"""How many differing keys are listed; the rest is only counted."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which A and B differ; a value is None where the set has no such thing."""
+    """One difference between A and B. A value is None if the set does not have it."""
 
     field: str
     a: Any
@@ -58,7 +58,7 @@ def sample_differences(a: Collection[IndexRow], b: Collection[IndexRow]) -> list
 
 
 def score_differences(a: Mapping[str, RewardRecord], b: Mapping[str, RewardRecord]) -> list[Difference]:
-    """Columns of scores in one set only, with what sets them apart from the other's column of that name."""
+    """Columns of scores that only one set has, with the hashes that differ from the other's column of that name."""
     found = []
     for side, mine, others in (("A", a, b), ("B", b, a)):
         for column, record in sorted(mine.items(), key=lambda item: (item[1].name, item[0])):
@@ -101,7 +101,7 @@ def compare(a: Place, b: Place, snapshot_a: int | None = None, snapshot_b: int |
 
 
 def in_words(result: Mapping[str, Any]) -> list[str]:
-    """The lines that a person is shown."""
+    """The result as lines of text."""
     lines = [
         "{}: {path}, recipe {}, {}".format(
             name, side["fingerprint"][:12], _snapshot_words(side["snapshot"], side["samples"]), **side
@@ -123,7 +123,7 @@ class _Side:
 
     @classmethod
     def open(cls, folder: Place, number: int | None) -> _Side:
-        """The set with one snapshot; a set that has none yet can still be compared by its recipe."""
+        """The set with one snapshot. A set without snapshots can still be compared by its recipe."""
         shards = ShardSet.open(folder)
         there = number is not None or bool(shards.snapshots())
         snapshot = shards.snapshot(number) if there else None
@@ -140,7 +140,7 @@ class _Side:
 
 
 def _snapshots(one: _Side, two: _Side) -> list[Difference]:
-    """Only that one set has no snapshot yet: what differs between two is said sample by sample."""
+    """A difference if just one set has no snapshot. Two snapshots are compared sample by sample elsewhere."""
     numbers = [side.snapshot.number if side.snapshot else None for side in (one, two)]
     missing = [name for name, number in zip("AB", numbers, strict=True) if number is None]
     words = f"{' and '.join(missing)} {'have' if len(missing) > 1 else 'has'} no snapshot yet"
@@ -191,7 +191,7 @@ def _grids(name: str, a: Sequence[float], b: Sequence[float]) -> str:
 def _only(
     what: str, a: Collection[str], b: Collection[str], names: Mapping[str, str] | None = None
 ) -> Iterator[Difference]:
-    """What is in one set only, all in one difference a side."""
+    """What is only in one set: at most one difference for each side."""
     for side, here, there in (("A", a, b), ("B", b, a)):
         if only := sorted(set(here) - set(there)):
             shown = [repr(names[key]) for key in only] if names else only
@@ -213,7 +213,7 @@ def _span(numbers: Sequence[int]) -> str:
 
 
 def _apart(record: RewardRecord, others: Mapping[str, RewardRecord]) -> str:
-    """Which hashes set a column apart from the other set's column by that name, where there is one."""
+    """Names the hashes in which a column differs from the other set's column of that name; empty if it has none."""
     named = [other for other in others.values() if other.name == record.name]
     if not named:
         return ""

@@ -1,4 +1,4 @@
-"""`rats shards export | import`: a snapshot as a folder that others can read, and such a folder taken back."""
+"""`rats shards export` writes a snapshot as a folder for others; `rats shards import` adds such a folder to a store."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ EXPORTED = {
     ".cache",  # where the Hub's client notes what it has uploaded
     *layout.TOPS,
 }
-"""Names at the top of an export; a folder with anything else is not replaced."""
+"""Top-level names of an export. A folder with any other name is not replaced."""
 
 GIT_ATTRIBUTES = "".join(
     f"*.{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in ("tar", "parquet", "safetensors")
 )
 HUB_ENTRIES, HUB_BYTES = 10_000, 50 * 10**9
-"""What the Hub advises for a folder's files and demands of a file's size."""
+"""The Hub's recommended number of files in a folder, and its limit of a file's size."""
 
 NO_LICENSE = (
     "say under which licence the teacher's outputs may be shared: --license ID; outputs of a model can carry its own "
@@ -44,9 +44,9 @@ NO_LICENSE = (
 
 
 def export_set(folder: Place, out: Path, terms: Terms) -> dict[str, Any]:
-    """Write the newest snapshot of a set to `out`, with all columns of scores that are complete and a dataset card.
+    """Writes the newest snapshot of a set to `out`, with all complete columns of scores and a dataset card.
 
-    Files are hardlinks, copies where the file system differs; what was at `out` is replaced if it is an export.
+    Files are hardlinks, or copies if the file system differs. An older export at `out` is replaced.
 
     Raises:
         ConfigError: no licence, or one that the Hub does not take.
@@ -80,7 +80,7 @@ def export_set(folder: Place, out: Path, terms: Terms) -> dict[str, Any]:
 
 
 def check_terms(terms: Terms) -> None:
-    """Refuse what the Hub would refuse, before anything is written."""
+    """Refuses what the Hub would refuse, before anything is written."""
     if not terms.license:
         raise ConfigError(NO_LICENSE)
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", terms.license):
@@ -129,9 +129,9 @@ def _warn_of_limits(sizes: dict[Path, int]) -> None:
 
 
 def import_set(folder: Path, store: Place) -> dict[str, Any]:
-    """Take an exported or published folder into a store, after every byte of it was verified.
+    """Imports an exported or published folder into a store, after every byte of it was verified.
 
-    Killed, the same command goes on; given twice, it changes nothing.
+    After a kill, run it again. A second import changes nothing.
 
     Raises:
         DataError: the folder is damaged or hostile (nothing was imported), or the store has other bytes.
@@ -157,7 +157,7 @@ def import_set(folder: Path, store: Place) -> dict[str, Any]:
 
 
 def _count(folder: Path) -> int:
-    """Samples to verify, for the progress alone: what is wrong is said by the verification."""
+    """Number of samples to verify, for the progress bar; 0 if the folder is damaged, which is reported later."""
     try:
         shards = ShardSet.open(folder)
         return sum(len(part.rows) for part in shards.finished())

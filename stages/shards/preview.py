@@ -33,7 +33,7 @@ STRIPS = 4
 STRIP_SIDE = 124
 """Twice the width at which a strip's pictures are shown."""
 MOST_HORIZONS = 16
-"""A strip of all 50 would be too long to look at."""
+"""The most horizons in a strip: 50 would be too long to look at."""
 EXTREMES = 6
 BATCH = 8
 
@@ -46,9 +46,9 @@ def preview(folder: Place, out: Path, params: Params, count: int, seed: int) -> 
     Args:
         folder: A shard set or a published folder.
         out: The page.
-        params: Only the model's VAE and the device are taken from it; resolution and horizons are the set's.
-        count: How many samples are shown, as many prompts as there are; the first few with all horizons.
-        seed: Decides which.
+        params: Names the model, whose VAE is used, and the device. Resolution and horizons are those of the set.
+        count: Number of samples, of as many prompts as possible; the first few are shown at all horizons.
+        seed: Selects the samples.
 
     Raises:
         DataError: no shard set, no snapshot, or damage.
@@ -85,7 +85,7 @@ def preview(folder: Place, out: Path, params: Params, count: int, seed: int) -> 
 
 @dataclass
 class Gallery:
-    """Decoded pictures: finals by key, strips (predicted clean, states) by key."""
+    """Decoded pictures by key: the final ones, and strips of predicted clean latents and of states."""
 
     columns: Sequence[Column]
     finals: dict[str, Picture]
@@ -93,11 +93,11 @@ class Gallery:
 
     @property
     def count(self) -> int:
-        """Of all pictures."""
+        """Number of all pictures."""
         return len(self.finals) + sum(len(clean) + len(states) for clean, states in self.strips.values())
 
     def entry(self, row: IndexRow) -> Entry:
-        """A sample as the page takes it, with every score it has."""
+        """A sample for the page's template, with all its scores."""
         found = [(column.name, column.rows.get(row.key)) for column in self.columns]
         scores = [
             {"name": name, "failed": score.score is None, "value": _figure(score.score)}
@@ -163,12 +163,12 @@ def _shrunk(picture: Picture, frames: int) -> Picture:
 
 
 def kept_rows(horizons: int) -> list[int]:
-    """Rows of the horizons that a strip shows: all of them, or evenly spread ones, both ends included."""
+    """Rows of the horizons that a strip shows: all, or evenly spaced ones with both ends."""
     return evenly(horizons, MOST_HORIZONS)
 
 
 def ends(scores: dict[str, float], count: int) -> tuple[list[str], list[str]]:
-    """Keys of the best and of the worst, best or worst first, at most half of all each."""
+    """Keys of the best and of the worst samples, each at most half of all; the most extreme ones come first."""
     order = sorted(scores, key=lambda key: (-scores[key], key))
     few = min(count, len(order) // 2)
     return order[:few], order[::-1][:few]

@@ -1,4 +1,4 @@
-"""Takes a shard set that was found good (`untrusted`) into a store, under its fingerprint."""
+"""Imports a verified shard set (`untrusted`) into a store, under its fingerprint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AGAIN = "run the same command again"
 
 @dataclass(frozen=True)
 class Taken:
-    """What an import did: `added` shards by the name they had and the one they have; the rest was there."""
+    """What an import did. `added` maps the old names of the new shards to their names in the store."""
 
     shards: ShardSet
     snapshot: Snapshot
@@ -31,11 +31,11 @@ class Taken:
 
 
 def take_in(foreign: Foreign, store: Place, advance: Advance = lambda count: None) -> Taken:
-    """Add what the store lacks of a set, and a snapshot of its samples; killed, the same call goes on.
+    """Adds the parts of a set that the store lacks, and a snapshot of its samples. After a kill, call it again.
 
-    Every file is compared with what was found good after it was copied and before it gets its name. A shard keeps its
-    number unless that is taken; its tar's bytes never change. Samples that lie in the store already stay where they
-    are; a shard that brings new ones beside them comes whole.
+    Every copied file is compared with the verified one before it gets its name. A shard keeps its number unless that is
+    taken, and its tar's bytes never change. Samples that the store has already stay where they are. A shard with some
+    new samples is added as a whole.
 
     Args:
         foreign: The set.
@@ -89,10 +89,10 @@ def _names(shards: ShardSet, parts: Sequence[ShardDone]) -> dict[str, str]:
 def choose_names(
     parts: Sequence[ShardDone], plans: Sequence[ShardPlan], files: Iterable[str]
 ) -> tuple[dict[str, str], list[ShardPlan]]:
-    """Where shards of another store go: their names here, and the plans that are to be written first.
+    """Names in this store for the shards of another one, and the plans that must be written first.
 
-    A shard that is planned here with the same samples fulfils that plan; else it keeps its name if that is free, or
-    takes the number after the last.
+    If this store has a plan with the same samples, the shard takes its name. Else it keeps its own name if that is
+    free, or takes the number after the last.
 
     Args:
         parts: The shards.
@@ -120,7 +120,7 @@ def choose_names(
 
 
 def _take_shard(source: ShardSet, shards: ShardSet, part: ShardDone, name: str) -> None:
-    """The tar first, the document that vouches for it after it."""
+    """Copies the tar, then writes its document."""
     done = ShardDone(
         shard=name,
         bytes=part.bytes,
@@ -136,7 +136,9 @@ def _take_shard(source: ShardSet, shards: ShardSet, part: ShardDone, name: str) 
 
 
 def _take_embeddings(shards: ShardSet, foreign: Foreign) -> int:
-    """Before the shards: a rollout encodes a prompt only where it makes one. Returns how many were new."""
+    """Copies the embeddings; returns how many were new. This comes before the shards, since a rollout encodes only the
+    prompts of shards that it makes.
+    """
     count = 0
     for prompt, digest in foreign.embeddings.items():
         target = shards.embedding_path(prompt)
@@ -152,7 +154,7 @@ def _take_embeddings(shards: ShardSet, foreign: Foreign) -> int:
 
 
 def _take_scores(shards: ShardSet, foreign: Foreign, finished: Sequence[ShardDone]) -> int:
-    """Rows for every shard that lacks them and all of whose samples are scored; returns how many tables."""
+    """Writes scores for every shard that lacks them and whose samples are all scored; returns the number of tables."""
     count = 0
     keys = {row.key for part in foreign.parts for row in part.rows}
     for column, record in foreign.records.items():
@@ -170,7 +172,7 @@ def _take_scores(shards: ShardSet, foreign: Foreign, finished: Sequence[ShardDon
 
 
 def _copy(source: Place, target: Place, blake3: str) -> None:
-    """A file, under its name once it reads back as what was found good."""
+    """Copies a file. It gets its name after its hash was compared."""
     with target.temporary() as temporary:
         with remedy(FETCH), source.open_plain() as file, temporary.open("wb") as copy:
             shutil.copyfileobj(file, copy, 1 << 20)

@@ -1,7 +1,8 @@
-"""A shard set that somebody else wrote, looked at to its last byte before anything of it is believed.
+"""Verifies a shard set from somebody else, to the last byte, before anything of it is used.
 
-Seals and hashes only say that a set is whole: whoever writes a lie can seal it too. So what a reader relies on is
-checked by itself: names, identities, each member of each tar, every array, and the noise each sample starts from.
+Seals and hashes show only that a set is undamaged: whoever writes false data can seal it too. So everything that a
+reader relies on is checked directly: names, identities, each member of each tar, every array, and the noise that each
+sample starts from.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ FETCH = "fetch the set again; nothing was imported"
 _BLOCK = tarfile.BLOCKSIZE
 _LONGEST_TEXT = 1 << 20
 _ROUNDING = 0.01
-"""Of half precision at the largest noise, and of another machine's logarithm."""
+"""Tolerance for the noise: float16's rounding of the largest values, and another machine's logarithm."""
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A set found good: `parts` its shards, `scores` rows by column and key, `embeddings` blake3 by prompt id."""
+    """A verified set. `parts` are its shards, `scores` rows by column and key, `embeddings` blake3 by prompt id."""
 
     shards: ShardSet
     snapshot: Snapshot
@@ -54,7 +55,7 @@ class Foreign:
 
 
 def examine(folder: Path, advance: Advance = lambda count: None) -> Foreign:
-    """Read all that the newest snapshot of a local folder needs; `advance` is told of each shard's samples.
+    """Reads and checks everything that the newest snapshot of a local folder needs. Reports progress to `advance`.
 
     Raises:
         DataError: something is damaged, missing, or not what a rollout of this recipe writes.
@@ -62,7 +63,7 @@ def examine(folder: Path, advance: Advance = lambda count: None) -> Foreign:
     try:
         return _examine(ShardSet.open(folder), advance)
     except (DataError, StorageError) as error:
-        # what the store advises, to roll out again, is no help to somebody who has only the folder
+        # the store's advice, to roll out again, does not help somebody who has only this folder
         raise error.with_remedy(FETCH) from None
 
 
@@ -82,7 +83,7 @@ def _examine(shards: ShardSet, advance: Advance) -> Foreign:
 
 
 def _part(shards: ShardSet, shard: str, digest: str) -> ShardDone:
-    """A shard's document, after every byte of its tar was compared with it."""
+    """A shard's document, after every byte of its tar was checked against it."""
     done = verify_shard(shards, shard, digest)
     path = shards.shard_path(shard)
     if len({row.key for row in done.rows}) != len(done.rows):
@@ -95,7 +96,7 @@ def _part(shards: ShardSet, shard: str, digest: str) -> ShardDone:
 
 
 def _check_sample(shards: ShardSet, row: IndexRow) -> None:
-    """Its name is its prompt's and noise's, its values are finite, and it starts from the recipe's noise."""
+    """Checks that its key is that of prompt and noise index, that it is finite, and that it starts from its noise."""
     if row.prompt_id != prompt_id(row.prompt) or row.key != sample_key(row.prompt_id, row.noise_index):
         raise DataError(f"{row.shard}: sample {row.key} is not named after its prompt {row.prompt!r}")
     arrays = read_sample(shards, row)
@@ -107,7 +108,7 @@ def _check_sample(shards: ShardSet, row: IndexRow) -> None:
 
 
 def _check_members(file: Any, path: Any, done: ShardDone, horizons: list[float]) -> None:
-    """The tar is two plain members a sample, in the rows' order, and nothing else."""
+    """Checks that the tar holds two plain members for each sample, in the order of the rows, and nothing else."""
     position = 0
     for row in done.rows:
         described = {"key": row.key, "prompt_id": row.prompt_id, "prompt": row.prompt, "noise_index": row.noise_index}
@@ -138,7 +139,7 @@ def _member(file: Any, path: Any, position: int) -> tuple[str, int, int]:
 
 
 def _read_json(file: Any, size: int) -> Any:
-    """None for what is no JSON: it equals no description."""
+    """The parsed JSON; None if it is invalid, which equals no expected description."""
     try:
         return json.loads(file.read(min(size, _LONGEST_TEXT)))
     except (ValueError, RecursionError):
@@ -167,7 +168,7 @@ def _scores(shards: ShardSet, column: str, parts: list[ShardDone]) -> dict[str, 
 
 
 def _embeddings(shards: ShardSet, parts: list[ShardDone]) -> dict[str, str]:
-    """All of them: without one, a trainer would need the text encoders."""
+    """Hashes of all embeddings. If one is missing, a trainer would need the text encoders."""
     found = {}
     for prompt in sorted({row.prompt_id for part in parts for row in part.rows}):
         read_embedding(shards, prompt)
@@ -177,7 +178,7 @@ def _embeddings(shards: ShardSet, parts: list[ShardDone]) -> dict[str, str]:
 
 @contextmanager
 def plain_view(folder: Path) -> Iterator[Path]:
-    """The folder itself; for the Hub's cache, whose files are links into its blobs, a folder of hardlinks.
+    """The folder itself. In the Hub's cache the files are links to blobs: then a temporary folder of hardlinks.
 
     Raises:
         DataError: no folder, or a link that leads anywhere else.
@@ -190,7 +191,7 @@ def plain_view(folder: Path) -> Iterator[Path]:
         yield folder
         return
     blobs = {path: _blob(folder, path) for path in files}
-    # beside the blobs: the only place where hardlinks are sure to work
+    # beside the blobs, since hardlinks work only within one file system
     with storage_errors(folder), tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".rats-import-") as view:
         for path, blob in blobs.items():
             link_or_copy(blob, Path(view) / path.relative_to(folder))
@@ -198,7 +199,7 @@ def plain_view(folder: Path) -> Iterator[Path]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files and links of the set below a folder, no link followed; anything else in it is not looked at."""
+    """Files and links of the set in a folder, without following links. Other files in it are ignored."""
     for part in layout.TOPS:
         if (folder / part).is_symlink() or not (folder / part).is_dir():
             yield from [folder / part] if os.path.lexists(folder / part) else []
@@ -209,7 +210,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _blob(folder: Path, path: Path) -> Path:
-    """What a file of `<cache>/<repository>/snapshots/<commit>/` leads to: a blob of that repository or cache."""
+    """The blob that a link in `<cache>/<repository>/snapshots/<commit>/` leads to. Other targets are refused."""
     target = path.resolve()
     allowed = (folder, folder.parents[1] / "blobs", folder.parents[2] / "blobs") if len(folder.parents) > 2 else ()
     if folder.parent.name != "snapshots" or not target.is_file() or not any(target.is_relative_to(p) for p in allowed):

@@ -1,4 +1,4 @@
-"""`rats shards verify`: reads every byte of a set and says all that is damaged or missing, not only the first."""
+"""`rats shards verify`: reads every byte of a set and lists everything that is damaged or missing."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ RESTORE = "restore it from a copy of the store"
 
 
 def verify(folder: Place) -> dict[str, Any]:
-    """Read a whole set, in a store or published: recipe, plans, shards, snapshots, scores, embeddings.
+    """Reads and checks a whole set, in a store or published: recipe, plans, shards, snapshots, scores, embeddings.
 
-    Every damaged or missing file is a line in the log. Work that is not finished (a planned shard, a column that
-    lacks shards) is no damage in a store; a published folder has no such thing.
+    Every damaged or missing file is one line in the log. In a store, unfinished work (a planned shard, a column that
+    lacks shards) is no damage. In a published folder it is.
 
     Returns:
         Counts; `bytes` read, `gb_per_second` (10^9 bytes); `unfinished`, a line each.
 
     Raises:
-        DataError: at the end, with the count of what is damaged or missing, and the first. A recipe that cannot be
-            read comes alone: nothing else can be judged without it.
+        DataError: at the end, with the number of damaged or missing files and the first of them. If the recipe cannot
+            be read, at once: nothing else can be checked without it.
     """
     start = time.monotonic()
     shards = ShardSet.open(folder)
@@ -59,13 +59,13 @@ def verify(folder: Place) -> dict[str, Any]:
 
 @dataclass
 class Audit:
-    """What is read and what was found.
+    """The state of a verification: what is read, and what was found.
 
     Attributes:
         shards: The set.
         files: Size by name below the set's folder.
         damage: What is damaged or missing, in the order found, each text once.
-        unfinished: Work that is still to be done.
+        unfinished: Work that is not finished.
         rows: Hashes of the index rows of all whole shards.
         read: Bytes.
     """
@@ -80,7 +80,7 @@ class Audit:
 
     @cached_property
     def published(self) -> bool:
-        """A folder of exactly one snapshot; in a store every shard has a plan."""
+        """Whether it is a published folder: in a store shards have plans, and the folder's name is the fingerprint."""
         named = self.shards.root.name == self.shards.fingerprint
         return not named and not self.found(layout.PLAN, "shard")
 
@@ -94,7 +94,7 @@ class Audit:
         return sorted(values)
 
     def look(self, check: Callable[[], Found], *names: str, way_out: str = "") -> Found | None:
-        """What `check` returns, or None when it finds damage; `names` are the files it reads."""
+        """What `check` returns, or None after reporting damage. `names`: the files that it reads, for the progress."""
         try:
             with remedy(way_out):
                 return check()
@@ -109,7 +109,7 @@ class Audit:
         return None
 
     def report(self, text: str) -> None:
-        """One more damaged or missing file."""
+        """Records one damaged or missing file."""
         if text not in self.damage:
             log.error("%s", text)
         self.damage[text] = None
@@ -177,7 +177,7 @@ def _plan(audit: Audit, shard: str) -> ShardPlan | None:
 
 
 def _shards(audit: Audit, plans: dict[str, ShardPlan | None], wanted: Iterable[str]) -> dict[str, ShardDone]:
-    """Read every finished shard, and those that a snapshot names; what the whole ones hold."""
+    """Reads every finished shard and those that a snapshot names. Returns the documents of the undamaged ones."""
     finished = set(audit.found(layout.DONE, "shard"))
     if to_do := len(set(plans) - finished):
         audit.unfinished.append(f"{to_do} planned shards are still to be made")
@@ -200,7 +200,7 @@ def _shard(audit: Audit, shard: str) -> ShardDone | None:
 
 
 def _check_plan(audit: Audit, done: ShardDone, plans: dict[str, ShardPlan | None]) -> None:
-    """In a store a shard holds what was planned for it."""
+    """Checks that a shard in a store holds the samples of its plan."""
     name = layout.PLAN.name(shard=done.shard)
     if audit.published or audit.missing(name, RESTORE):
         return
@@ -210,7 +210,7 @@ def _check_plan(audit: Audit, done: ShardDone, plans: dict[str, ShardPlan | None
 
 
 def _index(audit: Audit, snapshot: Snapshot, done: dict[str, ShardDone]) -> list[IndexRow] | None:
-    """A snapshot's rows, each of which must be in the shard it names, as it is now."""
+    """A snapshot's rows. Checks that each is in the present version of the shard that it names."""
     root, name = audit.shards.root, layout.index_of(snapshot)
     rows = audit.look(lambda: audit.shards.index(snapshot), name)
     manifest = audit.shards.path(layout.MANIFEST, number=snapshot.number)
@@ -226,7 +226,7 @@ def _index(audit: Audit, snapshot: Snapshot, done: dict[str, ShardDone]) -> list
 
 
 def _column(audit: Audit, column: str, done: dict[str, ShardDone]) -> None:
-    """A reward's record and its scores of every shard that has some."""
+    """Checks a column: its record, and the scores of every shard that has some."""
     record = layout.REWARD.name(reward=column)
     if not audit.missing(record, RESCORE):
         _record(audit, record, column)
@@ -250,7 +250,7 @@ def _record(audit: Audit, name: str, column: str) -> None:
 
 
 def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> None:
-    """One shard's scores: the table as recorded, of the shard as it is now, a row for each of its samples."""
+    """Checks one shard's scores: the table's hash, that it is of the present shard, and has a row for each sample."""
     document = layout.SCORES_DONE.name(reward=column, shard=shard)
     seal = audit.look(lambda: read_sealed(audit.shards.root / document, ScoresDone), document, way_out=RESCORE)
     if seal is None:
@@ -267,7 +267,7 @@ def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> No
 
 
 def _complete(audit: Audit, indexes: list[list[IndexRow] | None]) -> None:
-    """The newest snapshot can be trained on: it is there, and every prompt of it is encoded."""
+    """Checks that the newest snapshot can be trained on: it exists, and every prompt has its embedding."""
     if audit.published and not audit.found(layout.MANIFEST, "number"):
         audit.report(f"{audit.shards.root / layout.MANIFEST.folder} is missing; {ROLLOUT}")
     newest = indexes[-1] if indexes else None
@@ -276,7 +276,7 @@ def _complete(audit: Audit, indexes: list[list[IndexRow] | None]) -> None:
 
 
 def _listing(root: Place) -> dict[str, int]:
-    """Size by name of all that is read; hidden files (a writer's temporary ones) and locks are not."""
+    """Sizes by name of all files to read. Hidden ones (temporary files of writers) and locks are left out."""
     found = {layout.RECIPE.name(): root.sizes()[layout.RECIPE.name()]}
     for folder in _folders(root):
         for name, size in (root / folder).sizes().items():

@@ -1,7 +1,7 @@
-"""Which teacher is followed: the stored one, a new generation of shards every so often, or one in the loop.
+"""Which teacher is followed: the stored one, new generations of shards, or a teacher that runs in the loop.
 
-`train.teacher.mode: refresh` leaves `<run>/generations/<step>/`: `network/`, the average that the generation was rolled
-from, and `generation.json`. The shards are in the store like any others.
+With `train.teacher.mode: refresh` a run writes `<run>/generations/<step>/`: `network/`, the averaged network that the
+generation was rolled out by, and `generation.json`. Its shards are in the store like any others.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def open_follower(
     rewards: Sequence[Reward],
     decode: Callable[[Tensor], Tensor],
 ) -> Average | None:
-    """What moves beside the student: nothing, the average for the next generation, or a teacher in the loop.
+    """What `train.teacher.mode` needs: nothing, the average for the next generation, or a teacher in the loop.
 
     Raises ConfigError for a teacher in the loop of a student that is sharded.
     """
@@ -72,10 +72,11 @@ def open_follower(
 def segments(
     params: Params, model: Model, settings: Settings, source: Source, run: Run, out: Path
 ) -> Iterator[tuple[Settings, Source]]:
-    """How far to train (`train.steps`), and from which shards; a generation is made between two of these.
+    """The parts of the training: how far to train (`train.steps`) and from which shards. Between two parts a generation
+    is made.
 
-    A run that goes on from where a generation was due makes it again, from what is there of it: it is a function of the
-    checkpoint. So a kill at any point costs at most the shards that were being written.
+    A run that resumes where a generation was due makes it again from its finished shards, since it depends on the
+    checkpoint alone. So a kill loses at most the shards that were being written.
     """
     train, every = settings.train, settings.train.teacher.every
     if train.teacher.mode != "refresh":
@@ -97,18 +98,18 @@ class Generations:
     def __init__(
         self, params: Params, model: Model, settings: Settings, source: Source, ranks: Ranks, out: Path
     ) -> None:
-        """`source`: what the run was started with, whose prompts and noises every generation has."""
+        """`source`: the shards that the run was started with. Every generation has their prompts and noises."""
         self.params, self.model, self.chosen, self.parts = params, model, settings.train, settings.parts
         self.source, self.ranks, self.folder = source, ranks, out / "generations"
         rows = source.shards.index(source.snapshot)
         self.samples = [PlannedSample(**row.model_dump(include=set(PlannedSample.model_fields))) for row in rows]
 
     def at(self, step: int) -> Source:
-        """The shards of a generation; what is missing of them is made again."""
+        """The shards of a generation. Missing ones are made again."""
         return self._rolled(step) if step else self.source
 
     def renewed(self, run: Run, followed: Source) -> Source:
-        """Roll a generation out from the average of now; what to follow from here on, the better of the two."""
+        """Rolls out a generation by the present average. Returns the better of the new and the followed one."""
         step = run.state.step
         self._save_network(run, step)
         with _randomness_kept():
@@ -124,7 +125,7 @@ class Generations:
         return new
 
     def params_at(self, step: int) -> Params:
-        """As the student is run, at the teacher's number of steps: the average's network, embedded guidance, no CFG."""
+        """Parameters of a generation: the averaged network at the teacher's number of steps, without CFG."""
         network = str(self._network(step).absolute())
         names = self.chosen.reward_weights
         compute = {"device": str(self.ranks.device)} if self.ranks.world > 1 else {}
@@ -141,7 +142,7 @@ class Generations:
         return self.folder / f"{step:06d}" / "network"
 
     def _save_network(self, run: Run, step: int) -> None:
-        """The average as a whole network: adapters are merged into it. All ranks must call."""
+        """Saves the average as a whole network, with adapters merged into it. All ranks must call this."""
         assert run.live is not None
         weights, lora = run.live.tensors(), self.chosen.lora
         if self.ranks.is_main:
@@ -165,7 +166,7 @@ class Generations:
         return open_source(params, model, self.chosen, store / report.fingerprint, report.snapshot_number)
 
     def _link_embeddings(self, shards: ShardSet) -> None:
-        """The same prompts by the same encoders: neither the work nor the space is spent twice."""
+        """Links the embeddings: the prompts and encoders are the same, so they need not be made or stored twice."""
         for prompt in {sample.prompt_id for sample in self.samples}:
             there, here = self.source.shards.embedding_path(prompt).local, shards.embedding_path(prompt).local
             if there and here and there.exists() and not here.exists():
@@ -187,7 +188,7 @@ class Generations:
         )
 
     def forget_after(self, step: int) -> None:
-        """Remove what an earlier run has left beyond `step`."""
+        """Removes generations after `step`, which an earlier run has left."""
         if self.ranks.is_main:
             for folder in self.folder.glob("[0-9]*"):
                 if int(folder.name) > step:
@@ -197,20 +198,20 @@ class Generations:
 
 @contextmanager
 def _randomness_kept() -> Iterator[None]:
-    """The global generators as they were, whether the shards were made in this process, elsewhere or before."""
+    """Restores the global generators, so that it does not matter whether the shards were made in this process."""
     states = randomness.capture()
     yield
     randomness.restore(states)
 
 
 def mean_reward(source: Source, parts: Sequence[Part]) -> float:
-    """Mean of R_T over the samples that have a score, of several rewards the sum that trains."""
+    """Mean of R_T over the samples that have a score; for several rewards, of their weighted sum."""
     scores_RB = torch.tensor(list(source.scores.values()), dtype=torch.float64).reshape(-1, len(parts)).T
     return float(total(scores_RB, parts).mean())
 
 
 def shard_bytes(source: Source) -> int:
-    """What the set's shards take on disk, embeddings left out."""
+    """Bytes of the set's shards on disk, without embeddings."""
     return sum((source.shards.root / "shards").sizes().values())
 
 

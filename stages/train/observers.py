@@ -1,4 +1,4 @@
-"""Who looks on while a student trains: the guard with its sheets, and the trackers."""
+"""The callbacks of a training run: the guard with its sample sheets, and the experiment trackers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def looking_on(
     saved: Saved | None,
     out: Path,
 ) -> Iterator[None]:
-    """Train inside this block; where it ends, the learner has the weights that the run is to leave.
+    """Adds guard and trackers to a run. Train inside this block; after it, the learner has the weights to save.
 
-    The guard comes before the trackers, which log what it has seen.
+    The guard comes before the trackers, which log its results.
     """
     config = params.model_dump(mode="json") | {"train": chosen.model_dump(mode="json")}
     with undisturbed():
@@ -55,7 +55,7 @@ def looking_on(
 
 
 def quietly(observer: Observer) -> Observer:
-    """The observer, which leaves the global generators as they were."""
+    """Wraps the observer so that it does not change the global random generators."""
 
     def call(run: Run, row: Row) -> None:
         with undisturbed():
@@ -66,7 +66,7 @@ def quietly(observer: Observer) -> Observer:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Training draws after the block what it would have drawn without it: models are initialised, rewards may draw."""
+    """Restores the global random generators after the block. In it, models are initialised and rewards may draw."""
     before = randomness.capture()
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a training run has left: its record and its student."""
+"""The results of a training run: its record and its student."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rats.schemas.run import RunRecord
 
 
 def read_record(run: Path) -> RunRecord:
-    """run.json, which is written last: ConfigError where it is not there yet, DataError when it is damaged."""
+    """Reads run.json, which is written last. Raises ConfigError if it does not exist, DataError if it is damaged."""
     path = run / "run.json"
     if not path.is_file():
         raise ConfigError(f"no finished run in {run}: run `rats stage train --variant {run.name}`, or name another one")

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and how it is asked to stop."""
+"""Which checkpoint a run resumes from, and how it is told to stop."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def asked_for(resume: str | None, checkpoints: Checkpoints, steps: int) -> Saved
 
 
 def belonging(saved: Saved | None, identity: Identity, resume: str | None) -> Saved | None:
-    """The checkpoint, unless it is of other shards or settings: an error if it was named, else a new start."""
+    """The checkpoint if it is of the same shards and settings. If not: an error if it was named, else None."""
     if saved is None or saved.identity == identity:
         return saved
     names = ("snapshot", "recipe", "settings")
@@ -47,7 +47,7 @@ def belonging(saved: Saved | None, identity: Identity, resume: str | None) -> Sa
 
 @contextmanager
 def stop_flag() -> Iterator[Callable[[], bool]]:
-    """A function that is true once SIGTERM has come; a second SIGTERM ends the process at once, with 143."""
+    """A function that returns true after SIGTERM. A second SIGTERM ends the process at once, with exit code 143."""
     asked = threading.Event()
 
     def handler(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What a training run reads: shards and scores that belong together, and the settings that depend on them."""
+"""The data of a training run: shards, their scores, and the settings that depend on them."""
 
 from __future__ import annotations
 
@@ -38,24 +38,24 @@ NOT_IN_SETTINGS: dict[str, bool | set[str]] = {
     "trackers": True,
     "gate": {"tau", "value", "value_from"},
 }
-"""Fields that may differ when a run goes on: they change no step. The gate's enter as what they were resolved to."""
+"""Fields that may differ when a run resumes, since they change no step. Those of the gate enter as their results."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is read: one snapshot of a shard set, and the teacher's scores by each reward that trains."""
+    """One snapshot of a shard set, and the teacher's scores by each reward that trains."""
 
     shards: ShardSet
     snapshot: Snapshot
     columns: dict[str, Column]
     scores: Scores
-    """By key, in the order of `columns`; a sample that one of the rewards failed on is left out."""
+    """Scores by key, in the order of `columns`. A sample on which one of the rewards failed is left out."""
 
 
 def open_source(
     params: Params, model: Model, chosen: TrainParams, folder: Place, snapshot_number: int | None = None
 ) -> Source:
-    """The shards, checked against model and reward; of the snapshot of that number, if it is there, else the newest."""
+    """Opens shards and checks them against model and rewards. Takes the snapshot of that number, else the newest."""
     shards = ShardSet.open(folder)
     check_recipe(params, model, shards)
     snapshot = shards.snapshot(snapshot_number if snapshot_number in shards.snapshots() else None)
@@ -71,7 +71,7 @@ def open_source(
 
 
 def prompt_means(scores: Scores, prompts: Mapping[str, str]) -> Scores:
-    """Every sample's scores replaced by the mean over its prompt's noises: less noise in R_T, less of its own in it."""
+    """Replaces the scores of each sample by their mean over its prompt's noises, so that R_T has less noise."""
     groups: dict[str, list[tuple[float, ...]]] = {}
     for key, values in scores.items():
         groups.setdefault(prompts[key], []).append(values)
@@ -80,7 +80,7 @@ def prompt_means(scores: Scores, prompts: Mapping[str, str]) -> Scores:
 
 
 def read_settings(chosen: TrainParams, source: Source) -> Settings:
-    """The variant's settings with tau, the rewards' units and the gate's constant looked up.
+    """The variant's settings with tau, the rewards' units and the gate's constant filled in.
 
     With `gate.tau: gap` tau is NaN until it is measured on the untrained student, or taken from a checkpoint.
     """
@@ -97,7 +97,7 @@ def read_settings(chosen: TrainParams, source: Source) -> Settings:
 
 
 def reward_parts(chosen: TrainParams, scores: Scores) -> tuple[Part, ...]:
-    """Weight and unit of each reward: a reward alone keeps its own, several are measured by their spread."""
+    """Weight and unit of each reward. A single reward keeps its unit; several are each divided by their spread."""
     weights = chosen.reward_weights
     if len(weights) == 1:
         return (Part(next(iter(weights))),)
@@ -122,7 +122,7 @@ def gate_value(chosen: TrainParams) -> float | None:
 
 
 def settings_hash(settings: Settings, columns: Mapping[str, Column]) -> str:
-    """What two runs must share for one to go on where the other stopped."""
+    """Hash of everything that must be equal for a run to resume from a checkpoint."""
     parts = settings.train.model_dump(mode="json", exclude=NOT_IN_SETTINGS)
     tau = "gap" if settings.train.gate.tau == "gap" else settings.tau
     parts |= {"tau": tau, "gate_value": settings.gate_value, "horizons": settings.horizons}

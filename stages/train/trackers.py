@@ -1,7 +1,7 @@
-"""Experiment trackers, through accelerate's. They are copies for looking at: metrics.csv and panel.csv are the truth.
+"""Experiment trackers, by accelerate. Their data are copies: metrics.csv and panel.csv are the reference.
 
-A run that goes on from a checkpoint logs the steps after it again. TensorBoard is told to hide what it has from there
-on; W&B keeps the first value of a step and drops the second; trackio and DVCLive keep both.
+A run that resumes from a checkpoint logs the steps after it again. TensorBoard hides its older values of these steps;
+W&B keeps the first value of a step and drops the second; trackio and DVCLive keep both.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PACKAGES = {
     "wandb": ("wandb",),
     "dvclive": ("dvclive",),
 }
-"""What a tracker works with, any of them; the first is what we say to install."""
+"""Packages that a tracker can use; one is enough. The first is the one that the error text suggests."""
 
 
 def check_trackers(chosen: TrainParams) -> None:
@@ -43,9 +43,9 @@ def check_trackers(chosen: TrainParams) -> None:
 def open_trackers(
     chosen: TrainParams, out: Path, config: Mapping[str, Any], step: int = 0, is_main: bool = True
 ) -> Trackers | None:
-    """The trackers of a run in the folder `out` that goes on from `step`; None where there are none to write.
+    """The trackers of a run in the folder `out` that starts or resumes at `step`; None if it has none.
 
-    `config`: what they show as the run's parameters, a nested mapping. What they keep on disk is in `out`/trackers.
+    `config`: the run's parameters to show, a nested mapping. Files of trackers are in `out`/trackers.
 
     Raises:
         ConfigError: a package that is not installed.
@@ -71,7 +71,7 @@ def open_trackers(
 
 
 def _identity(folder: Path, step: int) -> str:
-    """What a tracker knows a run by, over all its resumes; a run that starts over is another one."""
+    """The id of a run for the trackers. It stays over resumes; a run that starts over gets a new one."""
     path = folder / "id"
     if step > 0 and path.is_file():
         return path.read_text()
@@ -81,7 +81,7 @@ def _identity(folder: Path, step: int) -> str:
 
 
 def settings_of(name: str, out: Path, identity: str, step: int) -> dict[str, Any]:
-    """What each tracker is opened with, so that a run that goes on stays one run."""
+    """The arguments of each tracker, such that a resumed run stays one run."""
     known: dict[str, dict[str, Any]] = {
         # it names its files by the second, so a quick restart would overwrite one
         "tensorboard": {"purge_step": step or None, "filename_suffix": f".{step}"},
@@ -100,7 +100,7 @@ def settings_of(name: str, out: Path, identity: str, step: int) -> dict[str, Any
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested parameters by dotted name; what is no plain value becomes its text, as all trackers take it."""
+    """Nested parameters by dotted name. Other values than plain ones become text, which all trackers accept."""
     values: dict[str, str | int | float | bool] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
@@ -111,15 +111,15 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | f
 
 
 class Trackers:
-    """An observer of a run, called after the panel: logs the step's row, the looks and the sheets since the last."""
+    """An observer of a run, called after the panel. Logs the step's row, and new panel rows and sheets."""
 
     def __init__(self, opened: Mapping[str, Any], out: Path, step: int) -> None:
-        """`opened`: accelerate's trackers by name, started. A run that goes on has logged what was at `step`."""
+        """`opened`: accelerate's started trackers by name. A resumed run has logged panel and sheet of `step`."""
         self.opened, self.out = opened, out
         self._after = step if step > 0 else -1
 
     def __call__(self, run: Run, row: Row) -> None:
-        """Nothing on other ranks. A look at the start, before any row, comes with the first step."""
+        """Logs on the main rank only. The panel row from before the first step is logged with the first step."""
         if not run.ranks.is_main:
             return
         step = run.state.step
@@ -133,7 +133,7 @@ class Trackers:
         self._after = step
 
     def close(self) -> None:
-        """Write out what is buffered; a tracker may wait here for its server."""
+        """Writes buffered data. A tracker may wait here for its server."""
         for tracker in self.opened.values():
             tracker.finish()
 
@@ -149,7 +149,7 @@ class Trackers:
 
 
 def show(name: str, tracker: Any, picture: Image.Image, step: int) -> None:
-    """Log a sheet. Accelerate does so for TensorBoard and W&B alone."""
+    """Logs a sheet. Accelerate logs images for TensorBoard and W&B only."""
     if name == "tensorboard":
         tracker.log_images({SHEETS: np.asarray(picture)[None]}, step=step, dataformats="NHWC")
     elif name == "wandb":

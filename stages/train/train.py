@@ -1,7 +1,7 @@
-"""Stage two: open what a run needs, refuse what does not belong together, train, leave a student behind.
+"""Stage train: opens what a run needs, refuses data that do not belong together, trains, and saves the student.
 
-Of the family it opens the network that learns and the decoder; a teacher only for `teacher.mode: live-ema`, and for
-the generations of `refresh` (`generations` beside this file).
+It opens the network and the decoder of a family. It opens a teacher only for `teacher.mode: live-ema` and for the
+generations of `refresh` (`generations` beside this file).
 """
 
 from __future__ import annotations
@@ -54,18 +54,18 @@ log = logging.getLogger(__name__)
 
 
 def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: str | None = None) -> TrainReport:
-    """Train `variant`'s student from the shards in the folder `shards`; everything it leaves is in `out`.
+    """Trains the student of `variant` from the shards in the folder `shards`, and writes everything into `out`.
 
     `out` holds metrics.csv, checkpoints/, and at the end student/ (a diffusers transformer folder, or adapters) and
     run.json. Under torchrun or accelerate all ranks call it, and the first one writes.
-    `resume`: "latest" goes on from the newest whole checkpoint of the same shards and settings and starts over where
-    there is none; a checkpoint's folder goes on from that one; None starts over.
+    `resume`: "latest" resumes from the newest whole checkpoint of the same shards and settings, or starts over if there
+    is none. The folder of a checkpoint resumes from that one. None starts over.
 
     Raises:
         ConfigError: a variant, reward or gate value that is not there.
         DataError: shards, weights, rewards or checkpoints that are damaged or do not belong together; a number that
             is not finite.
-        SystemExit: 143 after SIGTERM; the step under way is abandoned, the one before it saved.
+        SystemExit: 143 after SIGTERM. The current step is abandoned; the one before it is saved.
     """
     chosen = with_variant(params, variant)
     check_observers(params, chosen)
@@ -101,7 +101,7 @@ def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: 
 
 
 def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
-    """What the network is evaluated in where that is not its own float32; what is trained is always float32."""
+    """The dtype in which the network is evaluated, if not in float32. Trained weights are always float32."""
     if params.model.dtype == "float16":
         raise ConfigError("model.dtype is float16, in which gradients underflow: train with bfloat16 or float32")
     half = params.model.dtype == "bfloat16" or chosen.mixed_precision == "bf16"
@@ -109,7 +109,7 @@ def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
 
 
 def open_trainable(model: Model, chosen: TrainParams, ranks: Ranks) -> FamilyStudent:
-    """The student with what is to be trained in float32: small updates would be rounded away in bfloat16."""
+    """The student with its trained weights in float32: bfloat16 would round small updates away."""
     compute = model.compute.model_copy(update={"compile": chosen.compile, "device": str(ranks.device)})
     student = model.using(compute=compute).open_student(lora=chosen.lora, seed=chosen.seed)
     cast_training_params(student.network, torch.float32)
@@ -119,19 +119,19 @@ def open_trainable(model: Model, chosen: TrainParams, ranks: Ranks) -> FamilyStu
 
 
 def open_rewards(params: Params, chosen: TrainParams, ranks: Ranks) -> list[Reward]:
-    """The rewards that train, in the order of their weights."""
+    """The rewards that train, in the order of `reward_weights`."""
     return [open_reward(reward_params(params, name), str(ranks.device)) for name in chosen.reward_weights]
 
 
 def _remove_results(out: Path, ranks: Ranks) -> None:
-    """What an earlier run has left at its end is no longer true."""
+    """Removes what an earlier run wrote at its end, which is no longer valid."""
     if ranks.is_main:
         for stale in ("student", "run.json"):
             remove(out / stale)
 
 
 def _train(objective: Objective, source: Source, run: Run, witness: Witness) -> None:
-    """Train on one set of shards, up to `train.steps`."""
+    """Trains on one set of shards, up to `train.steps`."""
     chosen, ranks = objective.settings.train, run.ranks
     left = max(0, chosen.steps - run.state.step)
     with (
@@ -164,7 +164,7 @@ def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) ->
 
 
 def _with_tau(objective: Objective, source: Source, run: Run) -> Objective:
-    """`gate.tau: gap` measured on the student as it starts; a run that goes on keeps what was measured."""
+    """For `gate.tau: gap`, measures tau on the untrained student. A resumed run keeps the measured value."""
     settings, tau = objective.settings, run.state.tau
     if settings.train.gate.tau != "gap":
         return objective

@@ -1,4 +1,4 @@
-"""Measures what the claim "stage two never runs a teacher" says; nobody sets these counters.
+"""Counts how often a teacher is run or scored during training. Hooks count; no other code sets these numbers.
 
 B samples, T latent tokens, C channels.
 """
@@ -18,7 +18,7 @@ from rats.pipeline.store.shards import as_stored
 from rats.trainer.data import Sample, SampleStream
 
 PENDING = 64
-"""Batches of fingerprints that stay on the device until they are compared: fetching each would make it wait."""
+"""Batches of fingerprints that stay on the device until they are compared: to fetch each one would stall it."""
 
 
 class Witness:
@@ -39,7 +39,7 @@ class Witness:
     def watching(self, network: nn.Module) -> Iterator[None]:
         """Count every call of `network`, and of other networks of its class, inside the block.
 
-        The hook is on the class: the network's own modules and all other networks run as they do without it.
+        The hook is on the class, so that modules inside the network and other networks run without one.
         """
         kind, own = hooked_class(network), {id(module) for module in network.modules()}
         call, is_its_own = kind.__call__, "__call__" in vars(kind)
@@ -60,7 +60,7 @@ class Witness:
 
     @property
     def teacher_reward_calls(self) -> int:
-        """Decoded latents that are, to the bit, a stored final that the stream has handed out."""
+        """Number of decoded latents that equal, to the bit, a stored final latent from the stream."""
         self._compare()
         return self._found
 
@@ -69,7 +69,7 @@ class Witness:
         self._finals.update(fingerprints(x_BTC).tolist())
 
     def scored(self, x_BTC: Tensor) -> None:
-        """Compare latents that are decoded for a reward."""
+        """Compares latents that are decoded for a reward with the stored ones."""
         self._pending.append(fingerprints(x_BTC))
         if len(self._pending) == PENDING:
             self._compare()
@@ -81,16 +81,16 @@ class Witness:
 
 
 def hooked_class(network: nn.Module) -> type[nn.Module]:
-    """The class that defines the network's `forward`: FSDP makes a subclass of it for the one that it shards."""
+    """The class that defines the network's `forward`. (FSDP makes a subclass for the network that it shards.)"""
     return next(kind for kind in type(network).__mro__ if "forward" in vars(kind))
 
 
 @torch.no_grad()
 def fingerprints(x_BTC: Tensor) -> Tensor:
-    """64 bits (B,) of each sample's latents as the store keeps them, made on their device.
+    """A hash of 64 bits (B,) of each sample's latents as stored, computed on their device.
 
-    Equal latents have equal fingerprints; others have with a probability below 2^-48: the bits of each element times a
-    random number of its own, summed modulo 2^64 (multilinear hashing; integers, so the order of the sum is free).
+    Different latents have equal hashes with a probability below 2^-48. The bits of each element are multiplied by a
+    random number of its own and summed modulo 2^64 (multilinear hashing). Sums of integers do not depend on the order.
     """
     bits_BD = as_stored(x_BTC).flatten(1).view(torch.int16).long()
     return (bits_BD * _factors(bits_BD.shape[1], bits_BD.device)).sum(1)
@@ -103,10 +103,10 @@ def _factors(count: int, device: torch.device) -> Tensor:
 
 
 class WatchedStream:
-    """A stream whose stored finals the witness remembers."""
+    """A stream that passes its stored final latents to the witness."""
 
     def __init__(self, stream: SampleStream, witness: Witness) -> None:
-        """Hands out what `stream` does."""
+        """Gives the samples of `stream`."""
         self._stream, self._witness = stream, witness
 
     @property
@@ -122,7 +122,7 @@ class WatchedStream:
 
 
 class WatchedStudent:
-    """A student whose decoded latents the witness sees."""
+    """A student that passes its decoded latents to the witness."""
 
     def __init__(self, student: Student, witness: Witness) -> None:
         """Does what `student` does."""
@@ -134,12 +134,12 @@ class WatchedStudent:
         return self._student.velocity(x_BTC, sigma, conditioning)
 
     def decode(self, x_BTC: Tensor) -> Tensor:
-        """The student's own, seen by the witness."""
+        """The student's own, after passing the latents to the witness."""
         self._witness.scored(x_BTC)
         return self._student.decode(x_BTC)
 
     def decode_teachers(self, x_BTC: Tensor) -> Tensor:
-        """Decode finals of a teacher that runs in the loop, which are no student's."""
+        """Decodes final latents of a teacher that runs in the loop, which count as stored ones."""
         self._witness.stored(x_BTC)
         return self.decode(x_BTC)
 

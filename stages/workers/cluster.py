@@ -24,10 +24,10 @@ from rats.stages.workers.target import Tls, Where, checked_address
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 30.0
-"""How long a scheduler may take to answer, and to come back after its connection is lost."""
+"""Seconds that a scheduler may take to answer, or to come back after the connection is lost."""
 
 DEATHS = 10
-"""How many workers may die under one task before the run gives up on it."""
+"""How many workers may die while running one task before the run ends with an error."""
 
 QUEUE_CLASSES = {
     "slurm": "SLURMCluster",
@@ -118,7 +118,7 @@ def _security(where: Where) -> Any:
 
 
 def _from_files(tls: Tls) -> Any:
-    """The same three files in every role."""
+    """Dask's security settings with the same three files for every role."""
     from distributed import Security
 
     pair = {"cert": str(tls.cert), "key": str(tls.key or tls.cert)}
@@ -127,17 +127,17 @@ def _from_files(tls: Tls) -> Any:
 
 
 def _local(where: Where) -> Any:
-    """Processes of one thread each on loopback, without memory limit: models come and go by gigabytes."""
+    """Local processes with one thread each, on loopback. No memory limit, since models take gigabytes at a time."""
     from distributed import LocalCluster
 
     return LocalCluster(n_workers=where.workers, processes=True, **_here(where))
 
 
 def _here(where: Where) -> dict[str, Any]:
-    """What clusters on this machine have in common. Their workers offer what one task needs."""
+    """Arguments of all clusters on this machine. Their workers offer the resources that one task needs."""
     import dask
 
-    # By default a worker that is not back after 15 s is given up for good: less than importing torch may take.
+    # by default a worker that is not back after 15 s is given up, and importing torch may take longer
     dask.config.set({"distributed.deploy.lost-worker-timeout": "1 day"})
     return {
         "threads_per_worker": 1,
@@ -171,7 +171,7 @@ def _jobs(where: Where) -> Iterator[tuple[Any, Any]]:
     if shutil.which(command) is None:
         raise ConfigError(f"no {command} here: run on a machine that can submit {queue} jobs")
     configured = dask.config.get(f"jobqueue.{queue}", None) or {}
-    # The dashboard knows no TLS, so it stays on this machine unless somebody asks for more.
+    # the dashboard has no TLS, so it is on loopback unless the configuration says otherwise
     scheduler = {"dashboard_address": "127.0.0.1:0", **(configured.get("scheduler-options") or {})}
     with _job_certificates(where, configured.get("shared-temp-directory")) as security:
         try:
@@ -190,7 +190,7 @@ def _jobs(where: Where) -> Iterator[tuple[Any, Any]]:
 
 @contextmanager
 def _job_certificates(where: Where, shared: str | None) -> Iterator[Any]:
-    """The files of the command line, else new ones in a folder that the jobs see too; only we can read them."""
+    """The files of the command line, else new ones in a folder that the jobs can reach and only this user can read."""
     if where.tls is not None:
         yield _from_files(where.tls)
         return
@@ -209,7 +209,7 @@ def _job_certificates(where: Where, shared: str | None) -> Iterator[Any]:
 
 
 def submit(cluster: Any, jobs: int) -> str:
-    """Submits the jobs that are not there, once more those that ended; why some were refused, else nothing."""
+    """Submits missing jobs, also those that ended. Returns why some were refused, or an empty text."""
     cluster.scale(jobs=jobs)
     cluster.sync(_settled, cluster)
     refused = cluster.job_cls.refused
@@ -225,7 +225,7 @@ async def _settled(cluster: Any) -> None:
 
 
 def _telling(job_cls: Any) -> Any:
-    """The kind of job, but one that could not be submitted is kept in `refused`: Dask only logs a traceback."""
+    """A job class that keeps submission errors in `refused`: Dask would only log a traceback."""
     from distributed.deploy.spec import ProcessInterface
 
     class Job(job_cls):
@@ -250,7 +250,7 @@ def _extra(module: str, extra: str, where: Where) -> Any:
 
 @contextmanager
 def _reported(client: Any, path: Path | None) -> Iterator[None]:
-    """Dask's own page about what ran where and when; no reason to lose a run over."""
+    """Writes Dask's performance report. If that fails, the run goes on with a warning."""
     if path is None:
         yield
         return
@@ -272,7 +272,7 @@ def _save(client: Any, report: Any, page: Path, path: Path) -> None:
         return
     try:
         report.__exit__(None, None, None)
-    except (ImportError, RuntimeError) as error:  # a scheduler without bokeh says so at the end
+    except (ImportError, RuntimeError) as error:  # a scheduler without bokeh raises at the end only
         log.warning("no performance report: %s", error)
     else:
         page.replace(path)

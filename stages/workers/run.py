@@ -1,7 +1,7 @@
 """Runs independent tasks in this process or on Dask workers. With `cluster.py` the only file with dask.
 
-A bounded window of tasks is in flight. With all tasks handed over at once, Dask blames every assigned
-task for the death of its worker and gives up on it; with two per worker, 100 of 100 survived 20 kills.
+Only a few tasks per worker are in flight. If all were submitted at once, Dask would blame every assigned task for the
+death of its worker and give up on it. With two per worker, 100 of 100 tasks survived 20 kills.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 WINDOW = 2
-"""Tasks in flight per worker: one at work, one waiting."""
+"""Tasks in flight per worker: one runs, one waits."""
 
 TICK = 1.0
-"""Seconds between two looks at who is there."""
+"""Seconds between two queries of the workers."""
 
 RESUBMIT_SECONDS = 30.0
-"""How often ended jobs of a batch system are submitted again."""
+"""Seconds after which ended jobs of a batch system are submitted again."""
 
 SAY_SECONDS = 60.0
-"""How often a wait for workers is told."""
+"""Seconds between two log lines while waiting for workers."""
 
 RESULT_SECONDS = 10.0
-"""A result is a few counts; one that does not come by then was lost with its worker."""
+"""Seconds for fetching a result, which is a few counts. After that it was lost with its worker."""
 
 
 def run(
     work: Callable[[Any, Task], Result], tasks: Iterable[Task], setup: Callable[[], Any], where: Where
 ) -> Iterator[Result]:
-    """Yields `work(setup(), task)` of every task, as they finish; `setup()` runs once a worker.
+    """Yields `work(setup(), task)` for every task, as they finish; `setup()` runs once on each worker.
 
-    In this process tasks are done in order. `work`, `setup` and the tasks must pickle; a worker does
-    one task at a time. Results that were yielded stay given, whatever happens to the cluster then.
+    Without workers, tasks run in this process and in order. `work`, `setup` and the tasks must be picklable. A worker
+    runs one task at a time. Every result is yielded once, even if workers die later.
 
     Raises:
         ConfigError: what `where` asks for cannot be had: an extra, certificates, a batch system.
@@ -73,22 +73,22 @@ def run(
 
 
 class _Holder:
-    """A worker's context, made by its first task: a slow load in a plugin would stop the heartbeat."""
+    """Holds a worker's context, which its first task makes: slow loading in a plugin would stop the heartbeat."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        self.name = f"rats-{uuid.uuid4().hex}"  # two runs may share the workers, and not the context
+        self.name = f"rats-{uuid.uuid4().hex}"  # two runs may share workers, but not their contexts
         self.make = make
         self.made: list[Any] = []
 
     @classmethod
     def plugin(cls, make: Callable[[], Any]) -> Any:
-        """The holder as a Dask WorkerPlugin, so that a worker restarted after a kill has it too."""
+        """The holder as a Dask WorkerPlugin, so that a restarted worker gets it too."""
         from distributed import WorkerPlugin
 
         return type("Holder", (cls, WorkerPlugin), {})(make)
 
     def setup(self, worker: Any) -> None:
-        """Dask calls this on the worker. Threads take turns: context and torch's thread count are the process's."""
+        """Dask calls this on the worker. One thread works at a time: context and torch's thread count are shared."""
         self.turn = threading.Lock()
 
     def do(self, work: Callable[[Any, Task], Result], task: Task) -> Result:
@@ -106,7 +106,7 @@ def _on_worker(holder: str, work: Callable[[Any, Task], Result], task: Task) -> 
 
 @contextmanager
 def _held(client: Any, holder: Any) -> Iterator[Any]:
-    """Takes the context off workers that live on: it may hold gigabytes."""
+    """Frees the context on workers that live on: it may hold gigabytes."""
     try:
         yield holder
     finally:
@@ -117,7 +117,7 @@ def _held(client: Any, holder: Any) -> Iterator[Any]:
 
 
 class _Crew:
-    """Who can take a task now, looked up once a `TICK`. Gives up when that was nobody for long enough."""
+    """The workers that can take a task now, queried once a `TICK`. Raises NoWorkerError after too long without one."""
 
     def __init__(self, client: Any, where: Where, holder: Any) -> None:
         self.client = client
@@ -137,7 +137,7 @@ class _Crew:
         return self.size
 
     def wait(self) -> None:
-        """Returns as soon as one worker is there."""
+        """Returns as soon as one worker can take a task."""
         while not self.able():
             time.sleep(0.05 if time.monotonic() - self.seen < TICK else TICK / 2)
 
@@ -147,7 +147,7 @@ class _Crew:
         workers = state.get("workers", {})
         fit = able(workers, self.where.resources)
         self.size = len(fit)
-        staying, self.known = self.known & fit, fit  # a worker that dies while it starts is there for a moment
+        staying, self.known = self.known & fit, fit  # a worker that dies during its start is listed for a moment
         if staying:
             self.seen = time.monotonic()
         elif time.monotonic() - self.seen > self.where.patience:
@@ -158,7 +158,7 @@ class _Crew:
         self._submit_jobs(len(workers))
 
     def _state(self) -> dict[str, Any]:
-        """The scheduler about itself; while the connection is down, nothing for `CONNECT_SECONDS`, then an error."""
+        """The scheduler's state. If the connection is lost, waits up to `CONNECT_SECONDS` for it, then raises."""
         if self.client.status == "connecting":
             log.warning("the Dask scheduler does not answer, waiting for it up to %.0f s", CONNECT_SECONDS)
         while self.client.status == "connecting":
@@ -171,13 +171,13 @@ class _Crew:
             return {}
 
     def _greet(self, state: dict[str, Any]) -> None:
-        """Gives the workers, those too that start later, the plugin; a scheduler that came back needs it again."""
+        """Registers the plugin for all workers, also later ones. A scheduler that was restarted needs it again."""
         if state and state["id"] != self.greeted:
             _register(self.client, self.holder)
             self.greeted = state["id"]
 
     def _submit_jobs(self, there: int) -> None:
-        """A job that ended, by its walltime or by preemption, is submitted again."""
+        """Submits jobs again that ended by their walltime or by preemption."""
         cluster = self.client.cluster
         if self.where.cluster not in QUEUES or time.monotonic() - self.asked < RESUBMIT_SECONDS:
             return
@@ -188,7 +188,7 @@ class _Crew:
 
 
 def _register(client: Any, plugin: Any) -> None:
-    """A worker may die while it takes the plugin: then once more."""
+    """Registers the plugin; tries again if a worker dies meanwhile."""
     for attempt in range(1, DEATHS + 1):
         try:
             client.run_on_scheduler(_here)
@@ -203,7 +203,7 @@ def _register(client: Any, plugin: Any) -> None:
 
 
 def _here() -> None:
-    """Found by its name, so it runs where the same rats is installed. A scheduler too unpickles tasks."""
+    """Does nothing. It is pickled by name, so it runs only where this version of rats is installed."""
 
 
 def _windowed(client: Any, crew: _Crew, work: Callable[[Task], Result], tasks: Iterator[Task]) -> Iterator[Result]:
@@ -235,25 +235,25 @@ def _windowed(client: Any, crew: _Crew, work: Callable[[Task], Result], tasks: I
                     raise
                 flying[future] = (task, deaths)  # its worker died with the result: Dask makes it again
             else:
-                # Else Dask makes it again when its worker dies: garbage, such as a timeout's traceback, still names it.
+                # else Dask computes it again when its worker dies: garbage, such as a traceback, may still hold it
                 future.release()
                 yield result
         fill()
 
 
 def _finished(futures: list[Any]) -> list[Any]:
-    """The futures that have ended, one way or another, after at most a `TICK`."""
+    """The futures that have ended, with or without a result; waits at most one `TICK`."""
     from distributed import wait
 
     try:
         wait(futures, timeout=TICK, return_when="FIRST_COMPLETED")
-    except Exception as error:  # a timeout, or that some were cancelled: their status says so too
+    except Exception as error:  # a timeout, or cancelled futures: both show in the status
         log.debug("waiting for tasks: %r", error)
     return [future for future in futures if future.done()]
 
 
 def _deaths(future: Any) -> int:
-    """How many workers died under a task that has no result for that reason; 0 if it ended by itself."""
+    """How many workers died while running the task, if it has no result because of that; else 0."""
     from distributed.scheduler import KilledWorker, NoValidWorkerError
 
     if future.cancelled():

@@ -1,4 +1,4 @@
-"""Where tasks run, as a user says it: what is asked for, what is refused. No Dask here, see `executor`."""
+"""Where tasks run, as the user chooses it, and the checks of that choice. Without Dask, see `executor`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ CLUSTERS = (*QUEUES, "cuda")
 
 WAIT_SECONDS = 120.0
 QUEUE_WAIT_SECONDS = 86400.0
-"""A job may stand in its queue for hours."""
+"""A job may wait in its queue for hours."""
 
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files of an encrypted cluster: who signs for it, who we are, our key (None: it is in `cert`)."""
+    """PEM files of an encrypted cluster: the CA's certificate, ours, and our key (None: it is in `cert`)."""
 
     ca: Path
     cert: Path
@@ -84,7 +84,7 @@ class Where:
 
 
 def checked_address(address: str, tls: Tls | None = None) -> str:
-    """The address, if it is safe: a scheduler unpickles what it gets, so beyond loopback it takes TLS."""
+    """The address, if it is safe. A scheduler unpickles what it receives, so beyond loopback it must use TLS."""
     parts = urlsplit(address if "://" in address else f"tcp://{address}")
     if parts.scheme == "tls":
         return address
@@ -118,9 +118,9 @@ def parse_resources(texts: Iterable[str]) -> dict[str, float]:
 
 
 def able(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float]) -> set[str]:
-    """The addresses of workers that offer what a task needs. Each does one task at a time, whatever it offers.
+    """The addresses of workers that offer what a task needs. Each runs one task at a time, whatever it offers.
 
-    A worker that is neither running nor paused has not finished its start, and perhaps never will.
+    A worker that is neither running nor paused has not finished its start, and may never do so.
     """
     awake = {name: worker for name, worker in workers.items() if worker.get("status") in ("running", "paused")}
     offers = {name: worker.get("resources") or {} for name, worker in awake.items()}
@@ -128,7 +128,7 @@ def able(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float]) -
 
 
 def nobody(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float], seconds: float) -> str:
-    """One line about why no task could be given away for `seconds`."""
+    """One line that says why no worker could take a task for `seconds`."""
     if not workers:
         return f"no Dask worker for {seconds:.0f} s: start workers, or use --workers 0, and run the same command again"
     if able(workers, {}) != set(workers) or able(workers, needs):

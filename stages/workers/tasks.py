@@ -1,7 +1,7 @@
-"""Works through tasks of one shard each, together with other processes that may be at the same shards.
+"""Runs tasks of one shard each, while other processes may work on the same shards.
 
-A shard is made by whoever claims it. A task whose shard is claimed elsewhere is put back, so that the others come
-first; then it waits, and finds the shard done, or makes it if the other process has died.
+The process that claims a shard makes it. If a shard is claimed by another process, its task is put back behind the
+others. Then it waits for the claim, and finds the shard done, or makes it if the other process has died.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from rats.stages.workers.run import Where, run
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 5.0
-"""How long a worker waits for a shard that another process is making, before it looks for other work."""
+"""How long a worker waits for a shard that another process makes, before it takes another task."""
 
 POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardTask:
-    """Work on one shard; `wait` seconds for it if another process is at it."""
+    """A task for one shard. If another process has claimed it, the task waits for `wait` seconds."""
 
     shard: str
     wait: float = 0.0
@@ -36,7 +36,7 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class Made:
-    """What a task did: the samples of its shard, evaluations of the teacher's network, rows of scores written."""
+    """What a task did: samples of its shard, evaluations of the teacher's network, and rows of scores written."""
 
     samples: int
     teacher_forwards: int
@@ -45,7 +45,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Busy:
-    """Another process is at this shard: nothing was done."""
+    """Another process works on this shard: nothing was done."""
 
     shard: str
 
@@ -54,7 +54,7 @@ Task = TypeVar("Task", bound=ShardTask)
 
 
 class Queue(Generic[Task]):
-    """Tasks in order; one that is put back comes after all the others. It may run dry and be filled again."""
+    """Tasks in order. One that is put back comes after all others. It may be empty and filled again."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         """All tasks."""
@@ -72,7 +72,7 @@ class Queue(Generic[Task]):
         return self._waiting.popleft()
 
     def put_back(self, shard: str) -> None:
-        """Try again later, and then wait for it."""
+        """Puts the shard's task at the end; it will then wait for the claim."""
         first = self._by_shard[shard].wait == 0.0
         if first:
             log.info("another process is making %s: it is waited for when the rest is done", shard)
@@ -88,7 +88,7 @@ def work_through(
     label: str,
     samples: int,
 ) -> list[Made]:
-    """Do all tasks, with progress over their `samples`; returns what each did, in the order of ending.
+    """Runs all tasks, with progress over their `samples`. Returns their results in the order in which they end.
 
     `work`, `setup` and the tasks must pickle (see `run.run`).
     """
@@ -109,7 +109,7 @@ def work_through(
 
 @contextmanager
 def claimed(shards: ShardSet, shard: str, seconds: float) -> Iterator[bool]:
-    """The claim on a shard, waited for up to `seconds`; False if another process still has it."""
+    """Claims a shard, waiting up to `seconds`. Gives False if another process still has the claim."""
     end = time.monotonic() + seconds
     while True:
         with shards.claim(shard) as mine:

@@ -1,4 +1,4 @@
-"""RATS (arXiv 2604.14910): climb the rewards, and follow the teacher's path where the teacher is better.
+"""RATS (arXiv 2604.14910): maximise the rewards, and follow the teacher's path where the teacher is better.
 
 L = L_reward + alpha g L_shape, with g = stopgrad(sigmoid((R_T - R_S) / tau)): docs/design.md#the-method.
 B samples, R rewards that train, N student steps, T latent tokens, C channels.
@@ -28,7 +28,7 @@ from rats.trainer.scoring import Scored, score
 
 
 def losses(objective: Objective, batch: Batch, moment: Moment) -> Losses:
-    """Both losses and the gate of one micro-batch: one path of the student, one decoding."""
+    """Both losses and the gate of one micro-batch, from one path of the student and one decoding."""
     settings, train = objective.settings, objective.settings.train
     trajectory = objective.sample(batch, moment.nfe)
     verdicts = _verdicts(objective, batch, trajectory, moment)
@@ -49,14 +49,14 @@ def losses(objective: Objective, batch: Batch, moment: Moment) -> Losses:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One reward's answers: the scores that the reward loss climbs, and R_S for the gate, scored as R_T was."""
+    """Scores by one reward: those for the reward loss, and R_S for the gate, which is computed as R_T was."""
 
     climbed: Scored
     bare: Scored
 
 
 def _verdicts(objective: Objective, batch: Batch, trajectory: Trajectory, moment: Moment) -> list[Verdict]:
-    """Every reward's answers; with augmentation a reward that has a gradient scores twice."""
+    """Scores by every reward. With augmentation, a reward with gradient scores twice."""
     train, final_BTC = objective.settings.train, rounded(trajectory.final)
     climbs = train.reward_weight > 0
     has_gradient = [climbs and is_differentiable(reward) for reward in objective.rewards]
@@ -84,14 +84,14 @@ def _augmented(images_B3HW: Tensor, objective: Objective, moment: Moment) -> Ten
 
 @torch.no_grad()
 def _bare(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> Scored:
-    """Scored as R_T was: the picture as it is, without gradient."""
+    """Scores computed as R_T was: of the picture without augmentation, without gradient."""
     return score(reward, images_B3HW.detach(), prompts)
 
 
 def _estimated(
     objective: Objective, reward: Reward, center: Scored, final_BTC: Tensor, batch: Batch, moment: Moment
 ) -> Scored:
-    """What a reward without a gradient is climbed by; each sample's randomness is its own, whatever the cut."""
+    """Scores with an estimated gradient. Random numbers are those of each sample, whatever the micro-batch."""
     train, places = objective.settings.train, range(moment.first, moment.first + len(batch.keys))
     randoms = [generator(train.seed, moment.step, "black box", place) for place in places]
     decode, ask = objective.student.decode, partial(score, reward)
@@ -99,7 +99,7 @@ def _estimated(
 
 
 def _good(verdicts: Sequence[Verdict], batch: Batch) -> Tensor:
-    """Where every answer counts, those of a teacher that runs in the loop included."""
+    """Samples that all rewards could score, also those of a teacher that runs in the loop."""
     answers = [scored.good_B for verdict in verdicts for scored in (verdict.climbed, verdict.bare)]
     if batch.good_B is not None:
         answers.append(batch.good_B)
@@ -107,7 +107,7 @@ def _good(verdicts: Sequence[Verdict], batch: Batch) -> Tensor:
 
 
 def shape(batch: Batch, trajectory: Trajectory, settings: Settings) -> Tensor:
-    """Shaping loss (N, B) of the student's path against the stored one, row by exact sigma."""
+    """Shaping loss (N, B) of the student's path against the stored one, at equal sigmas."""
     sigmas, space = trajectory.sigmas, settings.train.shape.space
     rows = rows_of(settings.horizons, sigmas)
     student = compared(space, trajectory.states, trajectory.x0s, sigmas)
@@ -116,7 +116,7 @@ def shape(batch: Batch, trajectory: Trajectory, settings: Settings) -> Tensor:
 
 
 def _compared(r_teacher_RB: Tensor, r_student_RB: Tensor, parts: Sequence[Part]) -> dict[str, Tensor]:
-    """What is logged of the scores, (B,) each: their sums, and of several rewards each one's own."""
+    """The scores to log, (B,) each: weighted sums, and for several rewards also each one."""
     r_teacher_B, r_student_B = total(r_teacher_RB, parts), total(r_student_RB, parts)
     logged = {
         "reward_student": r_student_B,
@@ -132,7 +132,7 @@ def _compared(r_teacher_RB: Tensor, r_student_RB: Tensor, parts: Sequence[Part])
 
 @torch.no_grad()
 def gap_spread(objective: Objective, batch: Batch) -> float:
-    """Standard deviation of R_T - R_S over a batch sampled at each of the student's NFE: `gate.tau: gap`."""
+    """Standard deviation of R_T - R_S over a batch at each NFE of the student, for `gate.tau: gap`."""
     parts, gaps = objective.settings.parts, []
     for nfe in objective.settings.train.grid:
         images_B3HW = objective.student.decode(rounded(objective.sample(batch, nfe).final))

@@ -1,1 +1,1 @@
-"""`rats shards gc`: what no experiment reaches."""
+"""`rats shards gc`: finds and deletes what no experiment uses."""

@@ -1,7 +1,7 @@
-"""`rats shards gc STORE`: shows what no experiment reaches, and deletes it when it is told to.
+"""`rats shards gc STORE`: shows what no experiment uses, and deletes it with --delete.
 
-What is reached:
-- a set that a document below the roots names (a run's record, a checkpoint, a report, a published folder: `gc_roots`),
+In use are:
+- a set that a document below the roots names (a run's record, a checkpoint, a report, a published folder: `roots`),
   that a parameter file there would make, or one of whose files is linked from elsewhere (a published folder, DVC's
   cache);
 - of such a set: the newest snapshot and every named or linked one with its shards, every shard that holds a sample of
@@ -41,7 +41,7 @@ HOUR = 3600.0
 
 @dataclass
 class Verdict:
-    """One set: what goes of it, or why it stays as it is. `whole`: it goes in one step."""
+    """What is deleted of one set (`going`), and why the rest is kept. `whole`: the set is deleted in one step."""
 
     name: str
     going: list[Removal]
@@ -51,17 +51,17 @@ class Verdict:
 
 
 def collect(store: str, roots: Sequence[Path], delete: bool = False, older_than: float = 24.0) -> dict[str, Any]:
-    """What no experiment below `roots` reaches; with `delete`, it is deleted.
+    """Finds what no experiment below `roots` uses; with `delete`, deletes it.
 
     Args:
         store: A local store (the folder of sets, not a set).
         roots: Folders below which experiments lie.
-        delete: Delete; without it nothing is touched.
-        older_than: Hours; whatever was written later stays.
+        delete: Whether to delete. Without it nothing is changed.
+        older_than: In hours. Whatever is younger is kept.
 
     Returns:
-        `remove` and `keep`, rows; `files` and `bytes` of what goes; `busy`, the sets in which somebody works now, which
-        stay as they are; `command`, which would delete.
+        Rows `remove` and `keep`; `files` and `bytes` of what is deleted; `busy`, the sets that another process works
+        in, which are not changed; `command`, the command that would delete.
 
     Raises:
         ConfigError: no local store, no folder at a root, or nothing to be deleted by: no experiment at all.
@@ -85,7 +85,7 @@ def collect(store: str, roots: Sequence[Path], delete: bool = False, older_than:
 
 
 def refuse_busy(result: dict[str, Any]) -> None:
-    """After a deletion: the sets that were left alone because somebody works in them.
+    """After a deletion: refuses to succeed silently if sets were skipped because another process works in them.
 
     Raises:
         RetryLaterError: there is one.
@@ -116,7 +116,7 @@ def _reached(folder: Path, roots: Sequence[Path], sets: dict[str, Contents]) -> 
 
 
 def _verdict(name: str, contents: Contents, held: Held | None, found: Found, since: float) -> Verdict:
-    """What goes of one set."""
+    """What is deleted of one set."""
     if held is None:
         return Verdict(name, [], f"left alone: {contents.problem}")
     if lock := _lock_held(contents):
@@ -132,7 +132,7 @@ def _verdict(name: str, contents: Contents, held: Held | None, found: Found, sin
 
 
 def _lock_held(contents: Contents) -> str | None:
-    """The name of a lock that a process holds: a shard is being made, or planned, or named."""
+    """The name of a lock that a process holds now, if any: it makes a shard, a plan or a snapshot."""
     for name in contents.of(layout.LOCK):
         with suppress(CannotCreateError), file_lock(contents.root / name, 0.0) as free:  # a read-only store has none
             if not free:
@@ -141,7 +141,7 @@ def _lock_held(contents: Contents) -> str | None:
 
 
 def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found, since: float) -> Verdict:
-    """Delete what goes of one set, looked at once more now that nobody can plan or name a thing in it."""
+    """Deletes parts of one set. They are determined again under its locks, so that no plan or snapshot can be new."""
     if not verdict.going:
         return verdict
     root = folder / verdict.name
@@ -161,7 +161,7 @@ def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found,
 
 
 def _delete_whole(root: Path) -> None:
-    """One rename, after which there is no such set; what a kill leaves is a leftover that the next gc removes."""
+    """Renames the set, so that it is gone at once, then removes it. After a kill, the next gc removes the rest."""
     temporary = root.with_name(temporary_name(root.name))
     with storage_errors(root):
         os.rename(root, temporary)
@@ -170,7 +170,7 @@ def _delete_whole(root: Path) -> None:
 
 
 def _delete_parts(shards: ShardSet, verdict: Verdict) -> bool:
-    """Whether all went; a shard that somebody claims now ends it."""
+    """Deletes the parts in order; returns whether all were. Stops at a shard that another process claims."""
     root = Path(str(shards.root))
     with progress(f"gc {verdict.name[:12]}", sum(len(part.files) for part in verdict.going), "files") as advance:
         for done, part in enumerate(verdict.going):
@@ -184,7 +184,7 @@ def _delete_parts(shards: ShardSet, verdict: Verdict) -> bool:
 
 
 def _delete_files(root: Path, parts: Sequence[Removal]) -> None:
-    """One file after the other, on the disk in this order."""
+    """Deletes the files one by one, synced, so that the disk sees them in this order."""
     for name in (name for part in parts for name in part.files):
         path = root / name
         with storage_errors(path):
@@ -196,7 +196,7 @@ def _delete_files(root: Path, parts: Sequence[Removal]) -> None:
 
 
 def _outside(folder: Path, since: float) -> list[Removal]:
-    """Sets that a killed gc had begun to delete."""
+    """Remains of sets that a killed gc had begun to delete."""
     going = []
     for path in sorted(folder.glob(".*.tmp")):
         if not path.is_symlink() and is_dead(path.name, path.lstat().st_mtime, since):
@@ -224,7 +224,7 @@ def _result(
 
 
 def _rows(name: str, removals: Sequence[Removal]) -> Iterator[dict[str, Any]]:
-    """A row for all of a set that goes for one reason."""
+    """One row for everything of a set that is deleted for the same reason."""
     for why in dict.fromkeys(removal.why for removal in removals):
         those = [removal for removal in removals if removal.why == why]
         what = those[0].what + (f" and {len(those) - 1} more" if len(those) > 1 else "")
@@ -233,7 +233,7 @@ def _rows(name: str, removals: Sequence[Removal]) -> Iterator[dict[str, Any]]:
 
 
 def in_words(result: dict[str, Any]) -> list[str]:
-    """The lines that a person is shown."""
+    """The result as lines of text."""
     gone = "deleted" if result["deleted"] else "to delete"
     lines = [
         f"{gone}: {row['set'][:12]}  {row['what']}  ({row['why']})  {_size(row['bytes'])}" for row in result["remove"]

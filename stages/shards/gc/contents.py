@@ -1,7 +1,6 @@
-"""What lies in one set of a store, and what of it goes: pure but for reading the documents.
+"""The contents of one set, and which parts of it are deleted. This module only reads.
 
-`layout.DELETED` has the order in which files go, such that a kill in between leaves a set that opens, verifies and
-resumes.
+`layout.DELETED` has the order of deletion: after a kill in between, the set still opens, verifies and resumes.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from rats.stages.shards.gc.roots import Found, Held
 
 @dataclass(frozen=True)
 class Removal:
-    """Some files of a set that go together, in the order in which they are deleted; `shard`: whose claim it takes."""
+    """Files of a set that are deleted together, in this order. `shard`: the shard that must be claimed for it."""
 
     what: str
     why: str
@@ -42,10 +41,10 @@ class Contents:
 
     Attributes:
         root: The set's folder.
-        files: All of them, as they are themselves (no link is followed).
-        known: What each is, writers' temporary files left out.
-        strange: What is no file of a set, links included.
-        recipe: None of a set that cannot be understood; it is left alone, and `problem` says why.
+        files: All files; links are not followed.
+        known: Kind and parts of each name, without temporary files.
+        strange: Anything that is no file of a set, links included.
+        recipe: None if the set cannot be read. Such a set is not changed, and `problem` says why.
     """
 
     root: Path
@@ -64,7 +63,7 @@ class Contents:
         return sorted(name for name, file in self.known.items() if file.kind is kind)
 
     def grouped(self, part: str) -> dict[str, list[str]]:
-        """Names by the value of a part of them: all files of each shard, or of each column of scores."""
+        """Names grouped by one part, such as all files of each shard or of each column of scores."""
         groups: dict[str, list[str]] = defaultdict(list)
         for name, file in self.known.items():
             if part in file.parts:
@@ -72,7 +71,7 @@ class Contents:
         return groups
 
     def size(self, names: Iterable[str]) -> int:
-        """Bytes."""
+        """Size of these files in bytes."""
         return sum(self.files[name].st_size for name in names)
 
     def linked(self, names: Iterable[str]) -> bool:
@@ -80,22 +79,22 @@ class Contents:
         return any(self.files[name].st_nlink > 1 for name in names)
 
     def young(self, names: Iterable[str], since: float) -> bool:
-        """Whether a file was written after `since`; opening a lock counts as writing it, so locks do not."""
+        """Whether a file was written after `since`. Locks do not count, since opening one counts as writing."""
         young = (name for name in names if self.files[name].st_mtime > since)
         return any(name not in self.known or self.known[name].kind is not layout.LOCK for name in young)
 
     def in_use(self, names: Collection[str], since: float) -> bool:
-        """Whether a file is linked elsewhere, or young."""
+        """Whether a file has another link, or is young."""
         return self.linked(names) or self.young(names, since)
 
     def removal(self, what: str, why: str, names: Iterable[str], shard: str | None = None) -> Removal:
-        """These files, in the order in which they go."""
+        """A removal of these files, in the order of deletion."""
         files = tuple(layout.to_delete(names))
         return Removal(what, why, files, self.size(files), shard)
 
 
 def read(root: Path) -> Contents:
-    """A set as far as it can be understood."""
+    """A set as far as it can be read."""
     if root.is_symlink() or not root.is_dir():
         return Contents(root, problem="it is a link or a file")
     with storage_errors(root):
@@ -111,7 +110,7 @@ def read(root: Path) -> Contents:
 
 
 def read_files(root: Path) -> Contents:
-    """The files alone, which cannot fail over damage."""
+    """Lists the files of a set. Damaged documents do no harm here, since none is read."""
     contents = Contents(root)
     for folder, below, names in os.walk(root, onerror=_raise):
         for name in [*below, *names]:
@@ -133,7 +132,7 @@ def _note(contents: Contents, name: str, about: os.stat_result) -> None:
 
 
 def _read_documents(contents: Contents, shards: ShardSet) -> None:
-    """Fill in what the documents say (DataError: one is damaged), the recipe when all have been read."""
+    """Reads the documents into `contents`, the recipe last. Raises DataError if one is damaged."""
     contents.snapshots = {number: shards.snapshot(number) for number in shards.snapshots()}
     contents.columns = reward_columns(shards)
     contents.plans = {plan.shard: plan for plan in shards.plans()}
@@ -145,13 +144,13 @@ def _read_documents(contents: Contents, shards: ShardSet) -> None:
 
 
 def removals(contents: Contents, held: Held, found: Found, since: float) -> list[Removal]:
-    """What goes of a set that is reached, in the order in which it goes.
+    """The parts of a set in use that are deleted, in this order.
 
     Args:
         contents: The set.
-        held: What the experiments hold of it.
+        held: What the experiments keep of it.
         found: What they name, and their parameter files.
-        since: What was written after this time (seconds since 1970) stays.
+        since: What was written after this time (seconds since 1970) is kept.
     """
     if held.everything:
         return leftovers(contents, since)
@@ -171,7 +170,7 @@ def removals(contents: Contents, held: Held, found: Found, since: float) -> list
 
 
 def _snapshots(contents: Contents, found: Found, since: float) -> dict[int, Removal]:
-    """All that nothing names, but for the newest."""
+    """All snapshots that nothing names, except for the newest."""
     newest, going = max(contents.snapshots, default=0), {}
     for number, snapshot in contents.snapshots.items():
         names = (layout.MANIFEST.name(number=number), layout.index_of(snapshot))
@@ -185,9 +184,9 @@ def _snapshots(contents: Contents, found: Found, since: float) -> dict[int, Remo
 def _shards(
     contents: Contents, kept: Collection[int], keys: Collection[str], scored: Collection[str], since: float
 ) -> list[Removal]:
-    """Finished shards in no kept snapshot, with their scores; unfinished ones are somebody's plan.
+    """Finished shards that are in no kept snapshot, with their scores. Unfinished ones are kept: a rollout needs them.
 
-    `keys` are wanted by a parameter file; the scores `scored` go with their column.
+    Shards with one of the `keys`, which a parameter file asks for, are kept. The files `scored` are deleted already.
     """
     used = {shard for number in kept for shard in contents.snapshots[number].shards}
     groups, going = contents.grouped("shard"), []
@@ -200,7 +199,7 @@ def _shards(
 
 
 def _columns(contents: Contents, found: Found, since: float) -> list[Removal]:
-    """Scores by a reward that no parameter file has; without any parameter file, nobody can say."""
+    """Columns of rewards that no parameter file has; none without parameter files, since nothing is known then."""
     if not found.params or found.unreadable:
         return []
     named = {reward.name for _, params in found.params for reward in params.rewards}
@@ -214,7 +213,7 @@ def _columns(contents: Contents, found: Found, since: float) -> list[Removal]:
 
 
 def _embeddings(contents: Contents, going: Collection[str | None], since: float) -> list[Removal]:
-    """Those of prompts that no shard holds or will hold."""
+    """Embeddings of prompts that are in no kept shard or plan."""
     rows = [row for shard, done in contents.done.items() if shard not in going for row in done.rows]
     samples = [sample for shard, plan in contents.plans.items() if shard not in going for sample in plan.samples]
     prompts = {row.prompt_id for row in rows} | {sample.prompt_id for sample in samples}
@@ -225,7 +224,7 @@ def _embeddings(contents: Contents, going: Collection[str | None], since: float)
 
 
 def _loose(contents: Contents, since: float) -> list[Removal]:
-    """What a killed writer, or a killed deletion, has left without the document that vouches for it."""
+    """Files without the document that describes them: a killed writer or a killed deletion left them."""
     indexes = {layout.index_of(snapshot) for snapshot in contents.snapshots.values()}
     files = [name for name in contents.of(layout.INDEX) if name not in indexes]
     for name in contents.of(layout.SHARD):
@@ -236,7 +235,7 @@ def _loose(contents: Contents, since: float) -> list[Removal]:
 
 
 def leftovers(contents: Contents, since: float) -> list[Removal]:
-    """Temporary files of writers that are dead."""
+    """Temporary files whose writers are dead."""
     going = []
     for name, about in sorted(contents.files.items()):
         short = Path(name).name

@@ -1,8 +1,8 @@
-"""What experiments hold on to: which sets, snapshots and columns the files below some folders name.
+"""The garbage collector's roots: which sets, snapshots and columns the files below some folders refer to.
 
-A document holds what it names, whatever kind it is: run records, checkpoints, reports, published folders and their
-copies in DVC's cache are all JSON with 64 hex digits in it. So a record that is damaged, or of a later version, still
-holds. What lies in git's history only is not seen.
+Any document keeps what it names: run records, checkpoints, reports, published folders and their copies in DVC's cache
+are all JSON with hashes of 64 hex digits. So even a damaged record, or one of a later version, keeps what it names.
+Files that exist only in git's history are not seen.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ PASSED_OVER = (".git", "__pycache__")
 YAML = (".yaml", ".yml")
 RECIPE_BYTES = 1 << 20
 PARAMS_KEYS = {"model", "prompts", "train"}
-"""The blocks that every parameter file has, whatever its name."""
+"""Blocks that every parameter file has, by which it is recognised."""
 
 
 @dataclass
 class Found:
-    """What lies below the roots.
+    """What the files below the roots refer to.
 
     Attributes:
-        names: A file that names it, by fingerprint, snapshot hash or address of a column.
+        names: For each fingerprint, snapshot hash or column address that was found: a file that names it.
         params: Parameter files.
         unreadable: Files that may be parameter files of a set here, with what is wrong with them.
     """
@@ -52,7 +52,7 @@ class Found:
 
 @dataclass
 class Held:
-    """Why a set is kept, and what of it: all of it, or the shards with these keys."""
+    """Why a set is kept (`by`), and what of it: everything, or the shards with these keys."""
 
     by: list[str] = field(default_factory=list)
     everything: bool = False
@@ -60,12 +60,12 @@ class Held:
 
 
 def search(roots: Sequence[Path], store: Path, wanted: Collection[str]) -> Found:
-    """Read all documents and parameter files below `roots`, the store itself left out.
+    """Reads all documents and parameter files below `roots`, except for the store itself.
 
     Args:
         roots: Folders; links in them are followed.
-        store: Its own documents hold nothing.
-        wanted: The names that are looked for.
+        store: Is left out, since its own documents keep nothing.
+        wanted: The names to look for.
 
     Raises:
         ConfigError: a root that is no folder.
@@ -113,7 +113,7 @@ def _mode(path: Path) -> int:
 
 
 def _may_name(path: Path) -> bool:
-    """JSON and YAML, and in DVC's cache, where names are hashes, what begins like JSON."""
+    """Whether the file may name a set: JSON, YAML, or in DVC's cache (without suffixes) what begins like JSON."""
     if path.suffix in (".json", *YAML):
         return True
     if ".dvc" not in path.parts:
@@ -123,7 +123,7 @@ def _may_name(path: Path) -> bool:
 
 
 def _names_in(path: Path) -> set[str]:
-    """Everything in the file that looks like a hash; a recipe is named by its own."""
+    """Everything in the file that looks like a hash. A recipe also names itself by its own hash."""
     with _unknown_otherwise(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size == 0:
@@ -141,7 +141,7 @@ def _note(found: Found, path: Path, wanted: Collection[str], names: Iterable[str
 
 
 def _read_params(found: Found, path: Path, root: Path) -> None:
-    """Take a parameter file, with its paths as its commands would find them; other YAML is passed over."""
+    """Reads a parameter file and resolves its paths. Other YAML files are ignored."""
     with _unknown_otherwise(path):
         text = path.read_bytes().decode(errors="replace")
     if not all(key in text for key in PARAMS_KEYS):
@@ -158,7 +158,7 @@ def _read_params(found: Found, path: Path, root: Path) -> None:
 
 
 def _anchored(params: Params, path: Path, root: Path) -> Params:
-    """Paths in the file are of the folder in which its commands are run: it is the file's, or one above it."""
+    """Resolves relative paths. They start from the folder in which commands are run: the file's, or one above it."""
     above = [folder for folder in path.absolute().parents if folder.is_relative_to(root.absolute())]
     folders = [*(above or [path.absolute().parent]), Path.cwd()]
 
@@ -177,17 +177,17 @@ def _moved(source: Prompts | None, found: Callable[[str | None], str | None]) ->
 
 
 def could_make(params: Params, recipe: Recipe) -> bool:
-    """Whether the two agree in all that can be known without the model: everything but weights and sigmas."""
+    """Whether both agree in everything that is known without the model: all but weights and sigmas."""
     unknown = (recipe.weights, recipe.scheduler, recipe.sigmas, recipe.horizons, recipe.latent_shape)
     known = make_recipe(params, *unknown)
     return known == recipe and len(recipe.sigmas) == params.teacher.steps + 1
 
 
 def hold(found: Found, recipes: Mapping[str, Recipe], snapshots: Mapping[str, Collection[str]]) -> dict[str, Held]:
-    """What of each set is held, by fingerprint.
+    """What is kept of each set, by fingerprint.
 
     Args:
-        found: What lies below the roots.
+        found: The references below the roots.
         recipes: All sets of the store.
         snapshots: Hashes of each set's snapshots, by fingerprint.
     """
@@ -209,7 +209,7 @@ def hold(found: Found, recipes: Mapping[str, Recipe], snapshots: Mapping[str, Co
 def _hold_by(
     path: Path, params: Params, candidates: Sequence[str], held: dict[str, Held], made: dict[str, str | None]
 ) -> None:
-    """What one parameter file would use again; all that it could mean where that cannot be told."""
+    """Keeps what one parameter file would reuse; if that is unknown, every set that it could mean."""
     identity = json.dumps(params.model_dump(mode="json", include={"model", "teacher", "compute"}), sort_keys=True)
     if identity not in made:  # hashing a model takes a while, and variants of one file share it
         made[identity] = _made_by(params)
@@ -224,19 +224,19 @@ def _hold_by(
 
 
 def _made_by(params: Params) -> str | None:
-    """The fingerprint of what a rollout would make now; None when that cannot be told from this disk."""
-    if not Path(params.model.path).is_dir():  # never ask a hub: it would send the weights
+    """The fingerprint of the set that a rollout would make now; None if it cannot be determined from local files."""
+    if not Path(params.model.path).is_dir():  # a hub id is never resolved: that would download the weights
         return None
     try:
         return fingerprint(read_recipe(params, Model.of(params)))
-    except Exception:  # whatever is wrong with a model: nothing is deleted because of it
+    except Exception:  # any error of a model: the set is then unknown, and nothing is deleted
         return None
 
 
 def _keys(params: Params) -> set[str] | None:
-    """Keys of all samples that the file asks for; None when its prompts cannot be read."""
+    """Keys of all samples of the file's prompts; None if these cannot be read."""
     sources = [source for _, source in params.prompts if source is not None]
-    if not all(Path(str(source)).exists() for source in sources):  # nor for its prompts
+    if not all(Path(str(source)).exists() for source in sources):  # prompts are not downloaded either
         return None
     try:
         parts = [planned(read_prompts(source), params.teacher.noises_per_prompt) for source in sources]
@@ -247,7 +247,7 @@ def _keys(params: Params) -> set[str] | None:
 
 @contextmanager
 def _unknown_otherwise(path: Path) -> Iterator[None]:
-    """What cannot be read may name what would be deleted: then nothing is."""
+    """Turns an unreadable file into an error: it may name what would be deleted."""
     try:
         yield
     except OSError as error:

@@ -1,1 +1,1 @@
-"""The guard against reward hacking: who looks on while a student trains, and what makes it stop."""
+"""The guard against reward hacking: it validates a student during training, and can stop the run."""

@@ -1,4 +1,4 @@
-"""One look at a student under training: what it draws for the validation prompts, scored by everything that is there.
+"""Validation of a student in training: it samples the validation prompts, and rewards and judge score the pictures.
 
 S samples, N numbers of steps, M real pictures, F features.
 """
@@ -30,7 +30,7 @@ from rats.trainer.sampling import few_steps
 from rats.trainer.scoring import score
 
 KID, DIVERSITY = "minus_kid", "diversity"
-"""The judge's metric, higher is better: minus the KID to real pictures; without those, how much the pictures differ."""
+"""The judge's metric, higher is better: minus the KID to real pictures, or without those the pictures' diversity."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Real:
 
 @dataclass(frozen=True)
 class Eye:
-    """What looks: the same samples by the same rewards and judge every time."""
+    """Validates a student: the same samples, rewards and judge every time."""
 
     student: Student
     validation: Validation
@@ -51,15 +51,15 @@ class Eye:
     judge: Judge | None
     real: Real | None
     size: int
-    """Samples in memory at a time."""
+    """Number of samples in a batch."""
 
     @property
     def judged(self) -> tuple[str, ...]:
-        """The judge's metric, if there is a judge."""
+        """Name of the judge's metric, if there is a judge."""
         return () if self.judge is None else (KID if self.real else DIVERSITY,)
 
     def look(self, learner: Learner, nfe: Sequence[int], stopping: Callable[[], bool]) -> Look:
-        """Values (N, S) by metric, of the moving average's pictures at each of `nfe` steps.
+        """Values (N, S) by metric, for the pictures of the moving average at each number of steps in `nfe`.
 
         Raises Stopped when `stopping` turns true.
         """
@@ -98,7 +98,7 @@ class Eye:
             yield batch, self.student.decode(final_BTC)
 
     def sheet(self, learner: Learner, nfe: Sequence[int], count: int, stopping: Callable[[], bool]) -> Image.Image:
-        """The first `count` prompts, a row each, at each of `nfe` steps, a column each."""
+        """A sheet of pictures: a row for each of the first `count` prompts, a column for each number of steps."""
         shown, columns = self.validation.first(count), []
         with averaged(learner), torch.no_grad():
             for steps in nfe:
@@ -108,14 +108,14 @@ class Eye:
 
 
 def answers(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> list[float]:
-    """Scores of pictures as they are; NaN where the reward gave none."""
+    """Scores of pictures without augmentation; NaN where the reward failed."""
     found = score(reward, images_B3HW, prompts)
     return torch.where(found.good_B, found.scores_B.double(), torch.nan).cpu().tolist()
 
 
 @contextmanager
 def averaged(learner: Learner) -> Iterator[None]:
-    """The moving average's weights in evaluation mode; what trains and its mode are as they were afterwards."""
+    """Puts the moving average's weights into the network, in evaluation mode. Restores weights and modes afterwards."""
     modes = {module: module.training for module in learner.network.modules()}
     try:
         with learner.averaged() as network:
@@ -127,7 +127,7 @@ def averaged(learner: Learner) -> Iterator[None]:
 
 
 def open_judge(params: Params, concepts: Sequence[str], device: str) -> tuple[Judge | None, Real | None]:
-    """The judge of `evaluate`, and the real pictures that it compares with, if there are any."""
+    """The judge of `evaluate`, and the features of the real pictures that it compares with, if there are any."""
     if params.evaluate.judge is None:
         return None, None
     judge = Judge(device)

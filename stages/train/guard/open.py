@@ -1,4 +1,4 @@
-"""Opens what the guard looks with, and refuses settings under which it could say nothing."""
+"""Opens the guard, and refuses settings with which it could not work."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_panel(
 ) -> Panel | None:
     """The guard and the sample sheets of a run, or None when `guard.every` and `samples_every` are both null.
 
-    `rewards`: those that train, by name; the others of `params.rewards` are loaded here, on the ranks that look.
+    `rewards`: those that train, by name. The others of `params.rewards` are loaded here, on the ranks that validate.
 
     Raises:
         ConfigError: settings that contradict each other, no validation prompts, nothing to hold the reward against.
@@ -49,7 +49,7 @@ def open_panel(
 
 
 def check_guard(params: Params, chosen: TrainParams) -> None:
-    """Refuse what cannot work, before anything is loaded."""
+    """Raises ConfigError for settings that cannot work, before anything is loaded."""
     guard = chosen.guard
     if guard.every is None:
         if guard.stop or guard.keep == "best":
@@ -68,7 +68,7 @@ def check_guard(params: Params, chosen: TrainParams) -> None:
 
 
 def roles_of(params: Params, chosen: TrainParams) -> Roles:
-    """The rewards that train; against them all other rewards and the judge."""
+    """Which metrics are trained, and which form the panel: all other rewards and the judge."""
     held_out = tuple(reward.name for reward in params.rewards if reward.name not in chosen.reward_weights)
     judged = ((KID if params.evaluate.real_features else DIVERSITY),) if params.evaluate.judge else ()
     return Roles(chosen.reward_weights, held_out + judged)

@@ -1,7 +1,7 @@
-"""The guard against reward hacking in a training run: it looks, writes panel.csv, warns, stops, keeps the best.
+"""The guard against reward hacking in a training run: it validates, writes panel.csv, warns, stops, and keeps the best.
 
-The rules are in `rules.py`. Where the guard stands follows from its logs, which each checkpoint holds a copy of: a
-run that goes on needs nothing else.
+The rules are in `rules.py`. The guard's state follows from its logs, of which each checkpoint holds a copy, so a
+resumed run needs nothing else.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Act = Callable[[Run, Callable[[], bool]], str | None]
 class Panel:
     """An observer of a run: call `start` before its first step and `leave_best` after its last.
 
-    `eye` is None on ranks that do not look.
+    `eye` is None on ranks that do not validate.
     """
 
     chosen: TrainParams
@@ -46,17 +46,17 @@ class Panel:
     out: Path
     eye: Eye | None
     kept: Mapping[str, bytes | None]
-    """The logs of the checkpoint that the run goes on from."""
+    """The logs of the checkpoint that the run resumes from."""
     looks: dict[int, Look] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
     @property
     def nfe(self) -> list[int]:
-        """The fewest and the most steps that are trained: a student may cheat at one end alone."""
+        """The smallest and the largest trained number of steps: a student may exploit the reward at one of them."""
         return sorted({min(self.chosen.grid), max(self.chosen.grid)})
 
     def start(self, run: Run) -> None:
-        """Open the logs, and look at the student as it starts, or where a stop has cut a look short.
+        """Opens the logs, and validates the untrained student, or repeats a validation that a stop interrupted.
 
         Raises:
             DataError: the run began with other validation prompts or metrics; a metric that tells no pictures apart.
@@ -83,7 +83,7 @@ class Panel:
         self._keep(run)
 
     def __call__(self, run: Run, row: Row) -> None:
-        """After a step: look and draw, where it is time to. Raises Stopped when the run is asked to stop."""
+        """After a step: validates and draws a sheet if they are due. Raises Stopped if the run must stop."""
         self._see(run)
 
     def _see(self, run: Run) -> None:
@@ -98,7 +98,7 @@ class Panel:
             self._agreed(run, self._draw_sheet)
 
     def _agreed(self, run: Run, act: Act) -> str | None:
-        """What `act` answers on the main rank, on all ranks; ranks that share a sharded network act with it."""
+        """Gives all ranks the main rank's result of `act`. With a sharded network all ranks run `act`."""
         ranks, answer, stopped = run.ranks, None, False
         try:
             if self.eye is not None:
@@ -110,7 +110,7 @@ class Panel:
         return ranks.gather_objects(answer)[0]
 
     def _look(self, run: Run, stopping: Callable[[], bool]) -> str | None:
-        """One look; why the run is to end now, if it is."""
+        """Validates once. Returns the reason if the run must end now."""
         assert self.eye is not None
         step, look = run.state.step, self.eye.look(run.learner, self.nfe, stopping)
         if not self.seen:
@@ -153,14 +153,14 @@ class Panel:
         return self.out / SHEETS / f"{step:06d}.png"
 
     def _keep(self, run: Run) -> None:
-        """Never prune the checkpoint of the best look that has one (the current step's is saved after the look)."""
+        """Keeps the best checkpoint from being pruned. (The current step's is saved after its validation.)"""
         rows = run.logs[PANEL].rows()
         steps = [int(row["step"]) for row in rows]
         saved = [step for step in steps if step > 0 and step % self.chosen.checkpoint_every == 0]
         run.checkpoints.never_drop(best_step(rows, saved))
 
     def leave_best(self, run: Run) -> None:
-        """With `guard.keep: best`, put the weights of the best look into the learner."""
+        """With `guard.keep: best`, loads the weights of the best validation into the learner."""
         if self.chosen.guard.keep == "last":
             return
         best = run.ranks.gather_objects(self._best(run) if run.ranks.is_main else None)[0]
@@ -178,7 +178,7 @@ class Panel:
 
 
 def told(row: Mapping[str, str], name: str, since: str) -> str:
-    """A row's changes in words."""
+    """The changes in a row as text."""
     trained, panel = (
         f"{float(row[which + name]):+.2f} +- {float(row[f'{which}{name}_noise']):.2f}" for which in ("trained", "panel")
     )
@@ -186,14 +186,14 @@ def told(row: Mapping[str, str], name: str, since: str) -> str:
 
 
 def steps_in(kept: bytes | None) -> list[int]:
-    """The steps of the looks in a checkpoint's panel.csv."""
+    """The steps in a checkpoint's panel.csv."""
     return [int(row["step"]) for row in csv.DictReader(io.StringIO((kept or b"").decode()))]
 
 
 def value_rows(
     step: int, look: Look, nfe: Sequence[int], keys: Sequence[str], concepts: Sequence[str]
 ) -> list[dict[str, float | int | str | None]]:
-    """Rows of panel_samples.csv: a sample drawn in so many steps, its score by each metric, empty where it has none."""
+    """Rows of panel_samples.csv: one for each sample and number of steps, with its score by each metric, or empty."""
     rows: list[dict[str, float | int | str | None]] = []
     for n, steps in enumerate(nfe):
         for s, (key, concept) in enumerate(zip(keys, concepts, strict=True)):
@@ -204,7 +204,7 @@ def value_rows(
 
 
 def read_looks(rows: Sequence[Mapping[str, str]], keys: Sequence[str], metrics: Sequence[str]) -> dict[int, Look]:
-    """What `value_rows` wrote, by step. Raises DataError when they are of other validation prompts."""
+    """Reads what `value_rows` wrote, by step. Raises DataError if it is of other validation prompts."""
     by_step: dict[int, list[Mapping[str, str]]] = {}
     for row in rows:
         by_step.setdefault(int(row["step"]), []).append(row)

@@ -1,8 +1,8 @@
-"""Reward hacking as the validation prompts show it: the rewards that train rise, the other rewards and the judge fall.
+"""Signs of reward hacking on the validation prompts: trained rewards rise while other rewards and the judge fall.
 
-A look holds, for each metric, values (N, S) of S validation samples drawn in N ways (numbers of steps): higher is
-better, NaN where a reward gave no score. All comparisons are paired, sample by sample, and in units of the metric's
-spread over the samples at the first look, which is the untrained student's.
+A look is one validation. For each metric it holds values (N, S) of S samples at N numbers of steps; higher is better,
+and NaN stands for a failed score. All comparisons are paired by sample. Their unit is the metric's standard deviation
+over the samples at the first look, which is the untrained student's.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from rats.schemas.errors import DataError
 Array = NDArray[np.float64]
 Look = Mapping[str, Array]
 Row = Mapping[str, str]
-"""A row of panel.csv, as it is read back."""
+"""A row of panel.csv as text, as it is read."""
 
 NOISE = 2.0
-"""Standard errors by which the panel must have fallen. How often chance does that: docs/guard.md."""
+"""Standard errors by which the panel must fall for an alarm. docs/guard.md says how often chance does that."""
 ALONE = 3.0
-"""Standard errors by which one of its metrics must have fallen alone: rewards of one kind are fooled together, and the
-mean over them and the judge hides it."""
+"""Standard errors by which a single metric of the panel must fall for an alarm. Similar rewards are fooled together,
+and their mean with the judge hides the one that falls."""
 
 OWN = ("step", "trained", "trained_noise", "panel", "panel_noise", "against")
 CHANGES = ("mean", "delta", "se", "since", "since_se")
@@ -50,26 +50,26 @@ class Roles(NamedTuple):
 
     @property
     def metrics(self) -> list[str]:
-        """All of them."""
+        """All metrics."""
         return [*self.trained, *self.panel]
 
 
 def columns(roles: Roles, nfe: Sequence[int]) -> list[str]:
     """Header of panel.csv.
 
-    `trained` and `panel` are changes since the first look, in spreads; `*_since` those since the look `against`, the
-    one with the best panel until then; `*_noise` and `*_se` are standard errors. Of each metric, in its own units: its
-    mean over all samples, its change since the first look and since that one, and its mean at each number of steps.
+    `trained` and `panel` are changes since the first look, in standard deviations. `*_since` are changes since the look
+    `against`, the one with the best panel so far. `*_noise` and `*_se` are standard errors. Each metric has, in its own
+    units: its mean over all samples, its changes since both looks, and its mean at each number of steps.
     """
     parts = [[*(f"{m}_{name}" for name in CHANGES), *(f"{m}_{n}" for n in nfe)] for m in roles.metrics]
     return [*OWN, *SINCE, *(name for part in parts for name in part)]
 
 
 def change(values_S: Array, concepts: Sequence[str]) -> Change:
-    """Mean of (S,) paired differences, NaN left out; its error takes samples of one concept for one draw."""
+    """Mean of (S,) paired differences without NaN. Its error is clustered: samples of one concept are one draw."""
     keep = np.isfinite(values_S)
     values, labels = values_S[keep], np.asarray(concepts)[keep]
-    if len(set(labels)) < 2:  # one concept: its prompts are all there is to tell noise by
+    if len(set(labels)) < 2:  # with a single concept, each prompt is its own cluster
         labels = np.arange(len(values))
     if len(values) < 2:
         return Change(float("nan"), float("nan"))
@@ -80,13 +80,13 @@ def change(values_S: Array, concepts: Sequence[str]) -> Change:
 
 
 def relative(now: Look, then: Look, first: Look, weights: Mapping[str, float]) -> Array:
-    """What changed between two looks, (S,), in spreads: the weighted mean over metrics, and the mean over the ways."""
+    """Change between two looks, (S,), in spreads: the weighted mean over metrics, the mean over numbers of steps."""
     parts = [w * ((now[m] - then[m]) / spread(m, first[m])).mean(0) for m, w in weights.items()]
     return np.asarray(sum(parts) / sum(weights.values()), np.float64)
 
 
 def spread(metric: str, values_NS: Array) -> Array:
-    """Standard deviation over samples, (N, 1). Raises DataError where there is none, as of a constant."""
+    """Standard deviation over samples, (N, 1). Raises DataError if it is 0, as for a constant."""
     found = [row[np.isfinite(row)] for row in values_NS]
     spreads = np.array([[row.std() if len(row) > 1 else 0.0] for row in found])
     if not (spreads > 0).all():
@@ -100,7 +100,7 @@ def spread(metric: str, values_NS: Array) -> Array:
 def panel_row(
     step: int, looks: Mapping[int, Look], against: int, roles: Roles, nfe: Sequence[int], concepts: Sequence[str]
 ) -> dict[str, float | int]:
-    """The row of the look at `step`; `looks` holds it, the first one and the one it is held `against`."""
+    """The row of panel.csv for the look at `step`. `looks` has it, the first one, and the one to compare with."""
     now, then, first = looks[step], looks[against], looks[min(looks)]
     panel = dict.fromkeys(roles.panel, 1.0)
     row: dict[str, float | int] = {"step": step, "against": against}
@@ -115,9 +115,9 @@ def panel_row(
 
 
 def fallen(row: Mapping[str, float | int], roles: Roles) -> list[str]:
-    """What is down since the best look beyond its noise: "the panel", and the metrics of it that are so alone.
+    """What has fallen significantly since the best look: "the panel", or single metrics of it.
 
-    It is an alarm unless the trained reward has fallen as well: such a run diverges, as its own numbers show.
+    That is an alarm unless the trained reward has fallen too. Such a run diverges, which its metrics show.
     """
     panel = Change(row["panel_since"], row["panel_since_noise"])
     alone = {m: Change(row[f"{m}_since"], row[f"{m}_since_se"]) for m in roles.panel}
@@ -134,7 +134,7 @@ def _of_metric(
 
 
 def best_step(rows: Sequence[Row], steps: Sequence[int] | None = None) -> int | None:
-    """The step of the look with the best panel, the earliest of equals; of those at `steps` only, if given."""
+    """The step of the look with the best panel, the earliest of equal ones; only those at `steps`, if given."""
     known = [row for row in rows if steps is None or int(row["step"]) in steps]
     panels = {int(row["step"]): float(row["panel"]) for row in known}
     finite = {step: panel for step, panel in panels.items() if np.isfinite(panel)}
@@ -142,7 +142,7 @@ def best_step(rows: Sequence[Row], steps: Sequence[int] | None = None) -> int | 
 
 
 def alarms_in_a_row(rows: Sequence[Row]) -> int:
-    """How many of the last looks raised the alarm, without one between that did not."""
+    """How many looks at the end raised the alarm one after the other."""
     count = 0
     for row in reversed(rows):
         if int(row["alarm"]) == 0:

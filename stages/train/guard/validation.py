@@ -1,4 +1,4 @@
-"""The validation samples that a training run looks at: prompts, the noise of each, and their embeddings.
+"""The validation samples of a training run: prompts, the noise of each, and their embeddings.
 
 S samples, T latent tokens, C channels.
 """
@@ -30,7 +30,7 @@ from rats.trainer.data import Batch, Sample, collate
 log = logging.getLogger(__name__)
 
 EMBEDDINGS = "validation.safetensors"
-"""The file's name, in the run's folder: what lets a run go on without the text encoders."""
+"""Name of the file in the run's folder. With it, a resumed run needs no text encoders."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,21 @@ class Validation:
 
     @property
     def keys(self) -> list[str]:
-        """The samples' names, as a rollout of these prompts would name them."""
+        """The samples' keys, as in a rollout of these prompts."""
         return [sample.key for sample in planned(self.prompts, 1)]
 
     @property
     def concepts(self) -> list[str]:
-        """Of each sample."""
+        """The concept of each sample."""
         return [prompt.concept for prompt in self.prompts]
 
     def first(self, count: int) -> Validation:
-        """The first samples alone."""
+        """The first `count` samples."""
         rows = {name: value[:count] for name, value in self.conditioning.items()}
         return Validation(self.prompts[:count], self.noise_STC[:count], rows)
 
     def batches(self, size: int, device: torch.device) -> Iterator[Batch]:
-        """In order; of a trajectory they have the noise alone."""
+        """Batches in order. Of their trajectories they have only the noise."""
         samples = [
             Sample(key, prompt.text, x[None], x[:0], {name: value[i] for name, value in self.conditioning.items()}, ())
             for i, (key, prompt, x) in enumerate(zip(self.keys, self.prompts, self.noise_STC, strict=True))
@@ -71,8 +71,8 @@ def open_validation(
 ) -> Validation:
     """`count` prompts of the validation split, spread over its concepts, drawn by lot (`evaluate.seed`).
 
-    The noise is what the store would hold for them (rounded, index 0). With `again`, a run's second start, the
-    embeddings are those that the first has left in `folder`; otherwise the text encoders are loaded and let go.
+    The noise is the one that a store would hold for them (rounded, index 0). If `again`, for a resumed run, the
+    embeddings are read from `folder`. Otherwise the text encoders are loaded, used and freed.
 
     Raises:
         ConfigError: there are no validation prompts, or fewer than two.
@@ -103,7 +103,7 @@ def _embeddings(model: Model, prompts: list[Prompt], path: Path, again: bool) ->
 
 
 def _read(path: Path, about: str) -> Conditioning | None:
-    """The embeddings of an earlier start; None when they are others or not whole."""
+    """The embeddings that an earlier start has saved; None if they are of other prompts or damaged."""
     try:
         with safe_open(str(path), framework="pt") as file:
             if (file.metadata() or {}).get("about") == about:
