@@ -97,7 +97,8 @@ def test_a_methods_loss_that_is_not_finite_is_refused_with_the_samples_before_a_
 class Critic:
     """Climbs a linear judge of finals that is taught, beside the student, to tell the teacher's from the student's.
 
-    So it has weights, gradients and an optimizer of its own, and is what moves beside the student (`run.Live`) as well.
+    So it has weights, gradients and an optimizer of its own, and is what moves beside the student
+    (`run.Live`) as well.
     """
 
     in_loop = False
