@@ -10,7 +10,7 @@ Shapes: B samples, T latent tokens, C channels, K frames.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from rats.pipeline import solver
+from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import TeacherParams
@@ -109,6 +110,18 @@ class Family(ABC):
     @classmethod  # noqa: B027  (most families have nothing to refuse)
     def check_index(cls, index: Mapping[str, Any]) -> None:
         """Raises ConfigError for a pipeline, by its model_index.json, that would be sampled as another model."""
+
+    @classmethod
+    def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
+        """Numbers of the parts' configurations that must be equal, such as widths and channels.
+
+        `parts`: by component name, `transformer`, `vae` and the `encoders`. They are compared before a weight is read.
+        """
+        yield from ()
+
+    @classmethod  # noqa: B027  (most families have nothing to refuse)
+    def check_tokenizers(cls, tokenizers: Mapping[str, Any]) -> None:
+        """Raises DataError for what the family's own use of its tokenizers needs and one of them has not."""
 
     @classmethod
     def scheduler(cls, config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:

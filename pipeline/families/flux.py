@@ -5,6 +5,7 @@ Every number follows `diffusers.FluxPipeline`: packing, sigmas, timestep roundin
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -12,7 +13,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.families.base import PatchedFamily
+from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.params import TeacherParams
@@ -38,9 +40,17 @@ class Flux(PatchedFamily):
     embeds_guidance = True
     published = ("black-forest-labs/FLUX.1-",)
 
+    @classmethod
+    def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
+        network, vae = parts["transformer"], parts["vae"]
+        yield network["in_channels"], PATCH**2 * vae["latent_channels"]
+        yield network["joint_attention_dim"], parts["text_encoder_2"]["hidden_size"]
+        yield network["pooled_projection_dim"], parts["text_encoder"]["hidden_size"]
+        yield network.total("axes_dims_rope"), network["attention_head_dim"]
+
     def latent_shape(self) -> tuple[int, int]:
         rows, columns = self.grid
-        return rows * columns, 4 * int(self.vae_config.latent_channels)
+        return rows * columns, PATCH**2 * int(self.vae_config.latent_channels)
 
     def conditioning_shapes(self, network_config: Any) -> dict[str, tuple[int, ...]]:
         sequence = (self.settings.max_sequence_length, int(network_config.joint_attention_dim))

@@ -5,7 +5,7 @@ Every number follows `diffusers.Flux2KleinPipeline`: packing, sigmas, timestep r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -14,14 +14,19 @@ from torch import Tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
-from rats.schemas.errors import ConfigError
+from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import TeacherParams
 
 with quiet_imports():  # the pipeline's module asks for torchvision, which we do without
     from diffusers import Flux2KleinPipeline
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+
+LAYERS = 3
+"""Of Qwen3, whose states stand side by side in an embedding."""
 
 
 class Flux2Klein(PatchedFamily):
@@ -52,6 +57,21 @@ class Flux2Klein(PatchedFamily):
                 "name its undistilled base (FLUX.2-klein-base-...)"
             )
         super().check_index(index)
+
+    @classmethod
+    def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
+        network, vae = parts["transformer"], parts["vae"]
+        yield network["in_channels"], PATCH**2 * vae["latent_channels"]
+        yield network["joint_attention_dim"], LAYERS * parts["text_encoder"]["hidden_size"]
+        yield network.total("axes_dims_rope"), network["attention_head_dim"]
+
+    @classmethod
+    def check_tokenizers(cls, tokenizers: Mapping[str, Any]) -> None:
+        """The pipeline puts prompts into the tokenizer's chat template."""
+        turn = [{"role": "user", "content": "a fox"}]
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
+        if "a fox" not in tokenizers["tokenizer"].apply_chat_template(turn, **options):
+            raise DataError("the tokenizer's chat template leaves out the prompt: fetch or export the tokenizer again")
 
     def latent_shape(self) -> tuple[int, int]:
         rows, columns = self.grid

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from rats.pipeline.families.base import Family
 from rats.pipeline.protocols import Conditioning
+from rats.pipeline.weights.opening import opening
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import aligned
 from rats.schemas.params import evaluations_per_step
 
+MISFIT = "take its config.json, its weights and the other parts from one pipeline"
 SAMPLING = ("transformer", "vae", "scheduler")
 """Components of a pipeline that are not needed to encode a prompt."""
 
@@ -71,14 +74,36 @@ class FamilyStudent(FamilyDecoder):
 
         `steps` + 1 values. Raises ConfigError when the scheduler's grid does not fall from 1.0 to 0.0.
         """
-        self.scheduler.set_timesteps(**self.family.schedule(self.scheduler.config, steps))
-        sigmas = [float(sigma) for sigma in self.scheduler.sigmas]
+        with opening("the model's scheduler_config.json", f"a grid of {steps} steps", "fetch the scheduler again"):
+            self.scheduler.set_timesteps(**self.family.schedule(self.scheduler.config, steps))
+            sigmas = [float(sigma) for sigma in self.scheduler.sigmas]
         if len(sigmas) != steps + 1 or sigmas[0] != 1.0 or sigmas[-1] != 0.0 or sorted(set(sigmas))[::-1] != sigmas:
             raise ConfigError(
                 f"the scheduler's grid for {steps} steps is {sigmas}, which does not fall from 1.0 to 0.0: "
                 "use a FlowMatchEulerDiscreteScheduler without karras or inverted sigmas"
             )
         return sigmas
+
+    def rehearse_decoding(self, folder: Path) -> None:
+        """Decodes a state of a student on the meta device. Raises DataError, naming `folder`, when that fails."""
+        with opening(folder, f"the decoder of a {type(self.family).__name__}", MISFIT), torch.no_grad():
+            pixels = self.decode(torch.empty(1, *self.latent_shape(), device="meta"))
+            height, width = self.settings.height, self.settings.width
+            if pixels.shape[-3:] != (3, height, width):
+                raise ValueError(f"pixels of shape {tuple(pixels.shape[-3:])} in place of {(3, height, width)}")
+
+    def rehearse(self, folder: Path) -> None:
+        """One evaluation on the meta device, by which a configuration shows that it leads nowhere.
+
+        Raises DataError, naming `folder`, when the network cannot be evaluated on its own latents and embeddings.
+        """
+        shapes = self.family.conditioning_shapes(self.network.config)
+        with opening(folder, f"the network of a {type(self.family).__name__}", MISFIT), torch.device("meta"):
+            conditioning = {name: torch.empty(1, *shape) for name, shape in shapes.items()}
+            x_BTC = torch.empty(1, *self.latent_shape())
+            v_BTC = self.velocity(x_BTC, 0.5, conditioning)
+            if v_BTC.shape != x_BTC.shape:
+                raise ValueError(f"a velocity of shape {tuple(v_BTC.shape)} of a state of {tuple(x_BTC.shape)}")
 
     def grids(self) -> tuple[list[float], list[float]]:
         """The teacher's sigmas, snapped to the students', and those whose states are kept."""
@@ -97,7 +122,8 @@ class FamilyText:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """The prompts' embeddings, batch first. Each is encoded alone, so that its bits do not depend on the others."""
-        each = [self.family.encode(self._pipeline, prompt) for prompt in prompts]
+        with opening("the model's text encoders", "one pipeline", MISFIT):
+            each = [self.family.encode(self._pipeline, prompt) for prompt in prompts]
         return {name: torch.cat([one[name] for one in each]) for name in each[0]}
 
 

@@ -14,10 +14,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 from rats.pipeline.families.base import Family
+from rats.pipeline.families.fit import check_fit, part_configs
 from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText
-from rats.pipeline.weights.folder import ModelFolder
+from rats.pipeline.weights.folder import SCHEDULER, ModelFolder
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.loading import (
+    META,
     load_component,
     load_tokenizer,
     outline_component,
@@ -27,6 +29,7 @@ from rats.pipeline.weights.loading import (
     torch_dtype,
 )
 from rats.pipeline.weights.lora import add_lora, is_lora, load_lora
+from rats.pipeline.weights.opening import opening
 from rats.schemas.errors import ConfigError, brief
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
 from rats.schemas.plugins import FAMILIES, found, load_plugin
@@ -97,17 +100,51 @@ class Model:
         _check_index(self.params, self.family, index)
         return self._files
 
+    def examined(self) -> FamilyTeacher:
+        """The teacher as a stage opens it, without the values of its weights: on torch's meta device.
+
+        Reads every configuration, every tokenizer and the headers of all weights. Raises what `open_teacher` raises.
+        """
+        compute = self.compute.model_copy(update={"device": META, "compile": False})
+        return self.using(compute=compute).open_teacher()
+
+    def _check_fit(self, student: Path | None = None) -> None:
+        """Compares the parts' classes, channels and widths by their configurations, if all parts are there.
+
+        `student`: the folder of a whole network in place of the model's. Raises ConfigError when they are not of one
+        pipeline, DataError when a configuration is damaged.
+        """
+        family, folder = self.family, self.folder
+        if not all((folder.root / name).is_dir() for name in family.encoders):
+            return  # who needs the encoders asks for them
+        classes = {NETWORK: family.network_class, DECODER: family.vae_class, **family.encoders}
+        folders = folder.parts(*classes)
+        if student is not None and not is_lora(student):
+            folders[NETWORK] = student
+        check_fit(family.fits(part_configs(classes, folders)))
+
     @cached_property
     def outline(self) -> FamilyStudent:
         """A student without weights, on torch's meta device. It is shared: copy it before changing it."""
         parts = self.folder.parts(NETWORK, DECODER)
+        self._check_fit()
         network = outline_component(self.family.network_class, parts[NETWORK])
         vae = outline_component(self.family.vae_class, parts[DECODER])
-        return FamilyStudent(self.family(self.teacher, vae), network, vae, self.scheduler())
+        family = self._family_of(vae, parts[DECODER])
+        student = FamilyStudent(family, network, vae, self.scheduler())
+        student.rehearse(parts[NETWORK])
+        return student
+
+    def _family_of(self, vae: Any, folder: Path) -> Family:
+        """The family at the teacher's resolution, which it takes from the decoder's configuration."""
+        with opening(folder, f"the decoder of a {self.family.__name__}"):
+            return self.family(self.teacher, vae)
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The pipeline's scheduler in the form in which the family samples by it."""
-        return self.family.scheduler(self.folder.scheduler_config)
+        config = self.folder.scheduler_config
+        with opening(self.folder.parts(SCHEDULER)[SCHEDULER], "a scheduler"):
+            return self.family.scheduler(config)
 
     def call(self) -> dict[str, int | float]:
         """The arguments of the pipeline's call as in training, besides prompt and number of steps."""
@@ -136,12 +173,13 @@ class Model:
         """Loads the VAE. The other parts of the model need not exist."""
         parts = self.decoder_folder.parts(DECODER)
         vae = load_component(self.family.vae_class, parts[DECODER], self.params, self.compute)
-        return FamilyDecoder(self.family(self.teacher, vae), vae)
+        return FamilyDecoder(self._family_of(vae, parts[DECODER]), vae)
 
     def open_text(self) -> FamilyText:
         """Loads the text encoders, and nothing else."""
+        self._check_fit()
         vae = outline_component(self.family.vae_class, self.folder.parts(DECODER)[DECODER])
-        return self._text(self.family(self.teacher, vae))
+        return self._text(self._family_of(vae, self.folder.parts(DECODER)[DECODER]))
 
     def open_live_teacher(self, student: FamilyStudent) -> FamilyTeacher:
         """A teacher with the student's decoder and a copy of its network as it is now, guided as `self.teacher` says.
@@ -161,7 +199,8 @@ class Model:
         adapters = student is not None and is_lora(student)
         network = self._base if student is None or adapters else student
         dtype = torch_dtype(self.params.dtype)
-        with quiet_loading(), warnings.catch_warnings():
+        opened = opening(self.folder.root, self.family.pipeline_class.__name__)
+        with opened, quiet_loading(), warnings.catch_warnings():
             # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
             warnings.simplefilter("ignore", FutureWarning)
             own = AutoModel.from_pretrained(str(network), torch_dtype=dtype)
@@ -189,8 +228,9 @@ class Model:
     ) -> tuple[Family, nn.Module, nn.Module, FlowMatchEulerDiscreteScheduler]:
         """Loads the network last, so that wrong settings are found before it."""
         parts, scheduler = self.folder.parts(DECODER, NETWORK), self.scheduler()
+        self._check_fit(student)
         vae = load_component(self.family.vae_class, parts[DECODER], self.params, self.compute)
-        family = self.family(self.teacher, vae)
+        family = self._family_of(vae, parts[DECODER])
         network = self._network(parts[NETWORK], student)
         apply_kernels(network, self.compute)
         return family, network, vae, scheduler
@@ -212,8 +252,16 @@ class Model:
         parts = self.folder.parts(*family.encoders, *family.tokenizers)
         how = self.params, self.compute
         encoders = {name: load_component(cls, parts[name], *how) for name, cls in family.encoders.items()}
-        tokenizers = {name: load_tokenizer(cls, parts[name]) for name, cls in family.tokenizers.items()}
+        tokenizers = {name: self._tokenizer(name, parts[name], encoders) for name in family.tokenizers}
+        with opening(self.folder.root, "a pipeline with its tokenizers"):
+            family.check_tokenizers(tokenizers)
         return FamilyText(family, encoders | tokenizers)
+
+    def _tokenizer(self, name: str, folder: Path, encoders: Mapping[str, Any]) -> Any:
+        """The tokenizer `name`, checked against the text encoder of the same number."""
+        encoder = encoders.get(name.replace("tokenizer", "text_encoder"))
+        config = None if encoder is None else encoder.config.get_text_config()
+        return load_tokenizer(self.family.tokenizers[name], folder, config)
 
 
 def apply_kernels(network: Any, compute: ComputeParams) -> None:

@@ -5,6 +5,7 @@ Every number follows `diffusers.QwenImagePipeline`: packing, sigmas, timestep ro
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError
@@ -67,6 +69,16 @@ class QwenImage(PatchedFamily):
     longest_text = 1024
     published = ("Qwen/Qwen-Image",)
     suggested = {"true_cfg_scale": 4.0, "negative_prompt": " ", "height": 1024, "width": 1024}
+
+    @classmethod
+    def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
+        network, vae = parts["transformer"], parts["vae"]
+        yield network["in_channels"], PATCH**2 * vae["z_dim"]
+        yield network["out_channels"], vae["z_dim"]
+        yield network["joint_attention_dim"], parts["text_encoder"]["hidden_size"]
+        yield network.total("axes_dims_rope"), network["attention_head_dim"]
+        for field in ("latents_mean", "latents_std"):
+            yield vae.count(field), vae["z_dim"]
 
     @property
     def factor(self) -> int:

@@ -6,6 +6,7 @@ guidance, which that pipeline has as an option, is left out.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from diffusers import SD3Transformer2DModel
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.params import TeacherParams
@@ -48,6 +50,15 @@ class StableDiffusion3(PatchedFamily):
     depth = ("num_layers",)
     published = ("stabilityai/stable-diffusion-3",)
     suggested = {"true_cfg_scale": 4.5, "max_sequence_length": 256, "height": 1024, "width": 1024}
+
+    @classmethod
+    def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
+        network, vae = parts["transformer"], parts["vae"]
+        clips = parts["text_encoder"], parts["text_encoder_2"]
+        yield network["in_channels"], vae["latent_channels"]
+        yield network["out_channels"], vae["latent_channels"]
+        yield network["joint_attention_dim"], parts["text_encoder_3"]["hidden_size"]
+        yield network["pooled_projection_dim"], clips[0]["projection_dim"] + clips[1]["projection_dim"]
 
     def latent_shape(self) -> tuple[int, int]:
         rows, columns = self._positions

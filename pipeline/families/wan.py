@@ -8,7 +8,7 @@ Shapes: B samples, T latent tokens, C channels, F latent frames of h x w positio
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from rats.pipeline.families.base import Family
+from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError
@@ -85,6 +86,15 @@ class Wan(Family):
     published = ("Wan-AI/Wan2.1-T2V-",)
     # WanPipeline's own defaults; of the published sizes the smaller one
     suggested = {"true_cfg_scale": 5.0, "height": 480, "width": 832, "frames": 81}
+
+    @classmethod
+    def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
+        network, vae = parts["transformer"], parts["vae"]
+        yield network["in_channels"], vae["z_dim"]
+        yield network["out_channels"], vae["z_dim"]
+        yield network["text_dim"], parts["text_encoder"]["hidden_size"]
+        for field in ("latents_mean", "latents_std"):
+            yield vae.count(field), vae["z_dim"]
 
     def __init__(self, settings: TeacherParams, vae: Any) -> None:
         super().__init__(settings, vae)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -18,9 +19,23 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rats.pipeline.weights.hashes import read_json
+from rats.pipeline.weights.opening import check_component, opening
+from rats.pipeline.weights.vocabulary import check_files, check_vocabulary
 from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.params import ComputeParams, ModelParams
 
+META = "meta"
+"""torch's device of tensors with shapes and no values."""
+HARMLESS = r"|".join(
+    (
+        r"(^|\.)position_ids$",  # counted, not trained; saved by old releases
+        r"(^|\.)rotary_emb\.inv_freq$",  # likewise
+        r"^(vision_model|visual_projection|text_projection|logit_scale)\b",  # the rest of a whole CLIP model
+        r"^decoder\.|^lm_head\.weight$",  # the rest of a whole T5
+        r"^encoder\.embed_tokens\.weight$",  # T5's embeddings a second time
+    )
+)
+"""Weights that a component may have beside its own."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,20 +60,30 @@ def torch_device(name: str) -> torch.device:
 def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeParams) -> Any:
     """A module of `cls` from a diffusers component's folder, on the device, in the model's dtype, in eval mode.
 
-    Raises DataError when it does not load whole.
+    On torch's meta device only configuration and headers are read. Raises ConfigError for a component of another class
+    or one that needs what is not here, DataError when the weights are not exactly those of the module.
     """
+    check_component(cls, folder)
     settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True, **_renaming(cls)}
-    try:
-        with quiet_loading():
-            module, info = cls.from_pretrained(folder, **settings)
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise DataError(
-            f"{folder} does not load as {cls.__name__} ({reason(error)}): fetch or export it again"
-        ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise DataError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: fetch or export it again")
+    if compute.device == META:
+        settings["device_map"] = META
+    with opening(folder, cls.__name__), quiet_loading():
+        module, info = cls.from_pretrained(folder, **settings)
+    _check_keys(cls, folder, info)
     return module.to(torch_device(compute.device)).eval()
+
+
+def _check_keys(cls: Any, folder: Path, info: dict[str, Any]) -> None:
+    """Raises DataError when weights are missing, left over, or of another shape."""
+    if missing := sorted(info["missing_keys"]):
+        raise DataError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: fetch or export it again")
+    if surplus := sorted(key for key in info["unexpected_keys"] if not re.search(HARMLESS, key)):
+        raise DataError(
+            f"{folder} has {len(surplus)} weights that a {cls.__name__} of its config.json has no place for, "
+            f"{surplus[0]} first: take both from one source"
+        )
+    if other := sorted(map(str, info.get("mismatched_keys") or ())):
+        raise DataError(f"{folder} has {len(other)} weights of another shape than its config.json says, {other[0]}")
 
 
 def _renaming(cls: Any) -> dict[str, Any]:
@@ -68,12 +93,20 @@ def _renaming(cls: Any) -> dict[str, Any]:
     return {"key_mapping": {r"^(embeddings|encoder|final_layer_norm)\.": r"text_model.\1."}}
 
 
-def load_tokenizer(cls: Any, folder: Path) -> Any:
-    """A tokenizer of `cls` from a diffusers component's folder."""
+def load_tokenizer(cls: Any, folder: Path, encoder: Any = None) -> Any:
+    """A tokenizer of `cls` from a diffusers component's folder; `encoder`: the configuration of its text encoder.
+
+    Raises DataError when it is not whole or does not fit the encoder.
+    """
+    check_files(cls, folder)
     settings = folder / "tokenizer_config.json"
+    config = read_json(settings) if settings.is_file() else {}
     # transformers 5 writes an empty list, in place of which transformers 4 wants a mapping
-    empty = _transformers_4() and settings.is_file() and read_json(settings).get("extra_special_tokens") == []
-    return cls.from_pretrained(folder, **({"extra_special_tokens": {}} if empty else {}))
+    empty = _transformers_4() and config.get("extra_special_tokens") == []
+    with opening(folder, cls.__name__):
+        tokenizer = cls.from_pretrained(folder, **({"extra_special_tokens": {}} if empty else {}))
+        check_vocabulary(tokenizer, folder, encoder)
+    return tokenizer
 
 
 def _transformers_4() -> bool:
@@ -90,8 +123,9 @@ def save_component(module: Any, folder: Path) -> None:
 
 
 def outline_component(cls: Any, folder: Path) -> Any:
-    """A module of `cls` whose parameters have shapes and no values."""
-    with torch.device("meta"):
+    """A module of `cls` whose parameters have shapes and no values. Raises ConfigError for another class."""
+    check_component(cls, folder)
+    with opening(folder, cls.__name__), quiet_loading(), torch.device(META):
         return cls.from_config(cls.load_config(folder))
 
 
@@ -102,7 +136,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise DataError(f"{path} is damaged or holds more than tensors ({reason(error)}): get it anew") from error
     inner = state.get("state_dict")
     return inner if isinstance(inner, dict) else state

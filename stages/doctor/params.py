@@ -104,7 +104,7 @@ def _attempt(name: str, check: Callable[[], str]) -> Row:
 
 
 def _model(model: Model) -> str:
-    """Checks every component of the model and its weights."""
+    """Opens the whole model without the values of its weights, and draws a picture of no values."""
     horizons = len(model.outline.grids()[1])
     family, folder = model.family, model.folder
     weighed = folder.parts(NETWORK, DECODER, *family.encoders)
@@ -112,6 +112,7 @@ def _model(model: Model) -> str:
     parts = {part: weights_bytes(part) for part in weighed.values()}
     if without := [part for part, count in parts.items() if not count]:
         raise ConfigError(f"no weights (.safetensors) in {without[0]}: fetch the model again")
+    model.examined().rehearse_decoding(weighed[DECODER])
     return f"{model.params.path}, {model.params.family}, {horizons} horizons, {size(sum(parts.values()))} of weights"
 
 

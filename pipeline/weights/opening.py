@@ -1,0 +1,119 @@
+"""The boundary around other people's libraries: whatever they raise while a file is opened becomes a RatsError.
+
+The way out follows the cause: a missing package is installed, a GPU that is not here is no reason to fetch a file
+again, and only a damaged file is fetched again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from rats.pipeline.weights.hashes import read_json
+from rats.schemas.errors import ConfigError, DataError, RatsError, StorageError, brief, reason
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+"""These pass as they are: the stages answer them with smaller batches."""
+NO_GPU = ("No GPU", "CUDA is not available", "not compiled with CUDA", "requires a GPU", "NVIDIA driver")
+"""What libraries say where a file needs an accelerator."""
+SENTENCEPIECE = "sentencepiece"
+"""transformers reads a vocabulary of spiece.model with it, and raises a ValueError where it is not installed."""
+OTHER_SHAPES = ("size mismatch", "size of tensor", "expected shape", "mismatched sizes", "ignore_mismatched_sizes")
+
+
+@contextmanager
+def opening(path: Path | str, kind: str, remedy: str = "fetch or export it again") -> Iterator[None]:
+    """Turns every error of the libraries within into one line with the file, the reason and the way out.
+
+    Args:
+        path: The file or folder that is opened.
+        kind: What it is opened as.
+        remedy: The way out where the file itself is wrong.
+
+    Raises:
+        ConfigError: A package or a GPU is missing.
+        StorageError: This user may not read the file.
+        DataError: Everything else.
+    """
+    try:
+        yield
+    except (RatsError, *OUT_OF_MEMORY):
+        raise
+    except Exception as error:  # the libraries raise a dozen kinds for one cause
+        raise _explained(error, path, kind, remedy) from error
+
+
+def _explained(error: Exception, path: Path | str, kind: str, remedy: str) -> RatsError:
+    text = f"{path} does not load as {kind} ({_said(error)})"
+    if isinstance(error, ImportError | PackageNotFoundError):
+        return ConfigError(f"{text}: a package is missing or of another version, install the one that this names")
+    if isinstance(error, ValueError | OSError) and SENTENCEPIECE in str(error) and not _has_sentencepiece():
+        return ConfigError(f"{text}: pip install sentencepiece, or give the folder a tokenizer.json")
+    if any(words in str(error) for words in NO_GPU):
+        return ConfigError(f"{text}: use a machine with a GPU, or name a folder of plain weights")
+    if isinstance(error, PermissionError):
+        return StorageError(f"{text}: give this user the right to read it")
+    if any(words in str(error) for words in OTHER_SHAPES):
+        return DataError(f"{text}: its weights are not those of its config.json, take both from one source")
+    return DataError(f"{text}: {remedy}")
+
+
+def _said(error: Exception) -> str:
+    """The reason; with the kind of the error where its text alone says little, such as KeyError: 'a'."""
+    said = reason(error)
+    is_short = len(said.split()) < 3 and said != type(error).__name__
+    return f"{type(error).__name__}: {said}" if is_short else said
+
+
+def _has_sentencepiece() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(SENTENCEPIECE) is not None
+
+
+def check_component(cls: Any, folder: Path) -> None:
+    """Checks a component's folder before `cls` reads its weights: configuration, class, and headers of the files.
+
+    Raises:
+        ConfigError: No configuration, one of another class, or quantized weights.
+        DataError: A damaged file, by its name.
+    """
+    config = read_json(folder / "config.json")
+    if other := _other_class(cls, config):
+        raise ConfigError(f"{folder} holds a {other}, not a {cls.__name__}: name a pipeline with one")
+    if (quantized := config.get("quantization_config")) is not None:
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ConfigError(
+            f"{folder} holds quantized weights ({brief(method)}), which are not read here: "
+            "name a folder of bfloat16 or float32 weights"
+        )
+    for path in sorted(folder.glob("*.safetensors")):
+        _check_header(path)
+
+
+def _other_class(cls: Any, config: dict[str, Any]) -> str | None:
+    """The class or kind that a configuration names, where `cls` cannot be it; None where it can."""
+    name = config.get("_class_name")
+    if name is not None:
+        return None if name in [parent.__name__ for parent in cls.__mro__] else brief(name)
+    asked = getattr(getattr(cls, "config_class", None), "model_type", None)
+    kind = config.get("model_type")
+    if not asked or not kind or kind == asked:
+        return None
+    # a folder of a whole CLIP model holds its text encoder too, as `clip` for `clip_text_model`
+    return None if asked == f"{kind}_text_model" else f"model of model_type {brief(kind)}"
+
+
+def _check_header(path: Path) -> None:
+    """Reads the names of a file's tensors, which fails where it is cut."""
+    try:
+        with safe_open(path, "pt") as file:
+            file.keys()
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _explained(error, path, "a safetensors file", "fetch or export it again") from error

@@ -1,0 +1,92 @@
+"""Checks of an opened tokenizer. transformers makes one of four pieces where a vocabulary is missing, and says nothing.
+
+The rules hold for every published layout: tokenizer.json alone, spiece.model alone, vocab.json with merges.txt.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rats.schemas.errors import DataError, RatsError
+
+FAST = "tokenizer.json"
+"""Holds a whole tokenizer: with it no other file is needed."""
+LEAST_USED = 0.5
+"""Share of an encoder's embeddings that its vocabulary must use. Published ones use .997 and more."""
+UNREACHABLE = 0.001
+"""Share of the pieces that no merge may make. It is 0 in the published byte-level vocabularies (CLIP, Qwen2)."""
+
+
+def check_files(cls: Any, folder: Path) -> None:
+    """Raises DataError when the folder has no whole vocabulary for a tokenizer of `cls`, naming the files."""
+    names = dict(getattr(cls, "vocab_files_names", None) or {})
+    has_fast = names.pop("tokenizer_file", None) is not None or not names
+    missing = [name for name in names.values() if not (folder / name).is_file()]
+    if (folder / FAST).is_file() or not missing and names:
+        return
+    others = " and ".join(names.values())
+    wanted = " or ".join(part for part in (FAST if has_fast else "", others) if part)
+    raise DataError(f"no vocabulary in {folder}: a {cls.__name__} needs {wanted}; fetch or export it again")
+
+
+def check_vocabulary(tokenizer: Any, folder: Path, encoder: Any = None) -> None:
+    """Checks that a tokenizer is whole and fits its text encoder.
+
+    Args:
+        tokenizer: It, opened.
+        folder: Where it lies, for the error's text.
+        encoder: The configuration of the text encoder, if there is one.
+
+    Raises:
+        DataError: Files, special tokens or merges are missing, or the size is not the encoder's.
+    """
+    check_files(type(tokenizer), folder)
+    _check_special(tokenizer, folder)
+    _check_merges(tokenizer, folder)
+    if encoder is not None:
+        _check_size(tokenizer, folder, encoder)
+        _check_length(tokenizer, folder, encoder)
+
+
+def _check_special(tokenizer: Any, folder: Path) -> None:
+    """All families pad their prompts; a padding token that is none of the vocabulary's is made up by transformers."""
+    if tokenizer.pad_token_id is None:
+        raise _refused(folder, "it has no padding token")
+    declared = folder / "tokenizer_config.json"
+    if not declared.is_file():
+        raise _refused(folder, "there is no tokenizer_config.json")
+
+
+def _check_size(tokenizer: Any, folder: Path, encoder: Any) -> None:
+    rows, pieces = int(encoder.vocab_size), len(tokenizer)
+    if not LEAST_USED * rows <= pieces <= rows:
+        raise _refused(folder, f"it has {pieces} pieces, and its text encoder {rows} embeddings")
+
+
+def _check_length(tokenizer: Any, folder: Path, encoder: Any) -> None:
+    """CLIP's pipelines pad prompts to the tokenizer's length, and its positions are learned: both must be equal."""
+    if not str(encoder.model_type).startswith("clip"):
+        return
+    length, positions = tokenizer.model_max_length, encoder.max_position_embeddings
+    if length != positions:
+        raise _refused(folder, f"its model_max_length is {length}, and its text encoder has {positions} positions")
+
+
+def _check_merges(tokenizer: Any, folder: Path) -> None:
+    """In byte-level BPE every piece longer than a byte is made by a merge: without its merges words fall apart."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    model = json.loads(backend.to_str())["model"] if backend is not None else {}
+    if model.get("type") != "BPE" or model.get("byte_fallback") or model.get("ignore_merges"):
+        return
+    suffix, special = model.get("end_of_word_suffix") or "", set(tokenizer.get_added_vocab())
+    longer = {piece for piece in model["vocab"] if len(piece.removesuffix(suffix)) > 1} - special
+    made = {"".join(pair if isinstance(pair, list) else pair.split(" ")) for pair in model["merges"]}
+    lost = longer - made
+    if len(lost) > UNREACHABLE * len(model["vocab"]):
+        raise _refused(folder, f"{len(lost)} of its pieces are made by no merge")
+
+
+def _refused(folder: Path, what: str) -> RatsError:
+    return DataError(f"{folder} is no whole tokenizer of this text encoder ({what}): fetch or export it again")
