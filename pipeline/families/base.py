@@ -20,7 +20,7 @@ from torch import Tensor
 from rats.pipeline import solver
 from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
-from rats.schemas.errors import ConfigError
+from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import TeacherParams
 
 EULER = FlowMatchEulerDiscreteScheduler.__name__
@@ -40,6 +40,8 @@ class Family(ABC):
     """The modules that `train.lora` adapts, by the ends of their names."""
     depth: ClassVar[tuple[str, ...]]
     """Fields of the network's configuration that hold numbers of blocks, one field for each kind of block."""
+    scheduler_fields: ClassVar[tuple[str, ...]] = ("_class_name", "num_train_timesteps", "shift")
+    """Fields that the scheduler's configuration must have: a default in their place is another sampler."""
     embeds_guidance: ClassVar[bool] = False
     """Whether networks of this family may take `teacher.guidance_scale` as an input."""
     is_video: ClassVar[bool] = False
@@ -126,7 +128,12 @@ class Family(ABC):
     @classmethod
     def scheduler(cls, config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:
         """The Euler scheduler of a scheduler_config.json. Raises ConfigError for another one, a different sampler."""
-        if (name := config.get("_class_name", EULER)) != EULER:
+        if missing := [field for field in cls.scheduler_fields if field not in config]:
+            raise DataError(
+                f"the pipeline's scheduler_config.json lacks {missing[0]}, whose default may be another sampler: "
+                "fetch or export it again"
+            )
+        if (name := config["_class_name"]) != EULER:
             raise ConfigError(
                 f"the pipeline's scheduler is {name}: rats samples by {EULER}; "
                 "put such a scheduler_config.json into its scheduler folder"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rats.pipeline.weights.hashes import read_json
-from rats.pipeline.weights.opening import check_component, opening
+from rats.pipeline.weights.opening import check_config, opening
 from rats.schemas.errors import ConfigError, DataError, brief
 
 CLASS = "_class_name"
@@ -82,7 +82,7 @@ def check_fit(fits: Iterable[Fit]) -> None:
 
 
 def _part_config(name: str, cls: Any, folder: Path) -> PartConfig:
-    check_component(cls, folder)
+    check_config(cls, folder)
     path = folder / "config.json"
     with opening(path, f"the configuration of a {cls.__name__}"):
         if hasattr(cls, "config_class"):  # transformers, where hidden_size is d_model or n_embd too

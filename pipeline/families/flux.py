@@ -38,6 +38,7 @@ class Flux(PatchedFamily):
     )
     depth = ("num_layers", "num_single_layers")
     embeds_guidance = True
+    scheduler_fields = (*PatchedFamily.scheduler_fields, "use_dynamic_shifting")
     published = ("black-forest-labs/FLUX.1-",)
 
     @classmethod

@@ -25,6 +25,8 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 
+TURN = "<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+"""What Qwen3's template makes of the prompt "a fox"."""
 LAYERS = 3
 """Of Qwen3, whose states stand side by side in an embedding."""
 
@@ -45,6 +47,7 @@ class Flux2Klein(PatchedFamily):
         *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "attn.to_qkv_mlp_proj"),
     )
     depth = ("num_layers", "num_single_layers")
+    scheduler_fields = (*PatchedFamily.scheduler_fields, "use_dynamic_shifting")
     published = ("black-forest-labs/FLUX.2-klein",)
     suggested = {"true_cfg_scale": 4.0, "height": 1024, "width": 1024}
 
@@ -67,11 +70,11 @@ class Flux2Klein(PatchedFamily):
 
     @classmethod
     def check_tokenizers(cls, tokenizers: Mapping[str, Any]) -> None:
-        """The pipeline puts prompts into the tokenizer's chat template."""
+        """The pipeline puts prompts into Qwen3's chat template, which is a file of the tokenizer's."""
         turn = [{"role": "user", "content": "a fox"}]
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
-        if "a fox" not in tokenizers["tokenizer"].apply_chat_template(turn, **options):
-            raise DataError("the tokenizer's chat template leaves out the prompt: fetch or export the tokenizer again")
+        if tokenizers["tokenizer"].apply_chat_template(turn, **options) != TURN:
+            raise DataError("the tokenizer's chat template is not Qwen3's: fetch or export the tokenizer again")
 
     def latent_shape(self) -> tuple[int, int]:
         rows, columns = self.grid

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rats.pipeline.families.base import Family
 from rats.pipeline.families.fit import check_fit, part_configs
 from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText
-from rats.pipeline.weights.folder import SCHEDULER, ModelFolder
+from rats.pipeline.weights.folder import INDEX, SCHEDULER, ModelFolder
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.loading import (
     META,
@@ -30,7 +30,7 @@ from rats.pipeline.weights.loading import (
 )
 from rats.pipeline.weights.lora import add_lora, is_lora, load_lora
 from rats.pipeline.weights.opening import opening
-from rats.schemas.errors import ConfigError, brief
+from rats.schemas.errors import ConfigError, DataError, brief
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
 from rats.schemas.plugins import FAMILIES, found, load_plugin
 from rats.schemas.recipe import DECODER
@@ -143,7 +143,7 @@ class Model:
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The pipeline's scheduler in the form in which the family samples by it."""
         config = self.folder.scheduler_config
-        with opening(self.folder.parts(SCHEDULER)[SCHEDULER], "a scheduler"):
+        with opening(self.folder.parts(SCHEDULER)[SCHEDULER], "a scheduler"), quiet_notices():
             return self.family.scheduler(config)
 
     def call(self) -> dict[str, int | float]:
@@ -287,6 +287,8 @@ def fitting_family(index: Mapping[str, Any]) -> str | None:
 def _check_index(model: ModelParams, cls: type[Family], index: Mapping[str, Any]) -> None:
     """Raises ConfigError when `index`, a model_index.json, is of another pipeline than the family's."""
     name = index.get("_class_name")
+    if index and name is None:
+        raise DataError(f"the {INDEX} of {model.path} names no pipeline (_class_name): fetch or export it again")
     if name not in (None, cls.pipeline_class.__name__):
         fitting = fitting_family(index)
         way_out = f"set model.family: {fitting}" if fitting else "name a pipeline of an installed family (rats doctor)"

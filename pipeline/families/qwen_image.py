@@ -67,6 +67,7 @@ class QwenImage(PatchedFamily):
     )
     depth = ("num_layers",)
     longest_text = 1024
+    scheduler_fields = (*PatchedFamily.scheduler_fields, "use_dynamic_shifting")
     published = ("Qwen/Qwen-Image",)
     suggested = {"true_cfg_scale": 4.0, "negative_prompt": " ", "height": 1024, "width": 1024}
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
-from rats.pipeline.families.base import Family
+from rats.pipeline.families.base import EULER, Family
 from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
@@ -181,7 +181,8 @@ class Wan(Family):
             )
         shift = float(config.get("flow_shift", 1.0))
         _say_once(shift)
-        return super().scheduler({"shift": shift, "num_train_timesteps": config.get("num_train_timesteps", 1000)})
+        steps = config.get("num_train_timesteps", 1000)
+        return super().scheduler({"_class_name": EULER, "shift": shift, "num_train_timesteps": steps})
 
     @classmethod
     def call(cls, settings: TeacherParams) -> dict[str, int | float]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rats.pipeline.weights.hashes import read_json
-from rats.pipeline.weights.opening import check_component, opening
+from rats.pipeline.weights.opening import check_config, check_headers, opening
 from rats.pipeline.weights.vocabulary import check_files, check_vocabulary
 from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.params import ComputeParams, ModelParams
@@ -63,11 +63,13 @@ def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeP
     On torch's meta device only configuration and headers are read. Raises ConfigError for a component of another class
     or one that needs what is not here, DataError when the weights are not exactly those of the module.
     """
-    check_component(cls, folder)
+    check_config(cls, folder)
+    check_headers(cls, folder)
     settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True, **_renaming(cls)}
     if compute.device == META:
         settings["device_map"] = META
-    with opening(folder, cls.__name__), quiet_loading():
+    # what it would warn of is an error below
+    with opening(folder, cls.__name__), quiet_loading(), quiet_notices(), quiet_imports():
         module, info = cls.from_pretrained(folder, **settings)
     _check_keys(cls, folder, info)
     return module.to(torch_device(compute.device)).eval()
@@ -124,8 +126,8 @@ def save_component(module: Any, folder: Path) -> None:
 
 def outline_component(cls: Any, folder: Path) -> Any:
     """A module of `cls` whose parameters have shapes and no values. Raises ConfigError for another class."""
-    check_component(cls, folder)
-    with opening(folder, cls.__name__), quiet_loading(), torch.device(META):
+    check_config(cls, folder)
+    with opening(folder, cls.__name__), quiet_notices(), torch.device(META):
         return cls.from_config(cls.load_config(folder))
 
 

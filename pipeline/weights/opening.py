@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from rats.pipeline.weights.hashes import read_json
 from rats.schemas.errors import ConfigError, DataError, RatsError, StorageError, brief, reason
@@ -77,12 +77,12 @@ def _has_sentencepiece() -> bool:
     return find_spec(SENTENCEPIECE) is not None
 
 
-def check_component(cls: Any, folder: Path) -> None:
-    """Checks a component's folder before `cls` reads its weights: configuration, class, and headers of the files.
+def check_config(cls: Any, folder: Path) -> None:
+    """Checks that a component's configuration is that of a `cls` of plain weights.
 
     Raises:
         ConfigError: No configuration, one of another class, or quantized weights.
-        DataError: A damaged file, by its name.
+        DataError: A damaged file.
     """
     config = read_json(folder / "config.json")
     if other := _other_class(cls, config):
@@ -93,8 +93,6 @@ def check_component(cls: Any, folder: Path) -> None:
             f"{folder} holds quantized weights ({brief(method)}), which are not read here: "
             "name a folder of bfloat16 or float32 weights"
         )
-    for path in sorted(folder.glob("*.safetensors")):
-        _check_header(path)
 
 
 def _other_class(cls: Any, config: dict[str, Any]) -> str | None:
@@ -110,10 +108,8 @@ def _other_class(cls: Any, config: dict[str, Any]) -> str | None:
     return None if asked == f"{kind}_text_model" else f"model of model_type {brief(kind)}"
 
 
-def _check_header(path: Path) -> None:
-    """Reads the names of a file's tensors, which fails where it is cut."""
-    try:
-        with safe_open(path, "pt") as file:
+def check_headers(cls: Any, folder: Path) -> None:
+    """Reads the names of the tensors in a folder's files. Raises DataError, naming the file, for one that is cut."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with opening(path, cls.__name__), safe_open(path, "pt") as file:
             file.keys()
-    except (OSError, ValueError, SafetensorError) as error:
-        raise _explained(error, path, "a safetensors file", "fetch or export it again") from error

@@ -9,7 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rats.schemas.errors import DataError, RatsError
+from rats.pipeline.weights.hashes import read_json
+from rats.schemas.errors import DataError, RatsError, brief
 
 FAST = "tokenizer.json"
 """Holds a whole tokenizer: with it no other file is needed."""
@@ -54,9 +55,14 @@ def _check_special(tokenizer: Any, folder: Path) -> None:
     """All families pad their prompts; a padding token that is none of the vocabulary's is made up by transformers."""
     if tokenizer.pad_token_id is None:
         raise _refused(folder, "it has no padding token")
-    declared = folder / "tokenizer_config.json"
-    if not declared.is_file():
+    if not (folder / "tokenizer_config.json").is_file():
         raise _refused(folder, "there is no tokenizer_config.json")
+    if not (folder / FAST).is_file():
+        return
+    known = {token["content"] for token in read_json(folder / FAST)["added_tokens"]}
+    for name, token in tokenizer.special_tokens_map.items():
+        if isinstance(token, str) and token not in known:
+            raise _refused(folder, f"its {name} {brief(token)} is no special token of {FAST}")
 
 
 def _check_size(tokenizer: Any, folder: Path, encoder: Any) -> None:
