@@ -171,6 +171,10 @@ PATCH = 2
 """Side of a network's patch in latent positions, for every published network of these families."""
 
 
+CLIP_FIELDS = ("eos_token_id", "hidden_act")
+"""Of a CLIP text encoder's configuration: CLIP-L and CLIP-G differ in them, and the defaults are CLIP-L's."""
+
+
 class PatchedFamily(Family):
     """Families whose tokens are patches of a picture. One with another autoencoder sets `vae_class` and `factor`."""
 

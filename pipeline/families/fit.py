@@ -46,6 +46,13 @@ class PartConfig:
         """The positive integer that `field` holds. Raises DataError when it holds none."""
         return Size(f"{self.name}'s {field}", self._whole(field, self.values.get(field)))
 
+    def must_state(self, *fields: str) -> None:
+        """Raises DataError for a field that the file leaves out and whose default would be another model's."""
+        stated = read_json(self.path)
+        stated |= stated.get("text_config") or {}  # of a whole CLIP model, the text encoder's part
+        if missing := [field for field in fields if field not in stated]:
+            raise DataError(f"{self.path} lacks {missing[0]}, whose default is another model's: fetch it again")
+
     def total(self, field: str) -> Size:
         """The sum of a list of numbers."""
         return Size(f"the sum of {self.name}'s {field}", sum(self._list(field)))

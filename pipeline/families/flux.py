@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchedFamily
 from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
@@ -44,6 +44,8 @@ class Flux(PatchedFamily):
     @classmethod
     def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
         network, vae = parts["transformer"], parts["vae"]
+        vae.must_state("scaling_factor", "shift_factor")
+        parts["text_encoder"].must_state(*CLIP_FIELDS)
         yield network["in_channels"], PATCH**2 * vae["latent_channels"]
         yield network["joint_attention_dim"], parts["text_encoder_2"]["hidden_size"]
         yield network["pooled_projection_dim"], parts["text_encoder"]["hidden_size"]

@@ -27,8 +27,8 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
 
 TURN = "<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 """What Qwen3's template makes of the prompt "a fox"."""
-LAYERS = 3
-"""Of Qwen3, whose states stand side by side in an embedding."""
+LAYERS, DEEPEST = 3, 27
+"""How many of Qwen3's layers have their states side by side in an embedding, and the last of them."""
 
 
 class Flux2Klein(PatchedFamily):
@@ -64,6 +64,8 @@ class Flux2Klein(PatchedFamily):
     @classmethod
     def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
         network, vae = parts["transformer"], parts["vae"]
+        if (layers := parts["text_encoder"]["num_hidden_layers"].value) < DEEPEST:
+            raise ConfigError(f"the text encoder has {layers} layers, and the pipeline takes layer {DEEPEST}'s states")
         yield network["in_channels"], PATCH**2 * vae["latent_channels"]
         yield network["joint_attention_dim"], LAYERS * parts["text_encoder"]["hidden_size"]
         yield network.total("axes_dims_rope"), network["attention_head_dim"]

@@ -74,6 +74,7 @@ class QwenImage(PatchedFamily):
     @classmethod
     def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
         network, vae = parts["transformer"], parts["vae"]
+        vae.must_state("latents_mean", "latents_std")
         yield network["in_channels"], PATCH**2 * vae["z_dim"]
         yield network["out_channels"], vae["z_dim"]
         yield network["joint_attention_dim"], parts["text_encoder"]["hidden_size"]

@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchedFamily
 from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
@@ -55,6 +55,9 @@ class StableDiffusion3(PatchedFamily):
     def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
         network, vae = parts["transformer"], parts["vae"]
         clips = parts["text_encoder"], parts["text_encoder_2"]
+        vae.must_state("scaling_factor", "shift_factor")
+        for clip in clips:
+            clip.must_state(*CLIP_FIELDS)
         yield network["in_channels"], vae["latent_channels"]
         yield network["out_channels"], vae["latent_channels"]
         yield network["joint_attention_dim"], parts["text_encoder_3"]["hidden_size"]

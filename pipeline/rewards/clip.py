@@ -14,8 +14,7 @@ from rats.pipeline.rewards.base import CheckpointReward
 from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, as_pil, resize_normalise
 from rats.pipeline.weights.hashes import SMALL_FILES, read_json
 from rats.pipeline.weights.hub import resolve
-from rats.pipeline.weights.loading import load_state, quiet_loading, read_state, torch_device
-from rats.schemas.errors import ConfigError, reason
+from rats.pipeline.weights.loading import load_state, load_tokenizer, quiet_loading, read_state, torch_device
 
 VOCABULARY_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
@@ -61,11 +60,7 @@ class ClipFolder(CheckpointReward):
 
 def open_tokenizer(cls: Any, folder: Path, source: HubCommit) -> Any:
     """The tokenizer of `folder`, or the hub's at a fixed commit where the folder has no vocabulary of its own."""
-    folder = vocabulary(folder, source)
-    try:
-        return cls.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"no {cls.__name__} can be read from {folder} ({reason(error)}): fetch it again") from error
+    return load_tokenizer(cls, vocabulary(folder, source))
 
 
 def vocabulary(folder: Path, source: HubCommit) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rats.pipeline.protocols import Reward, RewardAdapter
 from rats.pipeline.weights.hub import absolute_if_local, resolve_checkpoint
+from rats.pipeline.weights.opening import opening
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import RewardParams
 from rats.schemas.plugins import OFFICIAL, REWARDS, found, load_plugin
@@ -19,13 +20,17 @@ NEEDED = ("checkpoints", "identify", "score")
 def open_reward(reward: RewardParams, device: str = "cpu") -> Reward:
     """The reward, loaded on `device`, under the name that `params.yaml` gives it."""
     adapter = _adapter(reward)
-    return adapter(_located(reward, adapter)[0], name=reward.name, device=device, **_token(reward))
+    where = _located(reward, adapter)[0]
+    with opening(where, f"reward '{reward.name}' ({reward.adapter})"):
+        return adapter(where, name=reward.name, device=device, **_token(reward))
 
 
 def reward_fingerprint(reward: RewardParams) -> str:
     """`open_reward(reward).fingerprint` without loading the model: it reads and hashes the files."""
     adapter = _adapter(reward)
-    return adapter.identify(_located(reward, adapter)[0], **_token(reward))
+    where = _located(reward, adapter)[0]
+    with opening(where, f"reward '{reward.name}' ({reward.adapter})"):
+        return adapter.identify(where, **_token(reward))
 
 
 def pin_reward(reward: RewardParams) -> RewardParams:

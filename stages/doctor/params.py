@@ -87,7 +87,7 @@ def _checks(params: Params, model: Model) -> dict[str, Callable[[], str]]:
     """A check for each thing that the file refers to."""
     checks: dict[str, Callable[[], str]] = {
         "compute.device": lambda: str(torch_device(params.compute.device)),
-        "model": lambda: _model(model),
+        "model": lambda: check_model(model),
     }
     for split in _splits(params):
         checks[f"prompts.{split}"] = partial(_prompts, params, split)
@@ -103,8 +103,11 @@ def _attempt(name: str, check: Callable[[], str]) -> Row:
         return row(name, False, str(error))
 
 
-def _model(model: Model) -> str:
-    """Opens the whole model without the values of its weights, and draws a picture of no values."""
+def check_model(model: Model) -> str:
+    """Opens the whole model without the values of its weights, and draws a picture of no values.
+
+    Returns what was found. Raises a RatsError for what a stage would refuse.
+    """
     horizons = len(model.outline.grids()[1])
     family, folder = model.family, model.folder
     weighed = folder.parts(NETWORK, DECODER, *family.encoders)

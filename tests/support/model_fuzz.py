@@ -130,12 +130,17 @@ def edit_json(content: Any, generator: random.Random) -> str:
         if not (isinstance(inner, dict | list) and inner and generator.random() < 0.7):
             break
         content = inner
-    values = [value for value in VALUES if type(value) is not type(inner)]
+    values = [value for value in VALUES if not _same_kind(value, inner)]
     if inner is None or generator.random() < 0.4:
         del content[key]
         return f"{key!r} away"
     content[key] = generator.choice(values)
     return f"{key!r} from {str(inner)[:40]!r} to {content[key]!r}"
+
+
+def _same_kind(value: Any, other: Any) -> bool:
+    """Numbers are all of one kind."""
+    return type(value) is type(other) or type(value) in (int, float) and type(other) in (int, float)
 
 
 def edit_header(header: dict[str, Any], generator: random.Random) -> str:
