@@ -14,6 +14,7 @@ from rats.schemas.errors import DataError, RatsError, brief
 
 FAST = "tokenizer.json"
 """Holds a whole tokenizer: with it no other file is needed."""
+SETTINGS = "tokenizer_config.json"
 LEAST_USED = 0.5
 """Share of an encoder's embeddings that its vocabulary must use. Published ones use .997 and more."""
 UNREACHABLE = 0.001
@@ -47,6 +48,8 @@ def check_vocabulary(tokenizer: Any, folder: Path, encoder: Any = None) -> None:
     _check_special(tokenizer, folder)
     _check_merges(tokenizer, folder)
     if encoder is not None:
+        if not (folder / SETTINGS).is_file():
+            raise _refused(folder, f"there is no {SETTINGS}")
         _check_size(tokenizer, folder, encoder)
         _check_length(tokenizer, folder, encoder)
 
@@ -55,8 +58,6 @@ def _check_special(tokenizer: Any, folder: Path) -> None:
     """All families pad their prompts; a padding token that is none of the vocabulary's is made up by transformers."""
     if tokenizer.pad_token_id is None:
         raise _refused(folder, "it has no padding token")
-    if not (folder / "tokenizer_config.json").is_file():
-        raise _refused(folder, "there is no tokenizer_config.json")
     if not (folder / FAST).is_file():
         return
     known = {token["content"] for token in read_json(folder / FAST)["added_tokens"]}
