@@ -40,7 +40,7 @@ class Family(ABC):
     """The modules that `train.lora` adapts, by the ends of their names."""
     depth: ClassVar[tuple[str, ...]]
     """Fields of the network's configuration that hold numbers of blocks, one field for each kind of block."""
-    scheduler_fields: ClassVar[tuple[str, ...]] = ("_class_name", "num_train_timesteps", "shift")
+    scheduler_fields: ClassVar[tuple[str, ...]] = ("_class_name", "shift")
     """Fields that the scheduler's configuration must have: a default in their place is another sampler."""
     embeds_guidance: ClassVar[bool] = False
     """Whether networks of this family may take `teacher.guidance_scale` as an input."""
@@ -128,15 +128,15 @@ class Family(ABC):
     @classmethod
     def scheduler(cls, config: dict[str, Any]) -> FlowMatchEulerDiscreteScheduler:
         """The Euler scheduler of a scheduler_config.json. Raises ConfigError for another one, a different sampler."""
+        if (name := config.get("_class_name", EULER)) != EULER:
+            raise ConfigError(
+                f"the pipeline's scheduler is {name}: rats samples by {EULER}; "
+                "put such a scheduler_config.json into its scheduler folder"
+            )
         if missing := [field for field in cls.scheduler_fields if field not in config]:
             raise DataError(
                 f"the pipeline's scheduler_config.json lacks {missing[0]}, whose default may be another sampler: "
                 "fetch or export it again"
-            )
-        if (name := config["_class_name"]) != EULER:
-            raise ConfigError(
-                f"the pipeline's scheduler is {name}: rats samples by {EULER}; "
-                "put such a scheduler_config.json into its scheduler folder"
             )
         if config.get("stochastic_sampling"):
             raise ConfigError(f"the pipeline's {name} has stochastic_sampling, which adds noise: set it to false")
@@ -171,8 +171,8 @@ PATCH = 2
 """Side of a network's patch in latent positions, for every published network of these families."""
 
 
-CLIP_FIELDS = ("eos_token_id", "hidden_act")
-"""Of a CLIP text encoder's configuration: CLIP-L and CLIP-G differ in them, and the defaults are CLIP-L's."""
+CLIP_FIELDS = ("hidden_act",)
+"""Of a CLIP text encoder's configuration: CLIP-L and CLIP-G differ in it, and the default is CLIP-L's."""
 
 
 class PatchedFamily(Family):

@@ -67,14 +67,13 @@ class QwenImage(PatchedFamily):
     )
     depth = ("num_layers",)
     longest_text = 1024
-    scheduler_fields = (*PatchedFamily.scheduler_fields, "use_dynamic_shifting")
+    scheduler_fields = (*PatchedFamily.scheduler_fields, "use_dynamic_shifting", "shift_terminal")
     published = ("Qwen/Qwen-Image",)
     suggested = {"true_cfg_scale": 4.0, "negative_prompt": " ", "height": 1024, "width": 1024}
 
     @classmethod
     def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
         network, vae = parts["transformer"], parts["vae"]
-        vae.must_state("latents_mean", "latents_std")
         yield network["in_channels"], PATCH**2 * vae["z_dim"]
         yield network["out_channels"], vae["z_dim"]
         yield network["joint_attention_dim"], parts["text_encoder"]["hidden_size"]

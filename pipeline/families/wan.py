@@ -90,7 +90,6 @@ class Wan(Family):
     @classmethod
     def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
         network, vae = parts["transformer"], parts["vae"]
-        vae.must_state("latents_mean", "latents_std")
         yield network["in_channels"], vae["z_dim"]
         yield network["out_channels"], vae["z_dim"]
         yield network["text_dim"], parts["text_encoder"]["hidden_size"]

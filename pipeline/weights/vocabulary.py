@@ -15,6 +15,7 @@ from rats.schemas.errors import DataError, RatsError, brief
 FAST = "tokenizer.json"
 """Holds a whole tokenizer: with it no other file is needed."""
 SETTINGS = "tokenizer_config.json"
+LARGEST = 2
 LEAST_USED = 0.5
 """Share of an encoder's embeddings that its vocabulary must use. Published ones use .997 and more."""
 UNREACHABLE = 0.001
@@ -51,7 +52,8 @@ def check_vocabulary(tokenizer: Any, folder: Path, encoder: Any = None) -> None:
         if not (folder / SETTINGS).is_file():
             raise _refused(folder, f"there is no {SETTINGS}")
         _check_size(tokenizer, folder, encoder)
-        _check_length(tokenizer, folder, encoder)
+        if str(encoder.model_type).startswith("clip"):
+            _check_clip(tokenizer, folder, encoder)
 
 
 def _check_special(tokenizer: Any, folder: Path) -> None:
@@ -72,10 +74,14 @@ def _check_size(tokenizer: Any, folder: Path, encoder: Any) -> None:
         raise _refused(folder, f"it has {pieces} pieces, and its text encoder {rows} embeddings")
 
 
-def _check_length(tokenizer: Any, folder: Path, encoder: Any) -> None:
-    """CLIP's pipelines pad prompts to the tokenizer's length, and its positions are learned: both must be equal."""
-    if not str(encoder.model_type).startswith("clip"):
-        return
+def _check_clip(tokenizer: Any, folder: Path, encoder: Any) -> None:
+    """CLIP's positions are learned, and the pipelines pad to the tokenizer's length: both must be equal.
+
+    The pooled embedding is the end token's. Old configurations have 2 for it, by which transformers takes the largest.
+    """
+    if encoder.eos_token_id not in (LARGEST, tokenizer.eos_token_id):
+        found = f"its end token is {tokenizer.eos_token_id}, and its text encoder's {encoder.eos_token_id}"
+        raise _refused(folder, found)
     length, positions = tokenizer.model_max_length, encoder.max_position_embeddings
     if length != positions:
         raise _refused(folder, f"its model_max_length is {length}, and its text encoder has {positions} positions")

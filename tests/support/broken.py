@@ -130,7 +130,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "a configuration cut off": ("flux", cut_off("vae/config.json"), "vae/config.json is not readable as JSON"),
     "a list for a configuration": ("flux", content("transformer/config.json", b"[]"), "must hold a JSON object"),
     "no heads": ("flux", fields("text_encoder/config.json", num_attention_heads=0), "text_encoder"),
-    "CLIP that states no end": ("sd3", fields("text_encoder/config.json", eos_token_id=remove), "lacks eos_token_id"),
+    "CLIP that states no end": ("sd3", fields("text_encoder/config.json", eos_token_id=remove), "its end token is"),
     "words for a width": ("flux", fields("transformer/config.json", attention_head_dim="wide"), "is 'wide', no pos"),
     "a VAE that states no scale": ("flux", fields("vae/config.json", scaling_factor=remove), "lacks scaling_factor"),
     # parts that do not fit each other
