@@ -7,6 +7,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import transformers
 import transformers.utils.logging as transformers_logging
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from rats.schemas.params import ComputeParams, ModelParams
 
 META = "meta"
 """torch's device of tensors with shapes and no values."""
+SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
+"""Weights in one file, as transformers and diffusers call it."""
 HARMLESS = r"|".join(
     (
         r"(^|\.)position_ids$",  # counted, not trained; saved by old releases
@@ -66,13 +69,42 @@ def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeP
     check_config(cls, folder)
     check_headers(cls, folder)
     settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True, **_renaming(cls)}
-    if compute.device == META:
-        settings["device_map"] = META
+    load = partial(_outlined, cls) if compute.device == META else cls.from_pretrained
     # what it would warn of is an error below
     with opening(folder, cls.__name__), quiet_loading(), quiet_notices(), quiet_imports():
-        module, info = cls.from_pretrained(folder, **settings)
+        module, info = load(folder, **settings)
     _check_keys(cls, folder, info)
     return module.to(torch_device(compute.device)).eval()
+
+
+def _outlined(cls: Any, folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """`cls.from_pretrained` with tensors of shapes and no values: of the weights, only the headers are read."""
+    state = _shapes(folder)
+    if not state:  # a layout that only the library knows
+        return cls.from_pretrained(folder, device_map=META, **settings)
+    if hasattr(cls, "config_class"):  # transformers
+        config = cls.config_class.from_pretrained(folder)
+        return cls.from_pretrained(None, config=config, state_dict=state, device_map=META, **settings)
+    with torch.device(META):
+        module = cls.from_config(cls.load_config(folder))
+    module._fix_state_dict_keys_on_load(state)  # diffusers: names of old releases
+    found = module.load_state_dict(state, strict=False, assign=True)
+    ignored = cls._keys_to_ignore_on_load_unexpected or []
+    unexpected = [key for key in found.unexpected_keys if not any(re.search(one, key) for one in ignored)]
+    return module.to(settings["torch_dtype"]), {"missing_keys": found.missing_keys, "unexpected_keys": unexpected}
+
+
+def _shapes(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the folder's safetensors files on the meta device, by name; none where there are no such files."""
+    names = [path.name for path in folder.glob("*.safetensors") if path.name in SINGLE]
+    for index in folder.glob("*.safetensors.index.json"):
+        names = names or sorted(set(read_json(index)["weight_map"].values()))
+    state = {}
+    for name in names:
+        with safe_open(folder / name, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        state |= {key: torch.empty(shape, device=META) for key, shape in shapes.items()}
+    return state
 
 
 def _check_keys(cls: Any, folder: Path, info: dict[str, Any]) -> None:
