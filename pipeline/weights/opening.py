@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 NO_GPU = ("No GPU", "CUDA is not available", "not compiled with CUDA", "requires a GPU", "NVIDIA driver")
 """What libraries say where a file needs an accelerator."""
 SENTENCEPIECE = "sentencepiece"
-"""transformers reads a vocabulary of spiece.model with it, and raises a ValueError where it is not installed."""
+"""transformers reads a vocabulary of spiece.model with it. Without it, it raises a ValueError, or asks for tiktoken."""
 OTHER_SHAPES = ("size mismatch", "size of tensor", "expected shape", "mismatched sizes", "ignore_mismatched_sizes")
 
 
@@ -53,7 +54,7 @@ def _explained(error: Exception, path: Path | str, kind: str, remedy: str) -> Ra
     text = f"{path} does not load as {kind} ({_said(error)})"
     if isinstance(error, ImportError | PackageNotFoundError):
         return ConfigError(f"{text}: a package is missing or of another version, install the one that this names")
-    if isinstance(error, ValueError | OSError) and SENTENCEPIECE in str(error) and not _has_sentencepiece():
+    if isinstance(error, ValueError | OSError) and _asks_for_sentencepiece(str(error)):
         return ConfigError(f"{text}: pip install sentencepiece, or give the folder a tokenizer.json")
     if any(words in str(error) for words in NO_GPU):
         return ConfigError(f"{text}: use a machine with a GPU, or name a folder of plain weights")
@@ -71,10 +72,8 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {said}" if is_short else said
 
 
-def _has_sentencepiece() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(SENTENCEPIECE) is not None
+def _asks_for_sentencepiece(text: str) -> bool:
+    return find_spec(SENTENCEPIECE) is None and (SENTENCEPIECE in text or "tiktoken" in text)
 
 
 def check_config(cls: Any, folder: Path) -> None:

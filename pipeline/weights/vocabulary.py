@@ -62,7 +62,11 @@ def _check_special(tokenizer: Any, folder: Path) -> None:
         raise _refused(folder, "it has no padding token")
     if not (folder / FAST).is_file():
         return
-    known = {token["content"] for token in read_json(folder / FAST)["added_tokens"]}
+    known = {token["content"]: token["id"] for token in read_json(folder / FAST)["added_tokens"]}
+    for content, number in known.items():
+        # where one of them is away, those behind it move up
+        if (found := tokenizer.convert_tokens_to_ids(content)) != number:
+            raise _refused(folder, f"{FAST} numbers {brief(content)} {number}, and it is {found}")
     for name, token in tokenizer.special_tokens_map.items():
         if isinstance(token, str) and token not in known:
             raise _refused(folder, f"its {name} {brief(token)} is no special token of {FAST}")

@@ -1,0 +1,79 @@
+"""Whatever a library raises while a file is opened becomes one line with the way out that fits the cause."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+from rats.pipeline.rewards.open import open_reward
+from rats.pipeline.weights.loading import load_component
+from rats.pipeline.weights.opening import opening
+from rats.schemas.errors import ConfigError, DataError, RatsError, StorageError
+from rats.schemas.params import ComputeParams, ModelParams, RewardParams
+from tests.support import tiny
+
+ANEW = "fetch or export it again"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "way_out"),
+    [
+        (ImportError("needs `gguf`"), ConfigError, "a package is missing"),
+        (PackageNotFoundError("bitsandbytes"), ConfigError, "a package is missing"),
+        (RuntimeError("No GPU found. A GPU is needed for FP8"), ConfigError, "use a machine with a GPU"),
+        (PermissionError(13, "Permission denied"), StorageError, "the right to read it"),
+        (RuntimeError("size mismatch for a.weight"), DataError, "take both from one source"),
+        (pickle.UnpicklingError("invalid load key"), DataError, ANEW),
+        (json.JSONDecodeError("Expecting value", "x", 0), DataError, ANEW),
+        (TypeError("unhashable"), DataError, ANEW),
+        (ZeroDivisionError("integer modulo by zero"), DataError, ANEW),
+        (KeyError("added_tokens"), DataError, "KeyError: 'added_tokens'"),
+    ],
+)
+def test_an_error_of_a_library_gets_the_file_the_reason_and_the_way_out(
+    error: Exception, kind: type[RatsError], way_out: str
+) -> None:
+    with (
+        pytest.raises(kind, match="parts/vae does not load as AutoencoderKL") as refusal,
+        opening("parts/vae", "AutoencoderKL"),
+    ):
+        raise error
+    assert way_out in str(refusal.value) and "\n" not in str(refusal.value)
+    assert (ANEW in str(refusal.value)) == (kind is DataError and "one source" not in way_out)
+
+
+def test_a_full_memory_and_our_own_errors_pass_as_they_are() -> None:
+    for error in (torch.OutOfMemoryError("40 GiB"), MemoryError(), ConfigError("teacher.width is 20")):
+        with pytest.raises(type(error)) as raised, opening("parts/vae", "AutoencoderKL"):
+            raise error
+        assert raised.value is error
+
+
+def test_weights_left_over_are_refused_but_for_harmless_ones(tmp_path: Path) -> None:
+    tiny.vae().save_pretrained(tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    state = load_file(path)
+    for device in ("cpu", "meta"):
+        save_file(state | {"text_model.embeddings.position_ids": torch.arange(7)}, path, {"format": "pt"})
+        opened = load_component(AutoencoderKL, tmp_path, ModelParams(path="x"), ComputeParams(device=device))
+        assert (opened.device.type, opened.training) == (device, False)
+        save_file(state | {"decoder.more.weight": torch.ones(3)}, path, {"format": "pt"})
+        with pytest.raises(
+            DataError, match=r"1 weights that a AutoencoderKL .* no place for, decoder.more.weight first"
+        ):
+            load_component(AutoencoderKL, tmp_path, ModelParams(path="x"), ComputeParams(device=device))
+
+
+def test_a_reward_s_damaged_settings_are_one_line_too(models: Path, tmp_path: Path) -> None:
+    tiny.write_pickscore(tmp_path / "reward")
+    path = tmp_path / "reward" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"text_config": [3]}))
+    with pytest.raises(DataError, match=r"reward does not load as reward 'mine' \(pickscore\)"):
+        open_reward(RewardParams(name="mine", adapter="pickscore", path=str(tmp_path / "reward")))
