@@ -99,7 +99,7 @@ def _shapes(folder: Path) -> dict[str, Tensor]:
     names = [path.name for path in folder.glob("*.safetensors") if path.name in SINGLE]
     for index in folder.glob("*.safetensors.index.json"):
         names = names or sorted(set(read_json(index)["weight_map"].values()))
-    state = {}
+    state: dict[str, Tensor] = {}
     for name in names:
         with safe_open(folder / name, "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel
 
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.weights.loading import load_component
@@ -56,19 +58,33 @@ def test_a_full_memory_and_our_own_errors_pass_as_they_are() -> None:
         assert raised.value is error
 
 
-def test_weights_left_over_are_refused_but_for_harmless_ones(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_left_over_are_refused(device: str, tmp_path: Path) -> None:
+    model, compute = ModelParams(path="x"), ComputeParams(device=device)
     tiny.vae().save_pretrained(tmp_path)
-    (path,) = tmp_path.glob("*.safetensors")
-    state = load_file(path)
-    for device in ("cpu", "meta"):
-        save_file(state | {"text_model.embeddings.position_ids": torch.arange(7)}, path, {"format": "pt"})
-        opened = load_component(AutoencoderKL, tmp_path, ModelParams(path="x"), ComputeParams(device=device))
-        assert (opened.device.type, opened.training) == (device, False)
-        save_file(state | {"decoder.more.weight": torch.ones(3)}, path, {"format": "pt"})
-        with pytest.raises(
-            DataError, match=r"1 weights that a AutoencoderKL .* no place for, decoder.more.weight first"
-        ):
-            load_component(AutoencoderKL, tmp_path, ModelParams(path="x"), ComputeParams(device=device))
+    opened = load_component(AutoencoderKL, tmp_path, model, compute)
+    assert (opened.device.type, opened.training) == (device, False)
+    add(tmp_path, "decoder.more.weight")
+    with pytest.raises(DataError, match=r"1 weights that a AutoencoderKL .* no place for, decoder.more.weight first"):
+        load_component(AutoencoderKL, tmp_path, model, compute)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_text_encoder_may_be_cut_out_of_a_larger_model(device: str, models: Path, tmp_path: Path) -> None:
+    model, compute = ModelParams(path="x"), ComputeParams(device=device)
+    folder = Path(shutil.copytree(models / "flux/text_encoder", tmp_path / "clip"))
+    for harmless in ("text_model.embeddings.position_ids", "vision_model.post_layernorm.weight", "logit_scale"):
+        add(folder, harmless)
+    load_component(CLIPTextModel, folder, model, compute)
+    add(folder, "text_model.encoder.layers.5.layer_norm1.weight")
+    with pytest.raises(DataError, match=r"1 weights that a CLIPTextModel .* no place for"):
+        load_component(CLIPTextModel, folder, model, compute)
+
+
+def add(folder: Path, name: str) -> None:
+    """One more tensor in the folder's file."""
+    (path,) = folder.glob("*.safetensors")
+    save_file(load_file(path) | {name: torch.arange(7.0)}, path, {"format": "pt"})
 
 
 def test_a_reward_s_damaged_settings_are_one_line_too(models: Path, tmp_path: Path) -> None:
