@@ -55,7 +55,7 @@ def read_prompts(source: str | Path | PromptSource) -> list[Prompt]:
     return [prompt for _, prompt in numbered]
 
 
-def planned(prompts: Iterable[Prompt], noises_per_prompt: int) -> list[PlannedSample]:
+def planned_samples(prompts: Iterable[Prompt], noises_per_prompt: int) -> list[PlannedSample]:
     """Every prompt with every noise index."""
     return [
         PlannedSample(key=sample_key(prompt.id, i), prompt_id=prompt.id, prompt=prompt.text, noise_index=i)

@@ -20,7 +20,7 @@ from rats.pipeline.weights.loading import torch_device
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
 from rats.schemas.params import Params
-from rats.stages.measure.pictures import encode, grid
+from rats.stages.measure.pictures import encode_image, make_image_grid
 from rats.stages.train.record import read_record, student_folder
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ def generate(
         atomic_write(out, encode_videos(drawn, suffix, params.teacher.scored_frames))
         return [frame for video in drawn for frame in video]
     pictures = [picture for (picture,) in drawn]
-    atomic_write(out, encode(grid(pictures), suffix))
+    atomic_write(out, encode_image(make_image_grid(pictures), suffix))
     return pictures
 
 
@@ -100,8 +100,8 @@ def encode_videos(videos: Sequence[Sequence[Image.Image]], suffix: str, shown: i
         for i, video in enumerate(videos):
             for j, row in enumerate(rows):
                 sheet.paste(video[row], (j * width, i * height))
-        return encode(sheet, suffix)
-    first, *others = [grid(at_once) for at_once in zip(*videos, strict=True)]
+        return encode_image(sheet, suffix)
+    first, *others = [make_image_grid(at_once) for at_once in zip(*videos, strict=True)]
     buffer = io.BytesIO()
     first.save(buffer, suffix[1:].upper(), save_all=True, append_images=others, duration=FRAME_MS, loop=0)
     return buffer.getvalue()

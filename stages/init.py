@@ -16,7 +16,7 @@ from rats.pipeline.prompts import Prompt, read_prompts
 from rats.pipeline.weights.hashes import read_json
 from rats.schemas.errors import CannotCreateError, ConfigError
 from rats.schemas.params import Params, PromptSource, TeacherParams, load_params
-from rats.schemas.plugins import FAMILIES, REWARDS, found, load_plugin
+from rats.schemas.plugins import FAMILIES, REWARDS, load_plugin, plugins_in
 from rats.stages.templates.render import render
 
 HUB_REWARDS = (
@@ -148,20 +148,22 @@ def family_of(model: str) -> str:
     Raises:
         ConfigError: there is no such file or id, or it is of no family here.
     """
-    from rats.pipeline.families.open import fitting_family  # this import takes seconds, and `--dvc` does not need it
+    from rats.pipeline.families.open import family_for_index  # this import takes seconds, and `--dvc` does not need it
 
     if Path(model).exists():
         index = read_json(Path(model) / "model_index.json")
-        fitting, what = fitting_family(index), f"a {index.get('_class_name')}"
+        fitting, what = family_for_index(index), f"a {index.get('_class_name')}"
     else:
         fitting, what = _published(model), "no hub id that any of them knows, and no folder here"
     if fitting is None:
-        raise ConfigError(f"--model {model} is {what}: say which of {', '.join(sorted(found(FAMILIES)))} by --family")
+        raise ConfigError(
+            f"--model {model} is {what}: say which of {', '.join(sorted(plugins_in(FAMILIES)))} by --family"
+        )
     return fitting
 
 
 def _published(model: str) -> str | None:
-    for name in found(FAMILIES):
+    for name in plugins_in(FAMILIES):
         with contextlib.suppress(ConfigError):  # one that cannot be imported here
             if model.startswith(load_plugin(FAMILIES, name).published):
                 return name
@@ -186,9 +188,9 @@ def _word(name: str) -> str:
 
 def _reward(text: str) -> tuple[str, str]:
     adapter, equals, path = text.partition("=")
-    if not equals or adapter not in found(REWARDS):
+    if not equals or adapter not in plugins_in(REWARDS):
         raise ConfigError(
-            f"--reward {text!r}: write ADAPTER=PATH with one of the adapters {', '.join(sorted(found(REWARDS)))}"
+            f"--reward {text!r}: write ADAPTER=PATH with one of the adapters {', '.join(sorted(plugins_in(REWARDS)))}"
         )
     return adapter, path
 

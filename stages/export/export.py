@@ -29,7 +29,7 @@ EXPORTED = {LORA, PIPELINE, CALL, CARD, ".gitattributes", ".cache"}
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportPlan:
     """What will be exported. Everything was checked."""
 
     record: RunRecord
@@ -38,7 +38,7 @@ class Export:
     call: dict[str, int | float]
 
 
-def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Export:
+def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> ExportPlan:
     """Checks everything that can be wrong before anything is loaded or written; see `export_stage`."""
     record = read_record(run)
     student = checked_student(run, record)
@@ -48,7 +48,7 @@ def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Expo
     _check_call(model, run, record)
     _check_out(out)
     parts = ((LORA,) if is_lora(student) else ()) + ((PIPELINE,) if merged else ())
-    return Export(record, student, parts, model.call())
+    return ExportPlan(record, student, parts, model.call())
 
 
 def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation: Path) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation:
     return {**summary(export, run, out), "files": len(sizes), "bytes": sum(sizes)}
 
 
-def summary(export: Export, run: Path, out: Path) -> dict[str, Any]:
+def summary(export: ExportPlan, run: Path, out: Path) -> dict[str, Any]:
     """What `rats export --dry-run` prints; without --dry-run more is added."""
     return {
         "out": str(out),

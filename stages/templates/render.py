@@ -12,10 +12,10 @@ from PIL import Image
 
 from rats.stages.measure.pictures import Picture
 
-Entry = dict[str, Any]
+PageData = dict[str, Any]
 
 
-def plot(svg: str, caption: str) -> Entry:
+def plot(svg: str, caption: str) -> PageData:
     """An SVG as the page takes it."""
     data = base64.b64encode(svg.encode()).decode()
     return {"source": f"data:image/svg+xml;base64,{data}", "caption": caption}
@@ -28,7 +28,7 @@ def png(picture: Picture) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def render(template: str, context: Entry) -> str:
+def render(template: str, context: PageData) -> str:
     """A template of this folder, filled in; a value that it misses is an error.
 
     Pages (`.html.j2`) escape every value: prompts may hold anything.

@@ -18,7 +18,7 @@ QUEUES = ("slurm", "pbs", "sge", "lsf", "htcondor", "oar")
 
 CLUSTERS = (*QUEUES, "cuda")
 
-WAIT_SECONDS = 120.0
+WORKER_WAIT_SECONDS = 120.0
 QUEUE_WAIT_SECONDS = 86400.0
 """A job may wait in its queue for hours."""
 
@@ -38,7 +38,7 @@ class Tls:
 
 
 @dataclass(frozen=True)
-class Where:
+class WorkerTarget:
     """Where tasks run: in this process (`workers` 0), on local processes, or on a cluster.
 
     Attributes:
@@ -80,7 +80,7 @@ class Where:
         """Seconds to wait while no worker can take a task."""
         if self.wait_seconds is not None:
             return self.wait_seconds
-        return QUEUE_WAIT_SECONDS if self.cluster in QUEUES else WAIT_SECONDS
+        return QUEUE_WAIT_SECONDS if self.cluster in QUEUES else WORKER_WAIT_SECONDS
 
 
 def checked_address(address: str, tls: Tls | None = None) -> str:
@@ -117,7 +117,7 @@ def parse_resources(texts: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def able(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float]) -> set[str]:
+def able_workers(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float]) -> set[str]:
     """The addresses of workers that offer what a task needs. Each runs one task at a time, whatever it offers.
 
     A worker that is neither running nor paused has not finished its start, and may never do so.
@@ -127,11 +127,11 @@ def able(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float]) -
     return {name for name, offer in offers.items() if all(offer.get(key, 0) >= count for key, count in needs.items())}
 
 
-def nobody(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float], seconds: float) -> str:
+def no_worker_text(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float], seconds: float) -> str:
     """One line that says why no worker could take a task for `seconds`."""
     if not workers:
         return f"no Dask worker for {seconds:.0f} s: start workers, or use --workers 0, and run the same command again"
-    if able(workers, {}) != set(workers) or able(workers, needs):
+    if able_workers(workers, {}) != set(workers) or able_workers(workers, needs):
         return f"Dask workers do not get past their start for {seconds:.0f} s: look at their logs; is this rats there?"
     offers = sorted({_listed(worker.get("resources") or {}) for worker in workers.values()})
     return (
