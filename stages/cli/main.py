@@ -20,8 +20,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     **HELP_STYLE,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        print(f"rats {version('rats')}")
+    except PackageNotFoundError:
+        print("rats, not installed: read from its source folder")
+    raise typer.Exit
+
+
 app.add_typer(stage, name="stage")
 app.add_typer(shards, name="shards")
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command()
@@ -32,8 +55,10 @@ def init(
         str | None, typer.Option(metavar="NAME", help="Its family, if model_index.json and hub id do not say it.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .csv, split by concept.")
+        Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .csv or a table, split by concept.")
     ] = None,
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="The table's column of prompts.")] = None,
+    field: Annotated[str | None, typer.Option(metavar="NAME", help="Where rows lie in a JSON document.")] = None,
     reward: Annotated[
         list[str] | None, typer.Option(metavar="ADAPTER=PATH", help="A reward; repeatable, the first one trains.")
     ] = None,
@@ -45,10 +70,13 @@ def init(
 
     Writes params.yaml, dvc.yaml and prompt files for your model, prompts and rewards.
     """
-    from rats.stages.init import init_project, write_dvc
+    from rats.stages.init import init_project, next_commands, table_of, write_dvc
 
-    written = [write_dvc(folder)] if dvc else init_project(folder, model, prompts, reward or [], force, family)
-    print_result({"written": [str(path) for path in written]}, json_)
+    if dvc:
+        print_result({"written": [str(write_dvc(folder))]}, json_)
+        return
+    written = init_project(folder, model, table_of(prompts, column, field), reward or [], force, family)
+    print_result({"written": [str(path) for path in written], "next": next_commands(folder)}, json_)
 
 
 @app.command()

@@ -56,8 +56,13 @@ def _wanted(params: Params) -> set[str]:
     store = EXTRAS.get(params.store.path.partition("://")[0], "")
     official = any(reward.backend == "official" for reward in params.rewards)
     used = {"judge": params.evaluate.judge is not None, "tracking": "tensorboard" in trackers, "rewards": official}
-    used["datasets"] = any(isinstance(getattr(params.prompts, split), PromptSource) for split in SPLITS)
+    used["datasets"] = any(_needs_datasets(getattr(params.prompts, split)) for split in SPLITS)
     return {name for name, is_used in used.items() if is_used} | ({store} if store else set())
+
+
+def _needs_datasets(source: object) -> bool:
+    """Files are read by us, wherever they lie; a whole repository of the hub by its own settings is not."""
+    return isinstance(source, PromptSource) and source.files is None and not Path(source.path).exists()
 
 
 def _splits(params: Params) -> list[Split]:

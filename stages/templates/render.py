@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from rats.schemas.yaml_values import scalar
 from rats.stages.measure.pictures import Picture
 
 PageData = dict[str, Any]
@@ -31,7 +32,7 @@ def png(picture: Picture) -> str:
 def render(template: str, context: PageData) -> str:
     """A template of this folder, filled in; a value that it misses is an error.
 
-    Pages (`.html.j2`) escape every value: prompts may hold anything.
+    Pages (`.html.j2`) escape every value: prompts may hold anything. In YAML a text goes through the filter `yaml`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -41,6 +42,7 @@ def render(template: str, context: PageData) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["yaml"] = scalar
     return environment.get_template(template).render(context)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from rats.schemas.errors import ConfigError
 
@@ -15,6 +15,9 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 QUEUES = ("slurm", "pbs", "sge", "lsf", "htcondor", "oar")
 """Batch systems that dask-jobqueue starts workers on."""
+
+PROTOCOLS = ("tcp", "tls", "ucx")
+"""What Dask's schedulers speak between processes."""
 
 CLUSTERS = (*QUEUES, "cuda")
 
@@ -60,6 +63,8 @@ class WorkerTarget:
     wait_seconds: float | None = None
 
     def __post_init__(self) -> None:
+        if self.scheduler_address is not None:
+            _parts(self.scheduler_address)
         if self.cluster is not None and self.cluster not in CLUSTERS:
             raise ConfigError(f"unknown cluster {self.cluster!r}: use one of {', '.join(CLUSTERS)}")
         if self.cluster is not None and self.scheduler_address is not None:
@@ -85,7 +90,7 @@ class WorkerTarget:
 
 def checked_address(address: str, tls: Tls | None = None) -> str:
     """The address, if it is safe. A scheduler unpickles what it receives, so beyond loopback it must use TLS."""
-    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    parts = _parts(address)
     if parts.scheme == "tls":
         return address
     if tls is not None:
@@ -93,6 +98,22 @@ def checked_address(address: str, tls: Tls | None = None) -> str:
     if parts.hostname not in LOOPBACK:
         raise ConfigError(f"scheduler {address} is not on this machine and not encrypted: use a tls:// address")
     return address
+
+
+def _parts(address: str) -> SplitResult:
+    """Scheme, host and port of a scheduler; ConfigError where one of them is missing or is not Dask's."""
+    wanted = "write tls://HOST:8786, or tcp://127.0.0.1:8786 on this machine, as `dask scheduler` says at its start"
+    try:
+        parts = urlsplit(address if "://" in address else f"tcp://{address}")
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{address!r} is no address of a scheduler ({error}): {wanted}") from None
+    if parts.scheme not in PROTOCOLS:
+        page = "it is that of its page" if parts.scheme in ("http", "https") else f"it speaks no {parts.scheme}"
+        raise ConfigError(f"{address!r} is no address of a scheduler ({page}): {wanted}")
+    if not parts.hostname or not port:
+        raise ConfigError(f"{address!r} has no {'port' if parts.hostname else 'host'}: {wanted}")
+    return parts
 
 
 def address_in(path: Path) -> str:

@@ -63,6 +63,27 @@ def test_a_scheduler_elsewhere_needs_tls():
             checked_address(address)
 
 
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("http://127.0.0.1:8787/status", "that of its page"),
+        ("https://node7:8787", "that of its page"),
+        ("ftp://node7:8786", "speaks no ftp"),
+        ("tls://node7", "has no port"),
+        ("localhost", "has no port"),
+        ("tcp://:8786", "has no host"),
+        ("tcp://127.0.0.1:eight", "is no address of a scheduler"),
+        ("tcp://127.0.0.1:99999", "is no address of a scheduler"),
+        ("tcp://[::1:8786", "is no address of a scheduler"),
+        ("", "has no host"),
+    ],
+)
+def test_what_is_no_address_of_a_scheduler_is_said_before_anything_runs(address: str, hint: str):
+    for refused in (lambda: checked_address(address), lambda: WorkerTarget(scheduler_address=address)):
+        with pytest.raises(ConfigError, match=f"{hint}.*tls://HOST:8786"):
+            refused()
+
+
 def test_tls_files_for_an_address_without_tls_are_refused():
     file = Path(__file__)
     with pytest.raises(ConfigError, match="not encrypted"):
