@@ -21,7 +21,8 @@ from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
 from rats.schemas.params import Params
 from rats.stages.measure.pictures import encode, grid
-from rats.stages.train.record import read_record, student_folder
+from rats.stages.train.origin import changed_call, check_base, check_grid
+from rats.stages.train.record import checked_student, read_record, student_folder
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +53,7 @@ def generate(
 
     Raises:
         ConfigError: an empty prompt, a run without a student, an unknown suffix.
+        DataError: the student is damaged, of another model, or was trained on other sigmas than the scheduler gives.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty: say what to draw")
@@ -61,7 +63,7 @@ def generate(
         kind = "video" if is_video else "picture"
         raise ConfigError(f"cannot write a {kind} named '{out.name}': end it in one of {', '.join(known)}")
     if run is not None:
-        _check_steps(run, nfe)
+        _check_run(model, run, nfe)
     drawn = draw(open_pipeline(model, run), model, prompt, nfe, seed, count)
     if is_video:
         atomic_write(out, encode_videos(drawn, suffix, params.teacher.scored_frames))
@@ -107,8 +109,12 @@ def encode_videos(videos: Sequence[Sequence[Image.Image]], suffix: str, shown: i
     return buffer.getvalue()
 
 
-def _check_steps(run: Path, nfe: int) -> None:
-    """Warns if the student was not trained for this number of steps."""
-    trained = read_record(run).nfe
-    if nfe not in trained:
-        log.warning("%s was trained for %s steps, not for %d", run, ", ".join(map(str, trained)), nfe)
+def _check_run(model: Model, run: Path, nfe: int) -> None:
+    """The student must be the run's, on the run's model and sigmas. What is drawn unlike in training is said."""
+    record = read_record(run)
+    check_base(model, run, record, checked_student(run, record))
+    for name, (there, here) in changed_call(model, record).items():
+        log.warning("%s was trained with %s = %s, it draws with %s", run, name, there, here)
+    check_grid(model, run, record)
+    if nfe not in record.nfe:
+        log.warning("%s was trained for %s steps, not for %d", run, ", ".join(map(str, record.nfe)), nfe)
