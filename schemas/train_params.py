@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from rats.schemas.blocks import Block, NonNegative, Positive
+from rats.schemas.blocks import Block, NonNegative, PathText, Positive
 
 
 class GateParams(Block):
@@ -21,7 +21,7 @@ class GateParams(Block):
     form: Literal["rats", "figure", "constant", "off"] = "rats"
     tau: Annotated[float, Field(gt=0)] | Literal["gap"] | None = None
     value: Annotated[float, Field(ge=0, le=1)] | None = None
-    value_from: str | None = None
+    value_from: PathText | None = None
     teacher_reward: Literal["sample", "prompt"] = "sample"
     each: bool = False
 

@@ -156,7 +156,7 @@ PATCH = 2
 """Side of a network's patch in latent positions, for every published network of these families."""
 
 
-class PatchedFamily(Family):
+class PatchFamily(Family):
     """Families whose tokens are patches of a picture. One with another autoencoder sets `vae_class` and `factor`."""
 
     vae_class = AutoencoderKL

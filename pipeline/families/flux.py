@@ -12,7 +12,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.families.base import PatchedFamily
+from rats.pipeline.families.base import PatchFamily
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.params import TeacherParams
@@ -21,7 +21,7 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
     from diffusers import FluxPipeline
 
 
-class Flux(PatchedFamily):
+class Flux(PatchFamily):
     """2 x 2 patches of the VAE's latent are the tokens; CLIP's pooled and T5's sequence embedding condition them."""
 
     pipeline_class = FluxPipeline

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch import Tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
-from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.families.base import PATCH, PatchFamily
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError
@@ -24,7 +24,7 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 
-class Flux2Klein(PatchedFamily):
+class Flux2Klein(PatchFamily):
     """2 x 2 patches of the VAE's latent are the tokens; three of Qwen3's layers, side by side, condition them."""
 
     pipeline_class = Flux2KleinPipeline

@@ -29,7 +29,7 @@ from rats.pipeline.weights.loading import (
 from rats.pipeline.weights.lora import add_lora, is_lora, load_lora
 from rats.schemas.errors import ConfigError, brief
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
-from rats.schemas.plugins import FAMILIES, found, load_plugin
+from rats.schemas.plugins import FAMILIES, load_plugin, plugins_in
 from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import LoraParams
 
@@ -233,9 +233,9 @@ def apply_kernels(network: Any, compute: ComputeParams) -> None:
         network.compile()
 
 
-def fitting_family(index: Mapping[str, Any]) -> str | None:
+def family_for_index(index: Mapping[str, Any]) -> str | None:
     """The installed family of the pipeline in a model_index.json; None if there is none."""
-    for name in found(FAMILIES):
+    for name in plugins_in(FAMILIES):
         try:
             cls: type[Family] = load_plugin(FAMILIES, name)
         except ConfigError:  # a family that cannot be imported cannot open the model
@@ -249,7 +249,7 @@ def _check_index(model: ModelParams, cls: type[Family], index: Mapping[str, Any]
     """Raises ConfigError when `index`, a model_index.json, is of another pipeline than the family's."""
     name = index.get("_class_name")
     if name not in (None, cls.pipeline_class.__name__):
-        fitting = fitting_family(index)
+        fitting = family_for_index(index)
         way_out = f"set model.family: {fitting}" if fitting else "name a pipeline of an installed family (rats doctor)"
         drawn = f"model.family {model.family} draws as a {cls.pipeline_class.__name__}"
         raise ConfigError(f"{model.path} is a {brief(name)}, and {drawn}: {way_out}")

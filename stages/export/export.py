@@ -28,7 +28,7 @@ EXPORTED = {LORA, PIPELINE, CALL, CARD, ".gitattributes", ".cache"}
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportPlan:
     """What will be exported. Everything was checked."""
 
     record: RunRecord
@@ -39,7 +39,7 @@ class Export:
     """The grid of each number of steps that it was trained for."""
 
 
-def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Export:
+def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> ExportPlan:
     """Checks everything that can be wrong before anything is loaded or written; see `export_stage`."""
     record = read_record(run)
     student = checked_student(run, record)
@@ -50,7 +50,7 @@ def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Expo
     check_grid(model, run, record)
     _check_out(out)
     parts = ((LORA,) if is_lora(student) else ()) + ((PIPELINE,) if merged else ())
-    return Export(record, student, parts, model.call(), model.sigmas(record.nfe))
+    return ExportPlan(record, student, parts, model.call(), model.sigmas(record.nfe))
 
 
 def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation:
     return {**summary(export, run, out), "files": len(sizes), "bytes": sum(sizes), "movement_kept": kept}
 
 
-def summary(export: Export, run: Path, out: Path) -> dict[str, Any]:
+def summary(export: ExportPlan, run: Path, out: Path) -> dict[str, Any]:
     """What `rats export --dry-run` prints; without --dry-run more is added."""
     return {
         "out": str(out),
