@@ -253,7 +253,8 @@ def with_variant(params: Params, name: str) -> TrainParams:
     """
     if name not in params.variants:
         raise ConfigError(f"unknown variant {brief(name)}{nearest(name, params.variants)}; add it under variants:")
-    values = params.train.model_dump()
+    # without defaults: one that follows another field (lora.alpha) has to follow what the variant changes
+    values = params.train.model_dump(exclude_unset=True)
     for dotted, value in params.variants[name].items():
         set_at(values, dotted.split("."), value, f"variants.{name}.{dotted}")
     return validate(TrainParams, values, f"variants.{name}")

@@ -25,7 +25,8 @@ from rats.schemas.horizons import evenly
 from rats.schemas.params import Params
 from rats.stages.measure.pictures import encode_image, make_image_grid
 from rats.stages.progress import progress
-from rats.stages.train.record import read_record, student_folder
+from rats.stages.train.origin import changed_call, check_base, check_grid
+from rats.stages.train.record import checked_student, read_record, student_folder
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def generate(
     Raises:
         ConfigError: an empty prompt, a run without a student, an unknown suffix; more pictures than the format or
             this machine's memory holds.
+        DataError: the student is damaged, of another model, or was trained on other sigmas than the scheduler gives.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty: say what to draw")
@@ -70,7 +72,7 @@ def generate(
         raise ConfigError(f"cannot write a {kind} named '{out.name}': end it in one of {', '.join(known)}")
     _refuse_too_many(params, count, suffix)
     if run is not None:
-        _check_steps(run, nfe)
+        _check_run(model, run, nfe)
     drawn = draw(open_pipeline(model, run), model, prompt, nfe, seed, count)
     if is_video:
         atomic_write(out, encode_videos(drawn, suffix, params.teacher.scored_frames))
@@ -150,8 +152,12 @@ def encode_videos(videos: Sequence[Sequence[Image.Image]], suffix: str, shown: i
     return buffer.getvalue()
 
 
-def _check_steps(run: Path, nfe: int) -> None:
-    """Warns if the student was not trained for this number of steps."""
-    trained = read_record(run).nfe
-    if nfe not in trained:
-        log.warning("%s was trained for %s steps, not for %d", run, ", ".join(map(str, trained)), nfe)
+def _check_run(model: Model, run: Path, nfe: int) -> None:
+    """The student must be the run's, on the run's model and sigmas. What is drawn unlike in training is said."""
+    record = read_record(run)
+    check_base(model, run, record, checked_student(run, record))
+    for name, (there, here) in changed_call(model, record).items():
+        log.warning("%s was trained with %s = %s, it draws with %s", run, name, there, here)
+    check_grid(model, run, record)
+    if nfe not in record.nfe:
+        log.warning("%s was trained for %s steps, not for %d", run, ", ".join(map(str, record.nfe)), nfe)

@@ -124,6 +124,11 @@ class Family(ABC):
         return scheduler
 
     @classmethod
+    def comfyui_name(cls, module: str) -> str:
+        """The name under which ComfyUI finds a module's adapters, of the module's name in diffusers' network."""
+        return f"transformer.{module}"
+
+    @classmethod
     def call(cls, settings: TeacherParams) -> dict[str, int | float]:
         """The arguments of the pipeline's call for a student, besides prompt and steps. They turn off true CFG."""
         sizes = {"height": settings.height, "width": settings.width}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -109,6 +109,10 @@ class Model:
         """The pipeline's scheduler in the form in which the family samples by it."""
         return self.family.scheduler(self.folder.scheduler_config)
 
+    def sigmas(self, counts: Iterable[int]) -> dict[int, tuple[float, ...]]:
+        """The grid of each number of steps, as the scheduler makes it now: `FamilyStudent.stock_sigmas`."""
+        return {steps: tuple(self.outline.stock_sigmas(steps)) for steps in counts}
+
     def call(self) -> dict[str, int | float]:
         """The arguments of the pipeline's call as in training, besides prompt and number of steps."""
         return self.family.call(self.teacher)
@@ -177,11 +181,16 @@ class Model:
         The network in training cannot be saved as it is: it may be sharded, and it is in float32 where `model.dtype` is
         not. This one is built on the CPU, since the device's memory is full.
         """
-        on_cpu = ComputeParams(device="cpu")
-        network: nn.Module = load_component(self.family.network_class, self._base, self.params, on_cpu)
+        network = self.base_network()
         if lora is not None:
             add_lora(network, lora, self.family.lora_targets, seed=0)  # all of them are replaced
         network.load_state_dict(weights, strict=lora is None)
+        return network
+
+    def base_network(self, dtype: str | None = None) -> nn.Module:
+        """The pipeline's network on the CPU, in the model's dtype or another one."""
+        params = self.params.model_copy(update={"dtype": dtype or self.params.dtype})
+        network: nn.Module = load_component(self.family.network_class, self._base, params, ComputeParams(device="cpu"))
         return network
 
     def _sampling_parts(

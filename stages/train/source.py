@@ -36,6 +36,7 @@ NOT_IN_SETTINGS: dict[str, bool | set[str]] = {
     "guard": True,
     "samples_every": True,
     "trackers": True,
+    "save_dtype": True,
     "gate": {"tau", "value", "value_from"},
 }
 """Fields that may differ when a run resumes, since they change no step. Those of the gate enter as their results."""

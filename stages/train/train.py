@@ -10,12 +10,14 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers.training_utils import cast_training_params
+from torch import Tensor
 
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
@@ -26,6 +28,7 @@ from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.weights.hashes import hash_path
 from rats.pipeline.weights.loading import save_component
 from rats.pipeline.weights.lora import save_lora
+from rats.pipeline.weights.movement import share_kept
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params, with_variant
 from rats.schemas.reports import TrainReport
@@ -92,8 +95,8 @@ def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: 
     with training_callbacks(params, model, chosen, student, by_name, run, saved, out):
         for part, followed in training_segments(params, model, settings, source, run, out):
             _train(replace(objective, student=watched, settings=part), followed, run, witness)
-    folder = save_student(run.learner, out / "student", model, chosen)
-    record = _record(model, variant, settings, source, run, witness, folder, out)
+    saved_as = save_student(run.learner, out / "student", model, chosen)
+    record = _record(model, variant, settings, source, run, witness, saved_as, out)
     if ranks.is_main:
         atomic_write(out / "run.json", json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True).encode())
     ranks.wait()
@@ -176,18 +179,44 @@ def _with_tau(objective: Objective, source: Source, run: Run) -> Objective:
     return replace(objective, settings=replace(settings, tau=tau))
 
 
-def save_student(learner: Learner, folder: Path, model: Model, chosen: TrainParams) -> Path:
-    """The trained network, or its adapters, as a folder that diffusers loads; returns it.
+@dataclass(frozen=True)
+class SavedAs:
+    """The student's folder, its dtype, and the share of what training moved that this dtype keeps."""
+
+    folder: Path
+    dtype: str
+    kept: float = 1.0
+
+
+def save_student(learner: Learner, folder: Path, model: Model, chosen: TrainParams) -> SavedAs:
+    """The trained network, or its adapters, as a folder that diffusers loads.
 
     The weights are those of the moving average, if one is kept. All ranks must call, the main one writes.
     """
     weights = learner.weights()
+    saved_as = SavedAs(folder, model.params.dtype if chosen.save_dtype == "model" and not chosen.lora else "float32")
     if learner.ranks.is_main:
-        network = model.rebuilt_network(weights, chosen.lora)
         with atomic_folder(folder) as temporary:
-            (save_lora if chosen.lora else save_component)(network, temporary)
+            if chosen.lora:
+                save_lora(model.rebuilt_network(weights, chosen.lora), temporary)
+            else:
+                saved_as = replace(saved_as, kept=_save_network(model, weights, saved_as.dtype, temporary))
+        if saved_as.kept < 0.5:
+            log.warning(
+                "saved in %s, the student keeps %.2g of what training moved: set train.save_dtype: float32",
+                *(saved_as.dtype, saved_as.kept),
+            )
     learner.ranks.wait()
-    return folder
+    return saved_as
+
+
+def _save_network(model: Model, weights: dict[str, Tensor], dtype: str, folder: Path) -> float:
+    """The share of what training moved that the files keep."""
+    network = model.base_network(dtype)
+    kept = share_kept(network.state_dict(), weights.items())
+    network.load_state_dict(weights)
+    save_component(network, folder)
+    return kept
 
 
 def _record(
@@ -197,7 +226,7 @@ def _record(
     source: Source,
     run: Run,
     witness: TeacherCallCounter,
-    student: Path,
+    saved_as: SavedAs,
     out: Path,
 ) -> RunRecord:
     state, snapshot = run.state, source.snapshot
@@ -220,9 +249,13 @@ def _record(
         reward_column=" + ".join(column.address for column in scored),
         base=source.shards.recipe.weights["transformer"],
         vae=next(iter(scored)).hashes["vae"],
-        student=hash_path(student),
+        student=hash_path(saved_as.folder),
         settings=run.identity.settings,
         call=model.call(),
+        sigmas=model.sigmas(settings.train.grid),
+        diffusers=diffusers.__version__,
+        saved_dtype=saved_as.dtype,
+        movement_kept=saved_as.kept,
         gate_form=settings.train.gate.form,
         gate_mean=state.gate_mean,
         gate_value=settings.gate_value,

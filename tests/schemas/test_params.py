@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,26 @@ def test_a_variant_that_is_used_by_nobody_is_checked_too(tmp_path: Path) -> None
 def test_params_need_no_defaults_from_the_test_machine(tmp_path: Path) -> None:
     params = load_params(write(tmp_path))
     assert Params.model_validate(params.model_dump()) == params
+
+
+@pytest.mark.parametrize(
+    ("lora", "alpha"),
+    [({}, 32.0), ({"rank": 8}, 8.0), ({"rank": 8, "alpha": None}, 8.0), ({"rank": 8, "alpha": 3}, 3.0)],
+)
+def test_the_adapters_alpha_follows_their_rank_unless_it_is_set(tmp_path, lora, alpha):
+    params = load_params(write(tmp_path), ["train.lora=" + json.dumps(lora)])
+    assert params.train.lora.model_dump() == {"rank": lora.get("rank", 32), "alpha": alpha, "targets": None}
+
+
+def test_the_alpha_of_a_variant_follows_the_variant_s_rank(tmp_path):
+    overrides = ["train.lora={rank: 16}", "variants.low={lora.rank: 4}", "variants.strong={lora.alpha: 24}"]
+    params = load_params(write(tmp_path), overrides)
+    chosen = {name: with_variant(params, name).lora for name in ("rats", "low", "strong")}
+    assert {name: (lora.rank, lora.alpha) for name, lora in chosen.items()} == {
+        "rats": (16, 16.0),
+        "low": (4, 4.0),
+        "strong": (16, 24.0),
+    }
 
 
 def test_a_number_is_what_dvc_reads(tmp_path: Path) -> None:

@@ -61,7 +61,8 @@ def write_student(folder: Path, network: torch.nn.Module) -> None:
     run = folder / "runs/rats"
     network.save_pretrained(run / "student")
     recipe = ShardSet.open(folder / "shards").fingerprint
-    write_run(run, 1.0, nfe=NFE, recipe=recipe, student=hash_path(run / "student"))
+    record = {"recipe": recipe, "student": hash_path(run / "student"), "vae": hash_path(folder / "teacher/vae")}
+    write_run(run, 1.0, nfe=NFE, **record)
 
 
 @pytest.fixture(scope="module")
