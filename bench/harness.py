@@ -18,17 +18,17 @@ import torch
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.schemas.params import Params, load_params
-from rats.stages.train.generations import open_follower
+from rats.stages.train.generations import open_moving_teacher
 from rats.stages.train.source import Source, open_source, read_settings
 from rats.stages.train.train import open_rewards, open_trainable
-from rats.trainer.checkpoint import Identity, State
+from rats.trainer.checkpoint import RunIdentity, RunState
 from rats.trainer.data import StoredSamples
 from rats.trainer.distributed import Ranks
 from rats.trainer.loop import one_step
 from rats.trainer.methods import METHODS
 from rats.trainer.objective import Objective
 from rats.trainer.optim import Learner
-from rats.trainer.run import Live, Run, nobody, open_run
+from rats.trainer.run import MovingTeacher, Run, no_moving_teacher, open_run
 
 UNSPLIT_EVERY = 1_000_000
 UNSPLIT = f"train.log_gradients_every={UNSPLIT_EVERY}"
@@ -66,8 +66,8 @@ def opened(path: Path, shards: Path, overrides: Sequence[str]) -> Iterator[Bench
     student, rewards = open_trainable(model, chosen, ranks), open_rewards(params, chosen, ranks)
     objective = Objective(student, rewards, read_settings(chosen, source), ranks, METHODS["rats"])
 
-    def follower(learner: Learner) -> Live | None:
-        return open_follower(model, chosen, student, learner, source, rewards, student.decode)
+    def follower(learner: Learner) -> MovingTeacher | None:
+        return open_moving_teacher(model, chosen, student, learner, source, rewards, student.decode)
 
     stream = StoredSamples(source.shards, source.snapshot, source.scores, chosen.seed, chosen.batch)
     with tempfile.TemporaryDirectory() as folder, closing(stream):
@@ -76,9 +76,11 @@ def opened(path: Path, shards: Path, overrides: Sequence[str]) -> Iterator[Bench
         yield Bench(params, model, objective, source, student, run, step)
 
 
-def fresh_run(objective: Objective, folder: Path, follower: Callable[[Learner], Live | None] = nobody) -> Run:
+def fresh_run(
+    objective: Objective, folder: Path, follower: Callable[[Learner], MovingTeacher | None] = no_moving_teacher
+) -> Run:
     """A run that has taken a step already, so that the next one does not split its gradients."""
-    return open_run(objective, folder, Identity("", "", ""), 1, state=State(step=1), follower=follower)
+    return open_run(objective, folder, RunIdentity("", "", ""), 1, state=RunState(step=1), follower=follower)
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ import torch
 
 from rats.pipeline.families.flux import FluxPipeline
 from rats.pipeline.families.open import Model
-from rats.pipeline.prompts import planned, read_prompts
+from rats.pipeline.prompts import planned_samples, read_prompts
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.weights.loading import quiet_loading
 from rats.schemas.manifest import ShardPlan
 from rats.schemas.params import Params, load_params
 from rats.stages.rollout.rollout import read_recipe
-from rats.stages.rollout.worker import Setup, Task, do_task
+from rats.stages.rollout.worker import RolloutSetup, RolloutTask, do_task
 
 
 def bare(params: Params) -> Callable[[ShardPlan], None]:
@@ -48,10 +48,10 @@ def bare(params: Params) -> Callable[[ShardPlan], None]:
 
 def ours(params: Params, shards: ShardSet) -> Callable[[ShardPlan], None]:
     """What a worker does with a shard."""
-    context = Setup(params, shards.root)()
+    context = RolloutSetup(params, shards.root)()
 
     def run(plan: ShardPlan) -> None:
-        do_task(context, Task(shard=plan.shard, plan=plan, columns={}))
+        do_task(context, RolloutTask(shard=plan.shard, plan=plan, columns={}))
 
     return run
 
@@ -60,7 +60,7 @@ def compare(params: Params, store: Path, repeats: int) -> dict[str, float]:
     """Wall seconds a task of both, and the medians of the paired ratios, wall and CPU."""
     shards = ShardSet.open_or_create(store, read_recipe(params, Model.of(params)))
     batch = params.compute.micro_batch
-    wanted = planned(read_prompts(params.prompts.train), params.teacher.noises_per_prompt)
+    wanted = planned_samples(read_prompts(params.prompts.train), params.teacher.noises_per_prompt)
     plans = shards.plan(wanted[: (repeats + 1) * batch], batch)
     theirs, mine = bare(params), ours(params, shards)
     pairs = []

@@ -27,10 +27,10 @@ from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.manifest import PlannedSample
 from rats.stages.rollout.columns import column_hashes
 from rats.stages.rollout.rollout import read_recipe
-from rats.stages.rollout.worker import Setup, Task, do_task
-from rats.trainer.augment import Draws, augment
+from rats.stages.rollout.worker import RolloutSetup, RolloutTask, do_task
+from rats.trainer.augment import RandomDraws, augment
 from rats.trainer.randomness import generator
-from rats.trainer.sampling import rounded
+from rats.trainer.sampling import rounded_as_stored
 
 FROZEN_LIVE = (LIVE, "train.teacher.ema=1")
 EXPERIMENTS = (1, 2, 5)
@@ -73,9 +73,9 @@ def pictures(bench: Bench, trained: bool) -> None:
         part_BTC = final_BTC[start : start + train.micro_batch].requires_grad_(trained)
         texts = prompts[start : start + train.micro_batch]
         with torch.set_grad_enabled(trained):
-            images_B3HW = bench.student.decode(rounded(part_BTC))
+            images_B3HW = bench.student.decode(rounded_as_stored(part_BTC))
         if trained:
-            seen_B3HW = augment(images_B3HW, Draws(generator(0, 0), start, train.batch), train.augment)
+            seen_B3HW = augment(images_B3HW, RandomDraws(generator(0, 0), start, train.batch), train.augment)
             torch.autograd.grad(sum(r.score(seen_B3HW, texts).sum() for r in bench.objective.rewards), part_BTC)
         if not trained or train.augment:
             with torch.no_grad():
@@ -97,9 +97,9 @@ def rollout_cost(params: Path, shards: Path, overrides: Sequence[str], tasks: in
         size = bench.params.store.shard_samples
         wanted = [PlannedSample(**row.model_dump(include=fields)) for row in rows[: (tasks + 1) * size]]
         columns = {n: record_reward(made, n, parts) for n, parts in column_hashes(bench.params, vae).items()}
-        context, costs = Setup(bench.params, made.root)(), []
+        context, costs = RolloutSetup(bench.params, made.root)(), []
         for plan in made.plan(wanted, size):
-            task = Task(shard=plan.shard, plan=plan, columns=columns)
+            task = RolloutTask(shard=plan.shard, plan=plan, columns=columns)
             costs.append(np.array(astuple(timed(lambda task=task: do_task(context, task)))) / len(plan.samples))
     return Cost(*np.median(costs[1:], 0))
 

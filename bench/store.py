@@ -23,7 +23,7 @@ import webdataset
 from safetensors.numpy import load, save
 
 from bench.rollout import where
-from rats.pipeline.prompts import Prompt, planned
+from rats.pipeline.prompts import Prompt, planned_samples
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import LATENTS, read_sample, verify_shard, write_shard
 from rats.schemas.canonical import canonical_json
@@ -50,7 +50,7 @@ def make_set(store: Path, nfe: Sequence[int], shape: tuple[int, int], samples: i
     recipe = make_recipe(Params.model_validate(values), {"transformer": "a" * 64}, "c" * 64, sigmas, horizons, shape)
     shards = ShardSet.open_or_create(store, recipe)
     prompts = [Prompt(f"picture {i}", f"picture {i}") for i in range(samples)]
-    return shards, shards.plan(planned(prompts, 1), SHARD)
+    return shards, shards.plan(planned_samples(prompts, 1), SHARD)
 
 
 def make_arrays(horizons: int, tokens: int, channels: int) -> Arrays:

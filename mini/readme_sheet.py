@@ -10,13 +10,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from rats.stages.measure.pictures import Column, load_pictures
+from rats.stages.measure.pictures import SystemLabel, load_pictures
 
 ROWS = (("teacher", 50, ""), ("base_guided", 3, ""), ("base_unguided", 3, ""), ("student", 3, "rats"))
 NAMES = {"teacher": "teacher", "base_guided": "base, guided", "base_unguided": "base", "student": "student"}
 
 
-def label(column: Column) -> str:
+def label(column: SystemLabel) -> str:
     """What a row is and what it costs."""
     return f"{NAMES[column.system]}\n{column.nfe} steps\n{column.evaluations} evaluations"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from rats.schemas.errors import ConfigError
 
-TOLERANCE = 1e-6
+SIGMA_TOLERANCE = 1e-6
 """Sigmas closer than this are one sigma, rounded differently. Two steps of a grid are always farther apart."""
 
 
@@ -30,7 +30,7 @@ def aligned(
 
 
 def union(students: Sequence[Sequence[float]]) -> list[float]:
-    """All sigmas of the students' grids in falling order, each once (within `TOLERANCE`).
+    """All sigmas of the students' grids in falling order, each once (within `SIGMA_TOLERANCE`).
 
     Raises:
         ConfigError: a grid that does not fall strictly from 1.0 to 0.0.
@@ -39,7 +39,7 @@ def union(students: Sequence[Sequence[float]]) -> list[float]:
         _check(grid)
     merged: list[float] = []
     for sigma in sorted({sigma for grid in students for sigma in grid}, reverse=True):
-        if not merged or merged[-1] - sigma > TOLERANCE:
+        if not merged or merged[-1] - sigma > SIGMA_TOLERANCE:
             merged.append(sigma)
     return merged
 
@@ -77,7 +77,7 @@ def rows_of(horizons: Sequence[float], sigmas: Sequence[float]) -> list[int]:
     rows = []
     for sigma in sigmas:
         row = min(range(len(horizons)), key=lambda i: abs(horizons[i] - sigma))
-        if abs(horizons[row] - sigma) > TOLERANCE:
+        if abs(horizons[row] - sigma) > SIGMA_TOLERANCE:
             raise ConfigError(
                 f"no state is stored at sigma {sigma} (nearest {horizons[row]}); add its nfe to teacher.nfe"
             )

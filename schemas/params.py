@@ -6,28 +6,31 @@ Which fields enter a shard set's fingerprint is said in `schemas.recipe`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from rats.schemas.blocks import Block, NonNegative, Positive
+from rats.schemas.blocks import Block, NonNegative, PathText, Positive
 from rats.schemas.errors import ConfigError, brief, nearest
 from rats.schemas.plugins import FAMILIES, REWARDS, check_name
 from rats.schemas.train_params import TrainParams
+from rats.schemas.validation import validate
 from rats.schemas.yaml_values import override, parse, set_at
 
-_KIND = re.compile(r"(constrained-|dict\[|literal\[|[A-Z]|(str|float|int)$)")
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+"""What a folder, the shell, `--set` and DVC's templates all take as it is."""
+
 Split = Literal["train", "validation", "test"]
 
 
 class ModelParams(Block):
     """The teacher: a diffusers folder or hub id; `transformer`: a folder whose network replaces the pipeline's."""
 
-    path: str
+    path: PathText
     revision: str | None = None
-    transformer: str | None = None
+    transformer: PathText | None = None
     family: str = "flux"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -38,17 +41,20 @@ class ModelParams(Block):
 
 
 class PromptSource(Block):
-    """A table of prompts that `datasets` reads: a .parquet, .jsonl, .json, .csv or .txt file, a folder, or a hub id.
+    """A table of prompts: a .parquet, .jsonl, .json, .csv, .tsv or .txt file, a folder of them, or a hub id.
 
-    `files` is a pattern for the files of a folder or hub repository. The column `column` holds the prompts (`text` in a
-    plain list of texts). The column `concept` says what a prompt is about; without it, each prompt is its own concept.
-    The distinct prompts are shuffled by `seed`; the first `skip` are left out and the next `count` taken (null: all).
+    `files` is a pattern for the files of a folder or hub repository, `split` takes those whose names hold it, `field`
+    says where rows lie in a JSON document. The column `column` holds the prompts (a plain list of texts needs none;
+    "caption.text" leads into a cell). The column `concept` says what a prompt is about; without it, each prompt is its
+    own concept. The distinct prompts are shuffled by `seed`; the first `skip` are left out and the next `count` taken
+    (null: all).
     """
 
-    path: str
+    path: PathText
     revision: str | None = None
     files: str | None = None
-    split: str = "train"
+    split: str | None = None
+    field: str | None = None
     column: str = "prompt"
     concept: str | None = None
     count: Positive | None = None
@@ -65,7 +71,7 @@ def _kind_of_prompts(value: Any) -> str:
 
 
 Prompts = Annotated[
-    Annotated[str, Tag("str")] | Annotated[PromptSource, Tag("PromptSource")], Discriminator(_kind_of_prompts)
+    Annotated[PathText, Tag("str")] | Annotated[PromptSource, Tag("PromptSource")], Discriminator(_kind_of_prompts)
 ]
 
 
@@ -75,6 +81,13 @@ class PromptParams(Block):
     train: Prompts
     validation: Prompts | None = None
     test: Prompts | None = None
+
+    @field_validator("train", "validation", "test", mode="before")
+    @classmethod
+    def _is_a_file(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, str | Mapping | PromptSource) or (value is None and info.field_name != "train"):
+            return value
+        raise ValueError("name a file with a prompt a line, such as prompts/train.txt, or {path: TABLE, column: NAME}")
 
 
 def evaluations_per_step(true_cfg_scale: float) -> int:
@@ -128,7 +141,7 @@ class ComputeParams(Block):
 class StoreParams(Block):
     """Where shard sets live, and how many samples a shard holds."""
 
-    path: str = "store"
+    path: PathText = "store"
     shard_samples: Positive = 32
     workers: Annotated[int, Field(ge=0)] = 1
 
@@ -142,10 +155,10 @@ class RewardParams(Block):
 
     name: str
     adapter: str
-    path: str
+    path: PathText
     revision: str | None = None
     backend: Literal["transformers", "official"] = "transformers"
-    token_file: str | None = None
+    token_file: PathText | None = None
 
     @field_validator("adapter")
     @classmethod
@@ -166,7 +179,7 @@ class EvaluateParams(Block):
     variants: tuple[str, ...] = ("rats",)
     bootstrap: Positive = 2000
     judge: Literal["efficientnet-lite0"] | None = "efficientnet-lite0"
-    real_features: str | None = None
+    real_features: PathText | None = None
     pictures: Positive = 8
     seed: int = 0
 
@@ -184,6 +197,19 @@ class Params(Block):
     variants: dict[str, dict[str, Any]] = {"rats": {}}
     evaluate: EvaluateParams = EvaluateParams()
 
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _have_plain_names(cls, variants: Any) -> Any:
+        for name in variants if isinstance(variants, Mapping) else ():
+            if not isinstance(name, str):
+                raise ValueError(f"the name {brief(name)} is no text: quote it")
+            if not _VARIANT.fullmatch(name):
+                raise ValueError(
+                    f"the name {brief(name)} must be letters from a to z, digits, - and _, for it is a folder, a word "
+                    "of the shell and a key for --set and DVC"
+                )
+        return variants
+
 
 def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     """Read and check `params.yaml`; each override is "train.alpha=2", its value in YAML.
@@ -193,16 +219,30 @@ def load_params(path: Path, overrides: Sequence[str] = ()) -> Params:
     Raises:
         ConfigError: a missing or unreadable file, an unknown key (with the nearest), a value out of range.
     """
-    values = parse(_read_text(path), str(path))
+    return read_params(_read_text(path), str(path), overrides)
+
+
+def read_params(text: str, where: str, overrides: Sequence[str] = ()) -> Params:
+    """The same, of the file's text; `where` begins every error."""
+    values = parse(text, where)
     if not isinstance(values, dict):
         raise ConfigError(
-            f"{path}: expected keys such as 'model:', got {brief(values)}; `rats init` writes a file to start"
+            f"{where}: expected keys such as 'model:', got {brief(values)}; `rats init` writes a file to start"
         )
-    for text in overrides:
-        override(values, text)
-    params = _validate(Params, values, str(path))
-    _check_names(params, str(path))
+    for change in overrides:
+        _refuse_capitals(change)
+        override(values, change)
+    params = validate(Params, values, where)
+    _check_names(params, where)
     return params
+
+
+def _refuse_capitals(change: str) -> None:
+    """Made a block of its own, such a key would be unknown without its place."""
+    dotted = change.partition("=")[0].strip()
+    block = dotted.partition(".")[0]
+    if block not in Params.model_fields and block.lower() in Params.model_fields:
+        raise ConfigError(f"--set {dotted}: unknown key, did you mean {dotted.lower()}?")
 
 
 def with_variant(params: Params, name: str) -> TrainParams:
@@ -213,10 +253,11 @@ def with_variant(params: Params, name: str) -> TrainParams:
     """
     if name not in params.variants:
         raise ConfigError(f"unknown variant {brief(name)}{nearest(name, params.variants)}; add it under variants:")
-    values = params.train.model_dump()
+    # without defaults: one that follows another field (lora.alpha) has to follow what the variant changes
+    values = params.train.model_dump(exclude_unset=True)
     for dotted, value in params.variants[name].items():
         set_at(values, dotted.split("."), value, f"variants.{name}.{dotted}")
-    return _validate(TrainParams, values, f"variants.{name}")
+    return validate(TrainParams, values, f"variants.{name}")
 
 
 def _read_text(path: Path) -> str:
@@ -226,53 +267,13 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"cannot read {path}: {error}; name a file with --params, `rats init` writes one") from None
 
 
-_Model = TypeVar("_Model", bound=Block)
-
-
-def _validate(model: type[_Model], values: Any, where: str) -> _Model:
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{where}: {_explain(model, error)}") from None
-
-
-def _explain(model: type[Block], error: ValidationError) -> str:
-    first = error.errors()[0]
-    dotted = _dotted(first["loc"])
-    others = {_dotted(one["loc"]) for one in error.errors()} - {dotted}
-    more = f" (and {len(others)} more)" if others else ""
-    if first["type"] == "extra_forbidden":
-        hint = nearest(str(first["loc"][-1]), fields_at(model, first["loc"][:-1]))
-        return f"unknown key {brief(dotted)}{hint}{more}"
-    if first["type"] == "missing":
-        return f"{brief(dotted)} is missing{more}"
-    return f"{dotted[:120]} = {brief(first['input'])}: {' '.join(first['msg'].split())[:200]}{more}"
-
-
-def _dotted(place: Sequence[int | str]) -> str:
-    """A dotted place. The names of the union members that pydantic tried there are left out."""
-    return ".".join(str(part) for part in place if not _KIND.match(str(part)))
-
-
-def fields_at(model: type[Block], place: Sequence[int | str]) -> list[str]:
-    """Field names of the block at `place` below `model`."""
-    for part in place:
-        if isinstance(part, str) and part in model.model_fields:
-            model = _block_of(model.model_fields[part].annotation) or model
-    return list(model.model_fields)
-
-
-def _block_of(annotation: Any) -> type[Block] | None:
-    if isinstance(annotation, type) and issubclass(annotation, Block):
-        return annotation
-    return next((block for part in get_args(annotation) if (block := _block_of(part))), None)
-
-
 def _check_names(params: Params, where: str) -> None:
     """Checks names in one block that refer to another block."""
     names = [reward.name for reward in params.rewards]
     if len(set(names)) < len(names):
         raise ConfigError(f"{where}: two rewards have one name in {names}; give each its own")
+    if len(set(params.evaluate.variants)) < len(params.evaluate.variants):
+        raise ConfigError(f"{where}: evaluate.variants names one twice: {', '.join(params.evaluate.variants)}")
     for name in params.evaluate.variants:
         if name not in params.variants:
             raise ConfigError(f"{where}: evaluate.variants has unknown {brief(name)}{nearest(name, params.variants)}")

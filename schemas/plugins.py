@@ -19,24 +19,26 @@ The last group has the rewards that run in their authors' own packages (`backend
 
 
 @cache
-def found(group: str) -> dict[str, EntryPoint]:
+def plugins_in(group: str) -> dict[str, EntryPoint]:
     """All installed entry points of the group, by name."""
     return {point.name: point for point in entry_points(group=group)}
 
 
 def check_name(group: str, name: str) -> str:
     """Returns the name. Raises ValueError with the nearest known one if no installed entry point has it."""
-    if name not in found(group):
+    if name not in plugins_in(group):
         kind = group.removeprefix("rats.")
         # entry points that an update of the sources adds are known only after it is installed again
-        raise ValueError(f"no {name!r} among the installed {kind}{nearest(name, found(group))}; or install rats again")
+        raise ValueError(
+            f"no {name!r} among the installed {kind}{nearest(name, plugins_in(group))}; or install rats again"
+        )
     return name
 
 
 def load_plugin(group: str, name: str) -> Any:
     """Imports what an entry point names. Raises ConfigError if there is none, or if its import fails."""
     try:
-        return found(group)[check_name(group, name)].load()
+        return plugins_in(group)[check_name(group, name)].load()
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except (ImportError, AttributeError) as error:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from rats.schemas.manifest import Record
 
-System = Literal["teacher", "base_guided", "base_unguided", "student"]
+SystemKind = Literal["teacher", "base_guided", "base_unguided", "student"]
 Role = Literal["trained", "held_out", "judge"]
 
 
@@ -62,7 +62,7 @@ class Cell(Record):
     The difference is None for the teacher itself. The interval is None where a metric has none.
     """
 
-    system: System
+    system: SystemKind
     variant: str
     nfe: int
     evaluations: int

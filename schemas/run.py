@@ -54,7 +54,14 @@ class RunRecord(TrainReport):
     seconds_per_step: float
     threads: int
     call: dict[str, int | float] | None = None
-    """None in records that an older rats has written."""
+    """None in records that an older rats has written; so are the four below."""
+    sigmas: dict[int, tuple[float, ...]] | None = None
+    """The scheduler's grid for each number of steps in `nfe`, shifted, down to 0."""
+    diffusers: str | None = None
+    """The version that made the grid."""
+    saved_dtype: str | None = None
+    movement_kept: float | None = None
+    """Share of what training moved that `saved_dtype` keeps: |saved - start| / |trained - start| over all weights."""
     ranks: int = 1
     micro_batch: int | None = None
     rewards_asked: int = 0

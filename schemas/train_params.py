@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from rats.schemas.blocks import Block, NonNegative, Positive
+from rats.schemas.blocks import Block, NonNegative, PathText, Positive
 
 
 class GateParams(Block):
@@ -21,7 +21,7 @@ class GateParams(Block):
     form: Literal["rats", "figure", "constant", "off"] = "rats"
     tau: Annotated[float, Field(gt=0)] | Literal["gap"] | None = None
     value: Annotated[float, Field(ge=0, le=1)] | None = None
-    value_from: str | None = None
+    value_from: PathText | None = None
     teacher_reward: Literal["sample", "prompt"] = "sample"
     each: bool = False
 
@@ -47,11 +47,21 @@ class Ramp(Block):
 
 
 class LoraParams(Block):
-    """Low-rank adapters in place of full fine-tuning (peft). `targets: null` takes the family's own list."""
+    """Low-rank adapters in place of full fine-tuning (peft).
+
+    `alpha`: their strength is alpha / rank; null is the rank, a strength of 1. `targets: null` takes the family's own
+    list.
+    """
 
     rank: Positive = 32
-    alpha: Annotated[float, Field(gt=0)] = 32.0
+    alpha: float = Field(default=None, gt=0, validate_default=True)
     targets: tuple[str, ...] | None = None
+
+    @field_validator("alpha", mode="before")
+    @classmethod
+    def _follows_rank(cls, value: Any, info: ValidationInfo) -> Any:
+        """The rank where nothing is set. If the rank is no number, that is the error to report."""
+        return info.data.get("rank", 1) if value is None else value
 
 
 class TeacherModeParams(Block):
@@ -92,7 +102,10 @@ class GuardParams(Block):
 
 
 class TrainParams(Block):
-    """The training. `reward`: one name, or names with weights; each is then divided by its spread in the shards."""
+    """The training. `reward`: one name, or names with weights; each is then divided by its spread in the shards.
+
+    `save_dtype`: the student's weights are saved as they were trained, in float32, or rounded to `model.dtype`.
+    """
 
     nfe: tuple[Positive, ...] = (3, 5, 8)
     steps: Positive = 400
@@ -108,6 +121,7 @@ class TrainParams(Block):
     augment: Annotated[float, Field(ge=0, le=1)] = 1.0
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    save_dtype: Literal["float32", "model"] = "float32"
     seed: int = 0
     checkpoint_every: Positive = 50
     checkpoints_total_limit: Positive = 2

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import io
 import logging
+import math
+import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,18 @@ from rats.pipeline.weights.loading import torch_device
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
 from rats.schemas.params import Params
-from rats.stages.measure.pictures import encode, grid
-from rats.stages.train.record import read_record, student_folder
+from rats.stages.measure.pictures import encode_image, make_image_grid
+from rats.stages.progress import progress
+from rats.stages.train.origin import changed_call, check_base, check_grid
+from rats.stages.train.record import checked_student, read_record, student_folder
 
 log = logging.getLogger(__name__)
 
 FORMATS = (".png", ".webp", ".jpg", ".jpeg")
 ANIMATED = (".webp", ".gif")
+LONGEST_SIDE = {".webp": 16383, ".jpg": 65535, ".jpeg": 65535, ".gif": 65535}
+"""Pixels, of formats that have a limit."""
+
 FRAME_MS = 62
 """Duration of a frame in an animated file, in ms: 16 frames a second, as in Wan's videos."""
 
@@ -48,10 +56,12 @@ def generate(
         seed: Of the noise.
         out: The picture file; its suffix decides the format. Videos are animated in .webp and .gif; other formats get a
             strip of frames.
-        count: Number of pictures. Their noises are consecutive draws of one generator.
+        count: Number of pictures. Their noises are consecutive draws of one generator, `compute.micro_batch` at a time.
 
     Raises:
-        ConfigError: an empty prompt, a run without a student, an unknown suffix.
+        ConfigError: an empty prompt, a run without a student, an unknown suffix; more pictures than the format or
+            this machine's memory holds.
+        DataError: the student is damaged, of another model, or was trained on other sigmas than the scheduler gives.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty: say what to draw")
@@ -60,14 +70,15 @@ def generate(
     if suffix not in (known := (*FORMATS, ".gif") if is_video else FORMATS):
         kind = "video" if is_video else "picture"
         raise ConfigError(f"cannot write a {kind} named '{out.name}': end it in one of {', '.join(known)}")
+    _refuse_too_many(params, count, suffix)
     if run is not None:
-        _check_steps(run, nfe)
+        _check_run(model, run, nfe)
     drawn = draw(open_pipeline(model, run), model, prompt, nfe, seed, count)
     if is_video:
         atomic_write(out, encode_videos(drawn, suffix, params.teacher.scored_frames))
         return [frame for video in drawn for frame in video]
     pictures = [picture for (picture,) in drawn]
-    atomic_write(out, encode(grid(pictures), suffix))
+    atomic_write(out, encode_image(make_image_grid(pictures), suffix))
     return pictures
 
 
@@ -79,17 +90,51 @@ def open_pipeline(model: Model, run: Path | None) -> Any:
 
 
 def draw(pipeline: Any, model: Model, prompt: str, nfe: int, seed: int, count: int) -> list[list[Image.Image]]:
-    """The pipeline's own call, with the student's embedded guidance and the recipe's resolution: frames of each."""
+    """The pipeline's own call, with the student's embedded guidance and the recipe's resolution: frames of each.
+
+    A call draws `compute.micro_batch` at most. One generator serves them all, so the noise is that of one large call.
+    """
+    noise, size = torch.Generator().manual_seed(seed), model.compute.micro_batch
+    drawn: list[list[Image.Image]] = []
+    with progress("drawing", count, "pictures") if count > size else nullcontext(lambda _: None) as advance:
+        for start in range(0, count, size):
+            batch = _draw_batch(pipeline, model, prompt, nfe, noise, min(size, count - start))
+            drawn += batch
+            advance(len(batch))
+    return drawn
+
+
+def _draw_batch(
+    pipeline: Any, model: Model, prompt: str, nfe: int, noise: torch.Generator, count: int
+) -> list[list[Image.Image]]:
     is_video = model.family.is_video
     drawn = pipeline(
         prompt=prompt,  # by name: the first argument of a pipeline that can edit pictures is the picture
         num_inference_steps=nfe,
-        generator=torch.Generator().manual_seed(seed),
+        generator=noise,
         output_type="pil",
         **{"num_videos_per_prompt" if is_video else "num_images_per_prompt": count},
         **model.call(),
     )
     return drawn.frames if is_video else [[picture] for picture in drawn.images]
+
+
+def _refuse_too_many(params: Params, count: int, suffix: str) -> None:
+    """Before the first is drawn, not after the last."""
+    teacher, longest = params.teacher, LONGEST_SIDE.get(suffix)
+    columns = math.ceil(math.sqrt(count))
+    side = max(columns * teacher.width, math.ceil(count / columns) * teacher.height)
+    if longest is not None and side > longest:
+        raise ConfigError(
+            f"a {suffix} holds {longest:,} pixels a side, {count:,} pictures in a grid {side:,}: use .png"
+        )
+    needed = 2 * 3 * teacher.width * teacher.height * teacher.frames * count  # the pictures, and the grid of them
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ConfigError(
+            f"{count:,} pictures in one grid take {needed / 2**30:,.0f} GiB of memory, this machine has "
+            f"{memory / 2**30:,.0f}: draw fewer at a time, each with another --seed and --out"
+        )
 
 
 def encode_videos(videos: Sequence[Sequence[Image.Image]], suffix: str, shown: int) -> bytes:
@@ -100,15 +145,19 @@ def encode_videos(videos: Sequence[Sequence[Image.Image]], suffix: str, shown: i
         for i, video in enumerate(videos):
             for j, row in enumerate(rows):
                 sheet.paste(video[row], (j * width, i * height))
-        return encode(sheet, suffix)
-    first, *others = [grid(at_once) for at_once in zip(*videos, strict=True)]
+        return encode_image(sheet, suffix)
+    first, *others = [make_image_grid(at_once) for at_once in zip(*videos, strict=True)]
     buffer = io.BytesIO()
     first.save(buffer, suffix[1:].upper(), save_all=True, append_images=others, duration=FRAME_MS, loop=0)
     return buffer.getvalue()
 
 
-def _check_steps(run: Path, nfe: int) -> None:
-    """Warns if the student was not trained for this number of steps."""
-    trained = read_record(run).nfe
-    if nfe not in trained:
-        log.warning("%s was trained for %s steps, not for %d", run, ", ".join(map(str, trained)), nfe)
+def _check_run(model: Model, run: Path, nfe: int) -> None:
+    """The student must be the run's, on the run's model and sigmas. What is drawn unlike in training is said."""
+    record = read_record(run)
+    check_base(model, run, record, checked_student(run, record))
+    for name, (there, here) in changed_call(model, record).items():
+        log.warning("%s was trained with %s = %s, it draws with %s", run, name, there, here)
+    check_grid(model, run, record)
+    if nfe not in record.nfe:
+        log.warning("%s was trained for %s steps, not for %d", run, ", ".join(map(str, record.nfe)), nfe)

@@ -7,7 +7,9 @@ import csv
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.prompts import Prompt, read_prompts
 from rats.pipeline.weights.hashes import read_json
 from rats.schemas.errors import CannotCreateError, ConfigError
-from rats.schemas.params import Params, PromptSource, TeacherParams, load_params
-from rats.schemas.plugins import FAMILIES, REWARDS, found, load_plugin
+from rats.schemas.params import Params, PromptSource, TeacherParams, load_params, read_params
+from rats.schemas.plugins import FAMILIES, REWARDS, load_plugin, plugins_in
+from rats.schemas.yaml_values import parse
 from rats.stages.templates.render import render
 
 HUB_REWARDS = (
@@ -55,7 +58,7 @@ IGNORED = "/store/\n/data/teacher/\n/runs/\n/reports/\n"
 def init_project(
     folder: Path,
     model: str,
-    prompts: Path | None,
+    prompts: Path | PromptSource | None,
     rewards: Sequence[str],
     force: bool,
     family: str | None = None,
@@ -65,17 +68,19 @@ def init_project(
     Args:
         folder: Made if it is not there.
         model: A pipeline folder or a hub id.
-        prompts: A .txt or .csv to split; a few examples if None.
+        prompts: A file or table to split; a few examples if None.
         rewards: "adapter=path"; the first one trains. If empty, the published rewards by their hub ids.
         force: Replace files.
         family: Of the model. If not given, it follows from model_index.json or from the hub id.
 
     Raises:
-        ConfigError: an unknown adapter or family, or fewer than three concepts.
+        ConfigError: an unknown adapter or family, fewer than three concepts, or what `load_params` would refuse;
+            nothing is written then.
         CannotCreateError: a file is there already.
     """
     splits = split_by_concept(read_prompts(prompts) if prompts else EXAMPLES)
     pairs = [_reward(text) for text in rewards] or list(HUB_REWARDS)
+    model = os.path.expanduser(model)
     values = {
         "model": _seen_from(folder, model),
         "local": Path(model).exists(),
@@ -83,46 +88,107 @@ def init_project(
         "rewards": [{"adapter": adapter, "path": _seen_from(folder, path)} for adapter, path in pairs],
     }
     files = {f"prompts/{split}.csv": _csv(part) for split, part in splits.items()}
-    files |= {"params.yaml": render("init_params.yaml.j2", values), ".gitignore": IGNORED}
+    params = render("init_params.yaml.j2", values)
+    files |= {"params.yaml": params, ".gitignore": IGNORED}
     files |= {".dvc/config": DVC_CONFIG, ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n"}
     files[".dvcignore"] = "__pycache__/\n*.pyc\n"
-    _refuse_to_replace(folder, [*files, "dvc.yaml"], force)
-    written = [_write(folder / name, text) for name, text in files.items()]
-    return [*written, write_dvc(folder)]
+    files["dvc.yaml"] = _dvc_of(params, str(folder / "params.yaml"), folder)
+    _refuse_to_replace(folder, list(files), force)
+    return [_write(folder / name, text) for name, text in files.items()]
+
+
+def table_of(prompts: Path | None, column: str | None, field: str | None) -> Path | PromptSource | None:
+    """What `init_project` splits: the file as it is, or a column of it."""
+    if column is None and field is None:
+        return prompts
+    if prompts is None:
+        raise ConfigError("--column and --field say where prompts lie in a table: name it by --prompts FILE")
+    return PromptSource.model_construct(path=str(prompts), column=column or "prompt", field=field)
+
+
+def next_commands(folder: Path) -> list[str]:
+    """What to type after `rats init`, as the shell takes it."""
+    return [
+        f"cd {shlex.quote(str(folder))}",
+        "rats doctor",
+        "rats stage rollout --split train --out data/teacher/train",
+    ]
 
 
 def write_dvc(folder: Path) -> Path:
     """Writes `dvc.yaml` beside a `params.yaml`, for its splits, rewards and variants."""
-    return _write(folder / "dvc.yaml", dvc_yaml(load_params(folder / "params.yaml"), folder))
+    path = folder / "params.yaml"
+    load_params(path)  # says so when it cannot be read
+    return _write(folder / "dvc.yaml", _dvc_of(path.read_text(encoding="utf-8"), str(path), folder))
 
 
-def dvc_yaml(params: Params, folder: Path) -> str:
-    """The pipeline of `params`: a stage for each split and variant. Hub ids are no files and so no deps."""
-    places = {"model.path": params.model.path}
-    places |= {f"rewards[{i}].path": reward.path for i, reward in enumerate(params.rewards)}
-    features = params.evaluate.real_features
+def _dvc_of(text: str, where: str, folder: Path) -> str:
+    return dvc_yaml(read_params(text, where), folder, set(_at_home(parse(text, where))))
+
+
+def _at_home(value: Any) -> Iterator[str]:
+    """The paths in a parameter file that begin with ~, filled in."""
+    if isinstance(value, str) and value.startswith("~"):
+        yield os.path.expanduser(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for one in inner:
+        yield from _at_home(one)
+
+
+@dataclass(frozen=True)
+class _Deps:
+    """How DVC is told of files: by the parameter that names them, so that it sees them change.
+
+    Attributes:
+        params: The whole file.
+        folder: Where it lies; its paths are seen from there.
+        at_home: Those that the file begins with ~, which DVC does not know: they are written out.
+    """
+
+    params: Params
+    folder: Path
+    at_home: Collection[str]
+
+    def named(self, name: str, path: str) -> str:
+        return path if path in self.at_home else f"${{{name}}}"
+
+    def those_there(self, places: Mapping[str, str]) -> list[str]:
+        """Hub ids are no files and so no deps."""
+        return [self.named(name, path) for name, path in places.items() if _is_there(self.folder, path)]
+
+    def prompts(self, split: str) -> str:
+        """The file that they are in; of the hub's tables the parameters, which pin them."""
+        source = getattr(self.params.prompts, split)
+        if not isinstance(source, PromptSource):
+            return self.named(f"prompts.{split}", source)
+        there = _is_there(self.folder, source.path)
+        return self.named(f"prompts.{split}.path", source.path) if there else "params.yaml"
+
+
+def dvc_yaml(params: Params, folder: Path, at_home: Collection[str] = ()) -> str:
+    """The pipeline of `params`: a stage for each split and variant; the arguments are those of `_Deps`."""
+    deps, features = _Deps(params, folder, at_home), params.evaluate.real_features
+    models = {"model.path": params.model.path}
+    models |= {f"rewards[{i}].path": reward.path for i, reward in enumerate(params.rewards)}
     bound = {name: source for name in params.evaluate.variants if (source := _source(params, name))}
     judged = "test" if params.prompts.test else "train"
     values = {
-        "splits": {split: _prompts_dep(params, split, folder) for split in sorted({"train", judged}, reverse=True)},
+        "splits": {split: deps.prompts(split) for split in sorted({"train", judged}, reverse=True)},
         "tables": any(isinstance(source, PromptSource) for _, source in params.prompts),
         "judged": judged,
-        "models": [f"${{{name}}}" for name, path in places.items() if (folder / path).exists()],
-        "features": ["${evaluate.real_features}"] if features and (folder / features).exists() else [],
+        "models": deps.those_there(models),
+        "features": deps.those_there({"evaluate.real_features": features}) if features else [],
         "variants": params.evaluate.variants,
-        "free": [_word(name) for name in params.evaluate.variants if name not in bound],
-        "bound": [(_word(name), source) for name, source in bound.items()],
+        "free": [name for name in params.evaluate.variants if name not in bound],
+        "bound": list(bound.items()),
         "plots": PLOTS,
     }
     return render("init_dvc.yaml.j2", values)
 
 
-def _prompts_dep(params: Params, split: str, folder: Path) -> str:
-    """DVC's dependency for a split's prompts: their file, or params.yaml, which pins a table on the hub."""
-    source = getattr(params.prompts, split)
-    if not isinstance(source, PromptSource):
-        return f"${{prompts.{split}}}"
-    return f"${{prompts.{split}.path}}" if (folder / source.path).exists() else "params.yaml"
+def _is_there(folder: Path, path: str) -> bool:
+    """Whether a path of the parameter file leads somewhere; the project's folder need not be there yet."""
+    return os.path.exists(os.path.normpath(os.path.join(os.path.realpath(folder), path)))
 
 
 def split_by_concept(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
@@ -148,20 +214,22 @@ def family_of(model: str) -> str:
     Raises:
         ConfigError: there is no such file or id, or it is of no family here.
     """
-    from rats.pipeline.families.open import fitting_family  # this import takes seconds, and `--dvc` does not need it
+    from rats.pipeline.families.open import family_for_index  # this import takes seconds, and `--dvc` does not need it
 
     if Path(model).exists():
         index = read_json(Path(model) / "model_index.json")
-        fitting, what = fitting_family(index), f"a {index.get('_class_name')}"
+        fitting, what = family_for_index(index), f"a {index.get('_class_name')}"
     else:
         fitting, what = _published(model), "no hub id that any of them knows, and no folder here"
     if fitting is None:
-        raise ConfigError(f"--model {model} is {what}: say which of {', '.join(sorted(found(FAMILIES)))} by --family")
+        raise ConfigError(
+            f"--model {model} is {what}: say which of {', '.join(sorted(plugins_in(FAMILIES)))} by --family"
+        )
     return fitting
 
 
 def _published(model: str) -> str | None:
-    for name in found(FAMILIES):
+    for name in plugins_in(FAMILIES):
         with contextlib.suppress(ConfigError):  # one that cannot be imported here
             if model.startswith(load_plugin(FAMILIES, name).published):
                 return name
@@ -179,22 +247,18 @@ def _source(params: Params, name: str) -> str | None:
     return params.variants[name].get("gate.value_from") or params.train.gate.value_from
 
 
-def _word(name: str) -> str:
-    """A name, in quotes if YAML 1.1 would read it as a boolean."""
-    return f'"{name}"' if name in ("on", "off", "yes", "no", "y", "n") else name
-
-
 def _reward(text: str) -> tuple[str, str]:
     adapter, equals, path = text.partition("=")
-    if not equals or adapter not in found(REWARDS):
+    if not equals or adapter not in plugins_in(REWARDS):
         raise ConfigError(
-            f"--reward {text!r}: write ADAPTER=PATH with one of the adapters {', '.join(sorted(found(REWARDS)))}"
+            f"--reward {text!r}: write ADAPTER=PATH with one of the adapters {', '.join(sorted(plugins_in(REWARDS)))}"
         )
-    return adapter, path
+    return adapter, os.path.expanduser(path)
 
 
 def _seen_from(folder: Path, path: str) -> str:
-    return os.path.relpath(path, folder) if Path(path).exists() else path
+    """A local path from the folder itself, not from a link to it, whose parent would be another one."""
+    return os.path.relpath(path, os.path.realpath(folder)) if os.path.exists(path) else path
 
 
 def _csv(prompts: Sequence[Prompt]) -> str:

@@ -17,7 +17,7 @@ from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.base import is_differentiable
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.rewards.remote import as_sent
-from rats.pipeline.rewards.remote_protocol import Answer, Question, ServedReward, pack_answer, unpack_question
+from rats.pipeline.rewards.remote_protocol import ScoreReply, ScoreRequest, ServedReward, pack_reply, unpack_request
 from rats.schemas.errors import ConfigError, nearest
 from rats.schemas.params import Params
 from rats.stages.serve_http import Service
@@ -90,9 +90,9 @@ class RewardServer(Service):
         )
         self.identity = self.about.model_dump_json().encode()
 
-    def read(self, body: bytes) -> Question:
+    def read(self, body: bytes) -> ScoreRequest:
         """Parses a request. Raises ValueError for one that this reward cannot answer, before the model runs."""
-        question = unpack_question(body)
+        question = unpack_request(body)
         if len(question.prompts) > self.about.max_batch:
             raise ValueError(f"{len(question.prompts)} pictures, at most {self.about.max_batch} go into a request")
         if (longest := max(map(len, question.prompts))) > MAX_PROMPT:
@@ -101,7 +101,7 @@ class RewardServer(Service):
             raise ValueError(f"reward {self.about.name!r} has no gradient")
         return question
 
-    def answer(self, question: Question) -> bytes:
+    def answer(self, question: ScoreRequest) -> bytes:
         """Scores, NaN where the reward fails, and the gradient if it was requested."""
         images = question.images_B3HW
         images = images.float() / 255 if images.dtype == torch.uint8 else images
@@ -109,7 +109,7 @@ class RewardServer(Service):
             scored = score(self.reward, images.requires_grad_(question.gradient), question.prompts)
             gradient = _gradient(scored.scores_B, images) if question.gradient else None
         scores_B = torch.where(scored.good_B, scored.scores_B.detach(), torch.nan)
-        return pack_answer(Answer(self.about.fingerprint, scores_B, gradient))
+        return pack_reply(ScoreReply(self.about.fingerprint, scores_B, gradient))
 
 
 def _gradient(scores_B: Tensor, images_B3HW: Tensor) -> Tensor:

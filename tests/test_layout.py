@@ -30,7 +30,9 @@ def dotted(folder: Path) -> str:
 
 def test_the_package_list_is_the_folders_on_disk():
     setuptools = PROJECT["tool"]["setuptools"]
-    assert setuptools["packages"] == sorted(map(dotted, folders()))
+    # of `rats` itself there is `python -m rats` alone: with an __init__ it would hide the four
+    assert setuptools["packages"] == ["rats", *sorted(map(dotted, folders()))]
+    assert [path.name for path in (ROOT / "rats").glob("*.py")] == ["__main__.py"]
     assert setuptools["package-dir"] == {f"rats.{name}": name for name in PACKAGES}
     assert {path.parent.name for path in ROOT.glob("*/__init__.py")} == PACKAGES
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Draws:
+class RandomDraws:
     """Random numbers for `total` samples, of which those from `start` on are used.
 
     All numbers are drawn even if only some are used, so that micro-batches and ranks do not change those of a sample.
@@ -37,7 +37,7 @@ class Draws:
         return values[self.start : self.start + len(like)].to(like)
 
 
-def augment(images_B3HW: Tensor, draws: Draws, strength: float) -> Tensor:
+def augment(images_B3HW: Tensor, draws: RandomDraws, strength: float) -> Tensor:
     """Randomly moved, flipped, resampled, recoloured and noised images of the same shape, in [0, 1]; differentiable.
 
     It makes a reward harder to hack by patterns at one position, scale or brightness.
@@ -55,7 +55,7 @@ def augment(images_B3HW: Tensor, draws: Draws, strength: float) -> Tensor:
     return (recoloured + 0.03 * strength * draws.normal(recoloured)).clamp(0, 1)
 
 
-def _move(images: Tensor, draws: Draws, strength: float) -> Tensor:
+def _move(images: Tensor, draws: RandomDraws, strength: float) -> Tensor:
     """Crop to 80 % or more, shift within 4 % beyond the crop's slack, rotate up to 6 degrees, flip half of them."""
     scale = draws.uniform(1 - 0.2 * strength, 1.0, images)
     angle = draws.uniform(-math.radians(6) * strength, math.radians(6) * strength, images)
@@ -69,7 +69,7 @@ def _move(images: Tensor, draws: Draws, strength: float) -> Tensor:
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _resample(images: Tensor, draws: Draws, strength: float) -> Tensor:
+def _resample(images: Tensor, draws: RandomDraws, strength: float) -> Tensor:
     """Down to 60 % or more and back: one factor for the batch."""
     factor = draws.one(1 - 0.4 * strength, 1.0)
     height, width = images.shape[-2:]
@@ -78,7 +78,7 @@ def _resample(images: Tensor, draws: Draws, strength: float) -> Tensor:
     return F.interpolate(shrunk, (height, width), mode="bilinear", align_corners=False)
 
 
-def _recolour(images: Tensor, draws: Draws, strength: float) -> Tensor:
+def _recolour(images: Tensor, draws: RandomDraws, strength: float) -> Tensor:
     """Brightness and contrast, up to 15 % each."""
     low, high = 1 - 0.15 * strength, 1 + 0.15 * strength
     shape = (-1, 1, 1, 1)  # one value a picture

@@ -36,7 +36,7 @@ Decode = Callable[[Tensor], Tensor]
 Score = Callable[[Tensor, list[str]], Scored]
 
 
-def estimated(
+def with_estimated_gradient(
     decode: Decode,
     score: Score,
     center: Scored,
@@ -59,7 +59,7 @@ def estimated(
 
     A pair with a failed score is dropped. Without any good pair, a sample has its score and no gradient.
     """
-    gradient_BTC = gradient(decode, score, final_BTC.detach().float(), prompts, settings, randoms)
+    gradient_BTC = estimate_gradient(decode, score, final_BTC.detach().float(), prompts, settings, randoms)
     along_B = (gradient_BTC * final_BTC.float()).flatten(1).sum(1)
     # the value of the centre, the gradient of a linear function whose slope is the estimate
     values_B = center.scores_B.detach() + (along_B - along_B.detach())
@@ -67,7 +67,7 @@ def estimated(
 
 
 @torch.no_grad()
-def gradient(
+def estimate_gradient(
     decode: Decode,
     score: Score,
     x_BTC: Tensor,
@@ -79,7 +79,7 @@ def gradient(
     total_BTC = torch.zeros_like(x_BTC)
     good_B11 = x_BTC.new_zeros(len(x_BTC), 1, 1)
     for _ in range(settings.pairs):
-        noise_BTC = drawn(x_BTC, randoms)
+        noise_BTC = perturbations(x_BTC, randoms)
         up = score(decode(x_BTC + settings.spread * noise_BTC), list(prompts))
         down = score(decode(x_BTC - settings.spread * noise_BTC), list(prompts))
         both_B = (up.good_B & down.good_B).to(x_BTC)
@@ -89,7 +89,7 @@ def gradient(
     return total_BTC / good_B11.clamp(min=1)  # without a good pair the sum is 0
 
 
-def drawn(like_BTC: Tensor, randoms: Sequence[torch.Generator]) -> Tensor:
+def perturbations(like_BTC: Tensor, randoms: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise of the shape of `like_BTC`, by one generator for each sample, drawn on its device."""
     shape = like_BTC.shape[1:]
     noises = [torch.randn(shape, generator=random, device=random.device) for random in randoms]

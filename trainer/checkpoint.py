@@ -23,14 +23,14 @@ from rats.pipeline.files.atomic import atomic_folder
 from rats.schemas.errors import DataError, one_line
 
 FORMAT = 2
-STATE = "state.json"
+STATE_FILE = "state.json"
 RNG = "rng-{rank:05d}"
 """Stem of the file with the states of a rank's generators."""
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class State:
+class RunState:
     """The state of a run. `seconds` is the time of all its steps so far, over all resumes.
 
     `position` is that of the stream, in the shards of `generation` (0: the teacher's own). Rewards failed on `bad` of
@@ -55,7 +55,7 @@ class State:
         """Mean of the gate over all samples so far, which the `constant` control uses."""
         return self.gate_sum / self.gate_count if self.gate_count else None
 
-    def after(self, position: int, gates: list[float], bad: int, seconds: float) -> State:
+    def after(self, position: int, gates: list[float], bad: int, seconds: float) -> RunState:
         """The state after one more step. `gates` are of scored samples, `bad` counts the others."""
         return replace(
             self,
@@ -70,7 +70,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Identity:
+class RunIdentity:
     """Hashes of the data of a checkpoint: snapshot, recipe of the shards, settings."""
 
     snapshot: str
@@ -79,13 +79,13 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A whole checkpoint on disk, verified."""
 
     path: Path
-    state: State
+    state: RunState
     snapshot: int
-    identity: Identity
+    identity: RunIdentity
 
     def log(self, name: str) -> bytes | None:
         """A log of the run, such as metrics.csv, as it was at this checkpoint; None if there was none."""
@@ -115,10 +115,10 @@ class Checkpoints:
 
     def save(
         self,
-        state: State,
+        state: RunState,
         tensors: Mapping[str, dict[str, Tensor]],
         logs: Mapping[str, bytes],
-        identity: Identity,
+        identity: RunIdentity,
         snapshot: int,
     ) -> Path:
         """Writes a checkpoint atomically, then removes the oldest. If it fails, the last one still exists."""
@@ -136,7 +136,7 @@ class Checkpoints:
         with atomic_folder(path) as temporary:
             for name, data in files.items():
                 (temporary / name).write_bytes(data)
-            (temporary / STATE).write_text(json.dumps(record, sort_keys=True, indent=1))
+            (temporary / STATE_FILE).write_text(json.dumps(record, sort_keys=True, indent=1))
         for old in self._paths()[self.limit :]:
             if int(old.name) != self.keep:
                 shutil.rmtree(old)
@@ -151,7 +151,7 @@ class Checkpoints:
         found = [path for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
-    def newest(self, at_most: int | None = None) -> Saved | None:
+    def newest(self, at_most: int | None = None) -> SavedCheckpoint | None:
         """The newest whole checkpoint, of at most so many steps; None when there is none.
 
         Damaged ones are skipped with a warning.
@@ -160,7 +160,7 @@ class Checkpoints:
             if at_most is not None and int(path.name) > at_most:
                 continue
             try:
-                return read(path)
+                return read_checkpoint(path)
             except DataError as error:
                 log.warning("%s; the one before it is used", error)
         return None
@@ -172,16 +172,16 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-_STATE, _IDENTITY = TypeAdapter(State), TypeAdapter(Identity)
+_STATE, _IDENTITY = TypeAdapter(RunState), TypeAdapter(RunIdentity)
 
 
-def read(path: Path) -> Saved:
+def read_checkpoint(path: Path) -> SavedCheckpoint:
     """Verifies a checkpoint and reads its state. Raises DataError if a file is damaged or missing."""
     try:
-        record = json.loads((path / STATE).read_text())
+        record = json.loads((path / STATE_FILE).read_text())
         _verify(path, record)
         state, identity = _STATE.validate_python(record["state"]), _IDENTITY.validate_python(record["identity"])
-        return Saved(path, state, int(record["snapshot"]), identity)
+        return SavedCheckpoint(path, state, int(record["snapshot"]), identity)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"checkpoint {path} is damaged ({one_line(error)}): delete it, use --resume latest") from error
 
@@ -196,4 +196,4 @@ def _verify(path: Path, record: dict) -> None:
         if Path(name).name != name or not name.endswith((".safetensors", ".csv")):
             raise ValueError(f"a file named {name!r}")
         if blake3((path / name).read_bytes()).hexdigest() != digest:
-            raise ValueError(f"{name} has another hash than {STATE} says")
+            raise ValueError(f"{name} has another hash than {STATE_FILE} says")

@@ -127,7 +127,7 @@ class Accelerated(Ranks):
         self.accelerator.wait_for_everyone()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The full tensor, on the CPU and contiguous. For a sharded one, all ranks must call this together."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
@@ -135,7 +135,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.cpu().contiguous()
 
 
-def like(tensor: Tensor, place: Tensor) -> Tensor:
+def sharded_like(tensor: Tensor, place: Tensor) -> Tensor:
     """A full tensor with the sharding, device and dtype of `place`."""
     tensor = tensor.to(place.device, place.dtype)
     if isinstance(place, DTensor):
@@ -143,14 +143,14 @@ def like(tensor: Tensor, place: Tensor) -> Tensor:
     return tensor
 
 
-def whole_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All of them `whole`."""
-    return {name: whole(tensor) for name, tensor in tensors.items()}
+    return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
 @torch.no_grad()
-def put_back(found: Mapping[str, Tensor], places: Mapping[str, Tensor], what: str) -> None:
-    """Copies what `whole_by_name` gave into `places`, which may be sharded.
+def copy_into(found: Mapping[str, Tensor], places: Mapping[str, Tensor], what: str) -> None:
+    """Copies what `full_tensors` gave into `places`, which may be sharded.
 
     Raises DataError if names or shapes are those of another network.
     """
@@ -158,4 +158,4 @@ def put_back(found: Mapping[str, Tensor], places: Mapping[str, Tensor], what: st
     if not same_names or any(found[name].shape != place.shape for name, place in places.items()):
         raise DataError(f"the checkpoint's {what} belongs to another network: train again without --resume")
     for name, place in places.items():
-        place.copy_(like(found[name], place))
+        place.copy_(sharded_like(found[name], place))

@@ -17,7 +17,7 @@ from rats.schemas.train_params import GateParams
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedReward:
     """One of the rewards that train: its weight, and the unit by which its scores are divided.
 
     A single reward keeps its own unit (1.0). Several are each divided by the standard deviation of the teacher's
@@ -26,12 +26,12 @@ class Part:
 
     name: str = ""
     weight: float = 1.0
-    spread: float = 1.0
+    unit: float = 1.0
 
 
-def total(r_RB: Tensor, parts: Sequence[Part]) -> Tensor:
+def weighted_sum(r_RB: Tensor, parts: Sequence[WeightedReward]) -> Tensor:
     """The weighted sum (B,) of R rewards, each in its unit (docs/design.md, equation 12)."""
-    factors_R1 = torch.tensor([[part.weight / part.spread] for part in parts]).to(r_RB)
+    factors_R1 = torch.tensor([[part.weight / part.unit] for part in parts]).to(r_RB)
     return (factors_R1 * r_RB).sum(0)
 
 
@@ -83,7 +83,7 @@ def gate_all(
     settings: GateParams,
     r_teacher_RB: Tensor,
     r_student_RB: Tensor,
-    parts: Sequence[Part],
+    parts: Sequence[WeightedReward],
     tau: float,
     value: float | None = None,
 ) -> Tensor:
@@ -92,15 +92,15 @@ def gate_all(
     `tau` is in units of the sum, or with `each` in units of each reward's spread.
     """
     if not settings.each:
-        return gate(settings.form, total(r_teacher_RB, parts), total(r_student_RB, parts), tau, value)
+        return gate(settings.form, weighted_sum(r_teacher_RB, parts), weighted_sum(r_student_RB, parts), tau, value)
     weighted = []
     for part, r_teacher_B, r_student_B in zip(parts, r_teacher_RB, r_student_RB, strict=True):
-        own = gate(settings.form, r_teacher_B / part.spread, r_student_B / part.spread, tau, value)
+        own = gate(settings.form, r_teacher_B / part.unit, r_student_B / part.unit, tau, value)
         weighted.append(part.weight * own)
     return torch.stack(weighted).sum(0) / sum(part.weight for part in parts)
 
 
-def spread(scores: Sequence[float]) -> float:
+def score_std(scores: Sequence[float]) -> float:
     """Standard deviation of the teacher's scores. As the default tau it makes the gate independent of the scale."""
     tau = float(torch.tensor(scores, dtype=torch.float64).std(correction=0)) if len(scores) else 0.0
     if not tau > 0.0 or tau == float("inf"):

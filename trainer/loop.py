@@ -10,9 +10,9 @@ from torch import Tensor
 
 from rats.pipeline.protocols import Conditioning, Student
 from rats.schemas.errors import RetryLaterError
-from rats.trainer.checkpoint import State
+from rats.trainer.checkpoint import RunState
 from rats.trainer.data import Sample, SampleStream, collate
-from rats.trainer.objective import Losses, Moment, Objective, check, refusal, row_of, terms
+from rats.trainer.objective import Losses, Moment, Objective, check_finite, loss_terms, metrics_row, not_finite_error
 from rats.trainer.run import Run
 
 
@@ -51,7 +51,7 @@ def stoppable(objective: Objective, stopping: Callable[[], bool]) -> Objective:
     return replace(objective, student=Stoppable(objective.student, stopping))
 
 
-def train(objective: Objective, stream: SampleStream, run: Run) -> State:
+def train(objective: Objective, stream: SampleStream, run: Run) -> RunState:
     """Trains until `settings.train.steps`. Saves checkpoints regularly, at the end, and when told to stop.
 
     Raises DataError when a loss or a gradient is not finite or too many rewards fail, SystemExit(143) after a stop.
@@ -84,11 +84,11 @@ def one_step(objective: Objective, stream: SampleStream, run: Run) -> None:
     norms = {}
     if losses.good_B.any():  # else nothing was learned: no update, and no step of the optimizer's averages
         keys = [sample.key for sample in samples]
-        norms = run.learner.update(step, moment.split, refuse=lambda term: refusal(step, term, keys))
-        if run.live is not None:
-            run.live.follow(run.learner)
+        norms = run.learner.update(step, moment.split, refuse=lambda term: not_finite_error(step, term, keys))
+        if run.moving_teacher is not None:
+            run.moving_teacher.follow(run.learner)
     run.learner.forget()
-    row = row_of(losses, norms)
+    row = metrics_row(losses, norms)
     row |= {"step": step, "nfe": moment.nfe, "position": stream.position}
     row |= {"lr": run.learner.schedule.at(step), "teacher_age": run.teacher_age}
     row |= {"seconds": time.perf_counter() - started}
@@ -120,10 +120,10 @@ def _in_micro_batches(objective: Objective, samples: Sequence[Sample], run: Run,
 def micro_step(objective: Objective, samples: Sequence[Sample], run: Run, moment: Moment) -> Losses:
     """Computes the method's losses of a micro-batch and adds their gradients."""
     batch = collate(samples, run.ranks.device)
-    if run.live is not None:
-        batch = run.live.trace(batch)
+    if run.moving_teacher is not None:
+        batch = run.moving_teacher.trace(batch)
     losses = objective.method(objective, batch, moment)
-    check(losses, batch, moment.step)
-    loss_reward, loss_shape = terms(losses, objective.settings.train)
+    check_finite(losses, batch, moment.step)
+    loss_reward, loss_shape = loss_terms(losses, objective.settings.train)
     run.learner.accumulate(loss_reward, loss_shape, moment.split, losses.bridge)
     return losses

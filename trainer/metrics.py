@@ -10,10 +10,10 @@ from pathlib import Path
 from rats.pipeline.files.atomic import atomic_write, storage_errors
 from rats.schemas.errors import DataError
 
-Row = Mapping[str, float | int | str | None]
+MetricsRow = Mapping[str, float | int | str | None]
 
 
-def columns(horizons: int, rewards: Sequence[str] = ("",)) -> list[str]:
+def metrics_columns(horizons: int, rewards: Sequence[str] = ("",)) -> list[str]:
     """Header for runs of up to `horizons` steps; a cell is empty if a step has no such value.
 
     `loss_total` = `loss_reward` + alpha * gate * shape; `loss_shape` and its parts are bare, before alpha and gate;
@@ -52,7 +52,7 @@ class CsvLog:
         # replaced, never cut in place: the old file may be a hardlink into DVC's cache
         atomic_write(path, _text([self.columns]).encode() if kept is None else kept)
 
-    def append(self, row: Row) -> None:
+    def append(self, row: MetricsRow) -> None:
         """Writes one row. Numbers are in full precision, so that runs can be compared bit by bit."""
         values = [row.get(name) for name in self.columns]
         with storage_errors(self.path), self.path.open("a", newline="") as file:

@@ -17,8 +17,8 @@ from rats.schemas.errors import DataError
 from rats.schemas.train_params import TrainParams
 from rats.trainer.data import Batch
 from rats.trainer.distributed import Ranks
-from rats.trainer.gate import Part
-from rats.trainer.sampling import Bridge, Trajectory, sample
+from rats.trainer.gate import WeightedReward
+from rats.trainer.sampling import Bridge, Trajectory, sample_trajectory
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Settings:
     """Sigmas of the stored rows, from 1.0 (the noise) down to 0.0 (the final)."""
     tau: float
     gate_value: float | None = None
-    parts: tuple[Part, ...] = (Part(),)
+    parts: tuple[WeightedReward, ...] = (WeightedReward(),)
     """Weight and unit of each reward that trains."""
 
     def moment(self, step: int) -> Moment:
@@ -115,14 +115,14 @@ class Objective:
         """The student's path from the batch's noise in `nfe` steps, in the ranks' precision, with gradient."""
         sigmas = self.student.stock_sigmas(nfe)
         with self.ranks.autocast():
-            return sample(self.student, batch.noise, sigmas, batch.conditioning, self.settings.train.last_k)
+            return sample_trajectory(self.student, batch.noise, sigmas, batch.conditioning, self.settings.train.last_k)
 
 
 Method = Callable[[Objective, Batch, Moment], Losses]
 """A few-step method: see `trainer.methods`."""
 
 
-def terms(losses: Losses, train: TrainParams) -> tuple[Tensor, Tensor]:
+def loss_terms(losses: Losses, train: TrainParams) -> tuple[Tensor, Tensor]:
     """The two scalars whose sum is the loss: sums over the good samples, as shares of the whole global batch.
 
     docs/design.md, equation 14.
@@ -133,7 +133,7 @@ def terms(losses: Losses, train: TrainParams) -> tuple[Tensor, Tensor]:
     return climbed, shaped if losses.weight > 0 else shaped.detach()
 
 
-def check(losses: Losses, batch: Batch, step: int) -> None:
+def check_finite(losses: Losses, batch: Batch, step: int) -> None:
     """Raises DataError with step, term and samples if a loss or teacher score is NaN or infinite, before it is used.
 
     Failed scores of a reward are no error here: their samples are left out.
@@ -142,10 +142,12 @@ def check(losses: Losses, batch: Batch, step: int) -> None:
     for term, value_B in named.items():
         bad_B = ~torch.isfinite(value_B.detach())
         if bad_B.any():
-            raise refusal(step, term, [key for key, bad in zip(batch.keys, bad_B.tolist(), strict=True) if bad])
+            raise not_finite_error(
+                step, term, [key for key, bad in zip(batch.keys, bad_B.tolist(), strict=True) if bad]
+            )
 
 
-def refusal(step: int, term: str, keys: Sequence[str]) -> DataError:
+def not_finite_error(step: int, term: str, keys: Sequence[str]) -> DataError:
     """The error for a number that is not finite."""
     shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     way_out = "no weight was changed: lower train.lr or look at the reward, then go on with --resume latest"
@@ -155,7 +157,7 @@ def refusal(step: int, term: str, keys: Sequence[str]) -> DataError:
 Value = float | int | None
 
 
-def row_of(losses: Losses, norms: Mapping[str, float]) -> dict[str, Value]:
+def metrics_row(losses: Losses, norms: Mapping[str, float]) -> dict[str, Value]:
     """The step's means over the good samples of the whole batch, for `metrics.csv`; empty where there is none."""
     row: dict[str, Value] = {"alpha": losses.weight, "bad": int((~losses.good_B).sum())}
     row |= {f"grad_{term}": norms.get(term) for term in ("reward", "shape", "total")}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rats.schemas.errors import DataError
 from rats.schemas.train_params import TrainParams
-from rats.trainer.distributed import Ranks, like, put_back, whole, whole_by_name
+from rats.trainer.distributed import Ranks, copy_into, full_tensor, full_tensors, sharded_like
 from rats.trainer.sampling import Bridge
 
 NonFinite = Callable[[str], Exception]
@@ -43,7 +43,7 @@ class Schedule:
 
 def norm(tensors: Sequence[Tensor]) -> float:
     """L2 norm over all elements of all tensors, sharded or not."""
-    return float(whole(torch.nn.utils.get_total_norm(tensors))) if tensors else 0.0
+    return float(full_tensor(torch.nn.utils.get_total_norm(tensors))) if tensors else 0.0
 
 
 class Learner:
@@ -175,9 +175,9 @@ class Learner:
 
         Full tensors on the CPU. If they are sharded, all ranks must call this together.
         """
-        files = {"network": whole_by_name(self._kept()), "optimizer": self._moments()}
+        files = {"network": full_tensors(self._kept()), "optimizer": self._moments()}
         if self.ema:
-            files["ema"] = whole_by_name(self.ema)
+            files["ema"] = full_tensors(self.ema)
         return files
 
     def _moments(self) -> dict[str, Tensor]:
@@ -186,17 +186,17 @@ class Learner:
         moments = {}
         for number, name in enumerate(self.named):
             for slot, tensor in slots_by_number.get(number, {}).items():
-                moments[f"{name}.{slot}"] = whole(tensor)
+                moments[f"{name}.{slot}"] = full_tensor(tensor)
         return moments
 
     def weights(self) -> dict[str, Tensor]:
         """The final weights, full on the CPU: those of the moving average, if any. All ranks must call together."""
-        return whole_by_name(self._kept() | self.ema)
+        return full_tensors(self._kept() | self.ema)
 
     def restore(self, files: dict[str, dict[str, Tensor]]) -> None:
         """Loads what `tensors` gave. Raises DataError if the names are those of another network."""
-        put_back(files.get("network", {}), self._kept(), "network")
-        put_back(files.get("ema", {}), self.ema, "ema")
+        copy_into(files.get("network", {}), self._kept(), "network")
+        copy_into(files.get("ema", {}), self.ema, "ema")
         self._restore_moments(files["optimizer"])
 
     def _restore_moments(self, moments: dict[str, Tensor]) -> None:
@@ -207,6 +207,6 @@ class Learner:
             if name not in numbers:
                 raise DataError(f"the checkpoint's optimizer has a state for {name!r}, which is not trained")
             # moments lie as their parameter does; a step counter is a scalar, whole on every rank
-            placed = like(tensor, self.named[name]) if tensor.ndim else tensor
+            placed = sharded_like(tensor, self.named[name]) if tensor.ndim else tensor
             state.setdefault(numbers[name], {})[slot] = placed
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

@@ -16,23 +16,23 @@ from torch import Tensor
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.train_params import TrainParams
 from rats.trainer import randomness
-from rats.trainer.checkpoint import RNG, Checkpoints, Identity, Saved, State, read
+from rats.trainer.checkpoint import RNG, Checkpoints, RunIdentity, RunState, SavedCheckpoint, read_checkpoint
 from rats.trainer.data import Batch
 from rats.trainer.distributed import Ranks
-from rats.trainer.metrics import CsvLog, Row, columns
+from rats.trainer.metrics import CsvLog, MetricsRow, metrics_columns
 from rats.trainer.objective import Objective
 from rats.trainer.optim import Learner
 
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.csv"
-WINDOW = 10
+BAD_SHARE_STEPS = 10
 """Number of last steps over which the share of failed scores is checked."""
 QUICK = 2 * 2**30
 """The largest checkpoint in bytes that is still written in the few seconds after SIGTERM."""
 
 
-class Live(Protocol):
+class MovingTeacher(Protocol):
     """A teacher that follows the student: one that runs in the loop, or the average for the next generation."""
 
     in_loop: bool
@@ -64,16 +64,16 @@ class Run:
 
     learner: Learner
     checkpoints: Checkpoints
-    identity: Identity
+    identity: RunIdentity
     snapshot: int
-    state: State = field(default_factory=State)
-    live: Live | None = None
+    state: RunState = field(default_factory=RunState)
+    moving_teacher: MovingTeacher | None = None
     logs: dict[str, CsvLog] = field(default_factory=dict)
     """By file name; on the main rank only."""
     student_step: int | None = None
     stopping: Callable[[], bool] = lambda: False
-    observers: list[Observer] = field(default_factory=list)
-    recent: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    callbacks: list[Callback] = field(default_factory=list)
+    recent: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=BAD_SHARE_STEPS))
     """Numbers of bad and of all samples in each of the last steps."""
 
     @property
@@ -84,7 +84,7 @@ class Run:
     @property
     def teacher_age(self) -> int:
         """Steps since the followed trajectories were made."""
-        is_new = self.live is not None and self.live.in_loop
+        is_new = self.moving_teacher is not None and self.moving_teacher.in_loop
         return 0 if is_new else self.state.step - self.state.generation
 
     def open_log(self, log: CsvLog) -> None:
@@ -96,14 +96,14 @@ class Run:
         self.stopping = stopping
 
     @contextmanager
-    def observed(self, *observers: Observer) -> Iterator[None]:
+    def with_callbacks(self, *observers: Callback) -> Iterator[None]:
         """In this block, calls `observers` after each step, in order, on every rank, before a checkpoint is saved."""
-        before = self.observers
-        self.observers = [*before, *observers]
+        before = self.callbacks
+        self.callbacks = [*before, *observers]
         try:
             yield
         finally:
-            self.observers = before
+            self.callbacks = before
 
     def advance(self, row: dict[str, float | int | None], gates: list[float], bad: int, position: int) -> None:
         """Writes the step's row, updates the state, and calls the observers."""
@@ -111,7 +111,7 @@ class Run:
             self.logs[METRICS].append(row)
         self.state = self.state.after(position, gates, bad, float(row["seconds"] or 0.0))
         self.recent.append((bad, len(gates) + bad))
-        for observer in self.observers:
+        for observer in self.callbacks:
             observer(self, row)
 
     def follow_generation(self, step: int) -> None:
@@ -128,14 +128,14 @@ class Run:
 
     def go_back_to(self, step: int) -> None:
         """Loads the student of this step's checkpoint, which is then saved instead of the last one."""
-        self.learner.restore(read(self.checkpoints.path(step)).tensors())
+        self.learner.restore(read_checkpoint(self.checkpoints.path(step)).tensors())
         self.student_step = step
 
     def check_rewards(self, max_bad: float, last: bool) -> None:
         """Raises DataError if too many scores of the last ten steps failed; at the end, also of fewer steps."""
         bad = sum(count for count, _ in self.recent)
         asked = sum(count for _, count in self.recent)
-        if (last or len(self.recent) == WINDOW) and bad > max_bad * asked:
+        if (last or len(self.recent) == BAD_SHARE_STEPS) and bad > max_bad * asked:
             raise DataError(
                 f"the reward gave no score for {bad} of the last {asked} samples, more than train.max_bad = {max_bad}: "
                 "mend it, then go on with --resume latest"
@@ -159,8 +159,8 @@ class Run:
     def save(self) -> None:
         """Saves a checkpoint. All ranks must call this; the main one writes, and all wait for it."""
         tensors = self.learner.tensors()
-        if self.live is not None:
-            tensors["teacher"] = self.live.tensors()
+        if self.moving_teacher is not None:
+            tensors["teacher"] = self.moving_teacher.tensors()
         for rank, states in enumerate(self.ranks.gather_objects(randomness.capture())):
             tensors[RNG.format(rank=rank)] = states
         if self.ranks.is_main:
@@ -173,19 +173,19 @@ class Run:
         if self.learner.size() <= QUICK:
             self.save()
 
-    def restore(self, saved: Saved) -> None:
+    def restore(self, saved: SavedCheckpoint) -> None:
         """Resumes from a checkpoint. Raises DataError if it lacks something for a bit-exact resume."""
         files = saved.tensors()
         self.learner.restore(files)
-        if self.live is not None:
-            self.live.restore(files.get("teacher", {}))
+        if self.moving_teacher is not None:
+            self.moving_teacher.restore(files.get("teacher", {}))
         self.state = saved.state
         name = RNG.format(rank=self.ranks.rank)
         if name in files or self.ranks.rank == 0:  # a rank that the saved run did not have keeps its own seed
             randomness.restore(files.get(name, {}))
 
 
-Observer = Callable[[Run, Row], None]
+Callback = Callable[[Run, MetricsRow], None]
 
 
 def checkpoints_in(out: Path, settings: TrainParams) -> Checkpoints:
@@ -193,18 +193,18 @@ def checkpoints_in(out: Path, settings: TrainParams) -> Checkpoints:
     return Checkpoints(out / "checkpoints", settings.checkpoints_total_limit)
 
 
-def nobody(learner: Learner) -> None:
+def no_moving_teacher(learner: Learner) -> None:
     """The follower for a stored teacher: None."""
 
 
 def open_run(
     objective: Objective,
     out: Path,
-    identity: Identity,
+    identity: RunIdentity,
     snapshot: int,
-    saved: Saved | None = None,
-    state: State | None = None,
-    follower: Callable[[Learner], Live | None] = nobody,
+    saved: SavedCheckpoint | None = None,
+    state: RunState | None = None,
+    follower: Callable[[Learner], MovingTeacher | None] = no_moving_teacher,
 ) -> Run:
     """A run of `objective` in the folder `out`. Files of an earlier run after its step are removed.
 
@@ -216,13 +216,13 @@ def open_run(
     train, ranks = objective.settings.train, objective.ranks
     learner = Learner(objective.student.network, train, ranks)
     checkpoints = checkpoints_in(out, train)
-    run = Run(learner, checkpoints, identity, snapshot, state or State(), follower(learner))
+    run = Run(learner, checkpoints, identity, snapshot, state or RunState(), follower(learner))
     if saved:
         run.restore(saved)
         log.info("going on from %s", saved.path)
     ranks.wait()  # nobody reads any more what is removed now
     if ranks.is_main:
-        header = columns(max(train.nfe), [part.name for part in objective.settings.parts])
+        header = metrics_columns(max(train.nfe), [part.name for part in objective.settings.parts])
         run.open_log(CsvLog(out / METRICS, header, saved.log(METRICS) if saved else None))
         checkpoints.keep_until(run.state.step)
     return run

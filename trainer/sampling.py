@@ -63,7 +63,7 @@ class Trajectory:
         return self.states[-1]
 
 
-def sample(
+def sample_trajectory(
     student: Student,
     noise_BTC: Tensor,
     sigmas: Sequence[float],
@@ -92,7 +92,7 @@ def sample(
     return Trajectory(states, x0s, sigmas, bridge)
 
 
-def rounded(x_BTC: Tensor) -> Tensor:
+def rounded_as_stored(x_BTC: Tensor) -> Tensor:
     """The latents rounded as in the store, with the gradient of the unrounded ones.
 
     So the gate's R_S is computed exactly as R_T was, and the reward term uses the same decoding (docs/design.md,
@@ -101,12 +101,12 @@ def rounded(x_BTC: Tensor) -> Tensor:
     return x_BTC + (as_stored(x_BTC.detach()).to(x_BTC.dtype) - x_BTC.detach())
 
 
-Draw = Callable[[Batch], Tensor]
+FinalSampler = Callable[[Batch], Tensor]
 
 
 def few_steps(
     model: Student, nfe: int, velocity: Callable[[Tensor, float, Conditioning], Tensor] | None = None
-) -> Draw:
+) -> FinalSampler:
     """Euler steps over the family's stock grid, rounded as the store rounds the teacher's final."""
     sigmas, field = model.stock_sigmas(nfe), velocity or model.velocity
 

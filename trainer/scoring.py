@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rats.pipeline.protocols import Reward
-from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask
+from rats.pipeline.rewards.base import FATAL_ERRORS, call_reward
 from rats.schemas.errors import one_line
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ def score(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> Scored
     Raises errors that no picture causes: out of memory, a lost device, a RatsError.
     """
     try:
-        scores_B = ask(reward, images_B3HW, list(prompts)).to(images_B3HW.device, torch.float32)
-    except NOT_THE_SAMPLES_FAULT:
+        scores_B = call_reward(reward, images_B3HW, list(prompts)).to(images_B3HW.device, torch.float32)
+    except FATAL_ERRORS:
         raise
     except Exception as error:
         _say_once(reward.name, one_line(error))

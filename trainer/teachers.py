@@ -16,12 +16,12 @@ from rats.pipeline.solver import euler
 from rats.pipeline.store.shards import as_stored
 from rats.schemas.horizons import rows_of
 from rats.trainer.data import Batch
-from rats.trainer.distributed import put_back, whole_by_name
+from rats.trainer.distributed import copy_into, full_tensors
 from rats.trainer.optim import Learner
 from rats.trainer.scoring import score
 
 
-class Average:
+class WeightAverage:
     """Moving average of a student's trained weights, by which `refresh` rolls out its next generation.
 
     It runs no network: batches keep their stored trajectories.
@@ -47,14 +47,14 @@ class Average:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything for a bit-exact resume, on the CPU. If sharded, all ranks must call this together."""
-        return whole_by_name(self.weights)
+        return full_tensors(self.weights)
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Loads what `tensors` gave. Raises DataError if it is of another network."""
-        put_back(tensors, self.weights, "teacher")
+        copy_into(tensors, self.weights, "teacher")
 
 
-class LiveTeacher(Average):
+class LiveTeacher(WeightAverage):
     """A second network in the loop, with the averaged weights. With `decay` 1 it is frozen, and runs each time.
 
     It starts from the batch's stored noise (rounded as the store keeps it; a rollout starts before that rounding).

@@ -3,6 +3,6 @@
 A family in a package of its own needs these three names (docs/families.md).
 """
 
-from rats.pipeline.families.base import PATCH, Family, PatchedFamily
+from rats.pipeline.families.base import PATCH, Family, PatchFamily
 
-__all__ = ["PATCH", "Family", "PatchedFamily"]
+__all__ = ["PATCH", "Family", "PatchFamily"]

@@ -144,6 +144,11 @@ class Family(ABC):
         return scheduler
 
     @classmethod
+    def comfyui_name(cls, module: str) -> str:
+        """The name under which ComfyUI finds a module's adapters, of the module's name in diffusers' network."""
+        return f"transformer.{module}"
+
+    @classmethod
     def call(cls, settings: TeacherParams) -> dict[str, int | float]:
         """The arguments of the pipeline's call for a student, besides prompt and steps. They turn off true CFG."""
         sizes = {"height": settings.height, "width": settings.width}
@@ -175,7 +180,7 @@ CLIP_FIELDS = ("hidden_act",)
 """Of a CLIP text encoder's configuration: CLIP-L and CLIP-G differ in it, and the default is CLIP-L's."""
 
 
-class PatchedFamily(Family):
+class PatchFamily(Family):
     """Families whose tokens are patches of a picture. One with another autoencoder sets `vae_class` and `factor`."""
 
     vae_class = AutoencoderKL

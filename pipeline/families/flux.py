@@ -13,7 +13,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchedFamily
+from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchFamily
 from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
@@ -23,7 +23,7 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
     from diffusers import FluxPipeline
 
 
-class Flux(PatchedFamily):
+class Flux(PatchFamily):
     """2 x 2 patches of the VAE's latent are the tokens; CLIP's pooled and T5's sequence embedding condition them."""
 
     pipeline_class = FluxPipeline
@@ -38,7 +38,7 @@ class Flux(PatchedFamily):
     )
     depth = ("num_layers", "num_single_layers")
     embeds_guidance = True
-    scheduler_fields = (*PatchedFamily.scheduler_fields, "use_dynamic_shifting")
+    scheduler_fields = (*PatchFamily.scheduler_fields, "use_dynamic_shifting")
     published = ("black-forest-labs/FLUX.1-",)
 
     @classmethod

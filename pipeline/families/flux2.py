@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLFlux2, Flux2Transformer2DModel
 from torch import Tensor
 from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
-from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.families.base import PATCH, PatchFamily
 from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
@@ -31,7 +31,7 @@ LAYERS, DEEPEST = 3, 27
 """How many of Qwen3's layers have their states side by side in an embedding, and the last of them."""
 
 
-class Flux2Klein(PatchedFamily):
+class Flux2Klein(PatchFamily):
     """2 x 2 patches of the VAE's latent are the tokens; three of Qwen3's layers, side by side, condition them."""
 
     pipeline_class = Flux2KleinPipeline
@@ -47,7 +47,7 @@ class Flux2Klein(PatchedFamily):
         *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out", "attn.to_qkv_mlp_proj"),
     )
     depth = ("num_layers", "num_single_layers")
-    scheduler_fields = (*PatchedFamily.scheduler_fields, "use_dynamic_shifting")
+    scheduler_fields = (*PatchFamily.scheduler_fields, "use_dynamic_shifting")
     published = ("black-forest-labs/FLUX.2-klein",)
     suggested = {"true_cfg_scale": 4.0, "height": 1024, "width": 1024}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from rats.pipeline.weights.lora import add_lora, is_lora, load_lora
 from rats.pipeline.weights.opening import opening
 from rats.schemas.errors import ConfigError, DataError, brief
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
-from rats.schemas.plugins import FAMILIES, found, load_plugin
+from rats.schemas.plugins import FAMILIES, load_plugin, plugins_in
 from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import LoraParams
 
@@ -146,6 +146,10 @@ class Model:
         with opening(self.folder.parts(SCHEDULER)[SCHEDULER], "a scheduler"), quiet_notices():
             return self.family.scheduler(config)
 
+    def sigmas(self, counts: Iterable[int]) -> dict[int, tuple[float, ...]]:
+        """The grid of each number of steps, as the scheduler makes it now: `FamilyStudent.stock_sigmas`."""
+        return {steps: tuple(self.outline.stock_sigmas(steps)) for steps in counts}
+
     def call(self) -> dict[str, int | float]:
         """The arguments of the pipeline's call as in training, besides prompt and number of steps."""
         return self.family.call(self.teacher)
@@ -216,11 +220,16 @@ class Model:
         The network in training cannot be saved as it is: it may be sharded, and it is in float32 where `model.dtype` is
         not. This one is built on the CPU, since the device's memory is full.
         """
-        on_cpu = ComputeParams(device="cpu")
-        network: nn.Module = load_component(self.family.network_class, self._base, self.params, on_cpu)
+        network = self.base_network()
         if lora is not None:
             add_lora(network, lora, self.family.lora_targets, seed=0)  # all of them are replaced
         network.load_state_dict(weights, strict=lora is None)
+        return network
+
+    def base_network(self, dtype: str | None = None) -> nn.Module:
+        """The pipeline's network on the CPU, in the model's dtype or another one."""
+        params = self.params.model_copy(update={"dtype": dtype or self.params.dtype})
+        network: nn.Module = load_component(self.family.network_class, self._base, params, ComputeParams(device="cpu"))
         return network
 
     def _sampling_parts(
@@ -272,9 +281,9 @@ def apply_kernels(network: Any, compute: ComputeParams) -> None:
         network.compile()
 
 
-def fitting_family(index: Mapping[str, Any]) -> str | None:
+def family_for_index(index: Mapping[str, Any]) -> str | None:
     """The installed family of the pipeline in a model_index.json; None if there is none."""
-    for name in found(FAMILIES):
+    for name in plugins_in(FAMILIES):
         try:
             cls: type[Family] = load_plugin(FAMILIES, name)
         except ConfigError:  # a family that cannot be imported cannot open the model
@@ -290,7 +299,7 @@ def _check_index(model: ModelParams, cls: type[Family], index: Mapping[str, Any]
     if index and name is None:
         raise DataError(f"the {INDEX} of {model.path} names no pipeline (_class_name): fetch or export it again")
     if name not in (None, cls.pipeline_class.__name__):
-        fitting = fitting_family(index)
+        fitting = family_for_index(index)
         way_out = f"set model.family: {fitting}" if fitting else "name a pipeline of an installed family (rats doctor)"
         drawn = f"model.family {model.family} draws as a {cls.pipeline_class.__name__}"
         raise ConfigError(f"{model.path} is a {brief(name)}, and {drawn}: {way_out}")

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from rats.pipeline.families.base import PATCH, PatchedFamily
+from rats.pipeline.families.base import PATCH, PatchFamily
 from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
@@ -47,7 +47,7 @@ class OneFrameVAE(AutoencoderKLQwenImage):
         return DecoderOutput(sample=decoded) if return_dict else (decoded,)
 
 
-class QwenImage(PatchedFamily):
+class QwenImage(PatchFamily):
     """2 x 2 patches of a video VAE's latent of one frame are the tokens; Qwen2.5-VL's last states condition them.
 
     Prompts differ in length and the pipeline leaves them so. They are stored padded, with a mask, which comes to the
@@ -67,7 +67,7 @@ class QwenImage(PatchedFamily):
     )
     depth = ("num_layers",)
     longest_text = 1024
-    scheduler_fields = (*PatchedFamily.scheduler_fields, "use_dynamic_shifting", "shift_terminal")
+    scheduler_fields = (*PatchFamily.scheduler_fields, "use_dynamic_shifting", "shift_terminal")
     published = ("Qwen/Qwen-Image",)
     suggested = {"true_cfg_scale": 4.0, "negative_prompt": " ", "height": 1024, "width": 1024}
 

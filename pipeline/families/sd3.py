@@ -13,7 +13,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchedFamily
+from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchFamily
 from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
@@ -26,7 +26,7 @@ CLIP_TOKENS = 77
 """Tokens of both CLIP encoders. T5's `max_sequence_length` tokens follow them."""
 
 
-class StableDiffusion3(PatchedFamily):
+class StableDiffusion3(PatchFamily):
     """The VAE's latent positions are the tokens; two CLIP encoders and T5 condition them.
 
     The scheduler makes the grid itself, down to its own smallest sigma and not to 1 / steps: with the published shift

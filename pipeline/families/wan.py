@@ -42,6 +42,16 @@ OTHER_GRIDS = (
     *("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_dynamic_shifting", "shift_terminal"),
 )
 """Settings of a UniPC scheduler that lead to sigmas which a shift alone does not describe."""
+ORIGINAL_NAMES = (
+    *((".attn1.to_out.0", ".self_attn.o"), (".attn2.to_out.0", ".cross_attn.o")),
+    *((".attn1.to_", ".self_attn."), (".attn2.to_", ".cross_attn.")),
+    *((".ffn.net.0.proj", ".ffn.0"), (".ffn.net.2", ".ffn.2")),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    *((f"condition_embedder.{part}_embedder.linear_1", f"{part}_embedding.0") for part in ("time", "text")),
+    *((f"condition_embedder.{part}_embedder.linear_2", f"{part}_embedding.2") for part in ("time", "text")),
+    ("proj_out", "head.head"),
+)
+"""Parts of diffusers' module names, each with what the published Wan2.1 checkpoints have in its place."""
 
 
 class FramewiseVAE(AutoencoderKLWan):
@@ -183,6 +193,13 @@ class Wan(Family):
         _say_once(shift)
         steps = config.get("num_train_timesteps", 1000)
         return super().scheduler({"_class_name": EULER, "shift": shift, "num_train_timesteps": steps})
+
+    @classmethod
+    def comfyui_name(cls, module: str) -> str:
+        """ComfyUI's Wan has the names of the published checkpoints, and knows no others."""
+        for here, there in ORIGINAL_NAMES:
+            module = module.replace(here, there)
+        return f"diffusion_model.{module}"
 
     @classmethod
     def call(cls, settings: TeacherParams) -> dict[str, int | float]:

@@ -14,11 +14,11 @@ from rats.pipeline.weights.hashes import adapter_fingerprint
 from rats.pipeline.weights.hub import find_checkpoint
 from rats.schemas.errors import RatsError
 
-NOT_THE_SAMPLES_FAULT = (RatsError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+FATAL_ERRORS = (RatsError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 """Errors that no picture causes. They end the task or the step; no sample is marked as failed."""
 
 
-def ask(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
+def call_reward(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
     """Scores (B,) as the reward gives them, NaN and infinities included. Videos (B, K, 3, H, W) get their frames' mean.
 
     Raises ValueError for scores of another shape: broadcasting would give pictures the scores of others.
@@ -26,7 +26,7 @@ def ask(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
     if images_B3HW.ndim == 5:
         frames_BK3HW, count = images_B3HW, images_B3HW.shape[1]
         each = [prompt for prompt in prompts for _ in range(count)]
-        return ask(reward, frames_BK3HW.flatten(0, 1), each).unflatten(0, (-1, count)).mean(1)
+        return call_reward(reward, frames_BK3HW.flatten(0, 1), each).unflatten(0, (-1, count)).mean(1)
     scores_B = reward.score(images_B3HW, prompts)
     if scores_B.shape != (len(prompts),):
         raise ValueError(f"the reward gave {tuple(scores_B.shape)} scores for {len(prompts)} pictures")

@@ -12,7 +12,7 @@ from rats.pipeline.weights.hub import absolute_if_local, resolve_checkpoint
 from rats.pipeline.weights.opening import opening
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import RewardParams
-from rats.schemas.plugins import OFFICIAL, REWARDS, found, load_plugin
+from rats.schemas.plugins import OFFICIAL, REWARDS, load_plugin, plugins_in
 
 NEEDED = ("checkpoints", "identify", "score")
 
@@ -48,10 +48,10 @@ def _token(reward: RewardParams) -> dict[str, str]:
 
 
 def _adapter(reward: RewardParams) -> type[RewardAdapter]:
-    if reward.backend == "official" and reward.adapter not in found(OFFICIAL):
+    if reward.backend == "official" and reward.adapter not in plugins_in(OFFICIAL):
         raise ConfigError(
             f"reward '{reward.name}': {reward.adapter!r} has no package of its own, so no official backend "
-            f"({', '.join(sorted(found(OFFICIAL)))} have): leave backend out"
+            f"({', '.join(sorted(plugins_in(OFFICIAL)))} have): leave backend out"
         )
     adapter: type[RewardAdapter] = load_plugin(OFFICIAL if reward.backend == "official" else REWARDS, reward.adapter)
     if missing := [name for name in NEEDED if not hasattr(adapter, name)]:

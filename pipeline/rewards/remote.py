@@ -21,12 +21,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rats.pipeline.rewards.remote_protocol import (
-    Answer,
-    Question,
+    ScoreReply,
+    ScoreRequest,
     ServedReward,
-    pack_question,
+    pack_request,
     read_token,
-    unpack_answer,
+    unpack_reply,
 )
 from rats.schemas.errors import ConfigError, DataError, NoWorkerError, RetryLaterError, plain
 
@@ -41,7 +41,7 @@ LOOK_UP = 0.2
 """Seconds between two checks during a pause whether the run must stop."""
 BUSY = (429, 502, 503, 504)
 """Statuses after which a request is retried: too many requests, or a server that is full, starting or unreachable."""
-SMALL = 1 << 20
+REPLY_OVERHEAD = 1 << 20
 """Bytes of a reply beyond its tensors."""
 
 _jitter = random.Random()  # not the global generator, whose state is in checkpoints and must not depend on retries
@@ -55,7 +55,7 @@ class _Again(Exception):
         self.after = after
 
 
-class Server:
+class RewardClient:
     """The client of one server: one request at a time, with retries and growing pauses while it is away or full."""
 
     def __init__(
@@ -110,7 +110,7 @@ class Server:
         headers = self._headers | ({"Content-Type": "application/octet-stream"} if body else {})
         # the token goes to this server alone: no redirect is followed
         how: dict[str, Any] = {"redirect": False, "preload_content": False, "decode_content": False}
-        limit = len(body or b"") + SMALL
+        limit = len(body or b"") + REPLY_OVERHEAD
         try:
             with self._pool.request(method, self.url + path, body, headers=headers, **how) as response:
                 content = response.read(limit + 1)
@@ -146,7 +146,7 @@ def _seconds(header: str | None) -> float:
         return 0.0
 
 
-def served(server: Server) -> ServedReward:
+def fetch_identity(server: RewardClient) -> ServedReward:
     """The server's reply to GET /identity. Raises DataError if it is not that of a reward server."""
     reply = server.call("GET", "/identity")
     try:
@@ -168,7 +168,7 @@ class UrlReward:
     @classmethod
     def identify(cls, url: str, token_file: str | None = None) -> str:
         """The reward's fingerprint from its server. It does not depend on the token."""
-        return served(Server(url, patience=FIRST_PATIENCE, token_file=token_file)).fingerprint
+        return fetch_identity(RewardClient(url, patience=FIRST_PATIENCE, token_file=token_file)).fingerprint
 
     def __init__(
         self,
@@ -179,8 +179,8 @@ class UrlReward:
         token_file: str | None = None,
     ) -> None:
         """Fetches the server's identity. `device` is that of the pictures, not that of the server."""
-        self.about = served(Server(url, timeout, FIRST_PATIENCE, token_file))
-        self.server = Server(url, timeout, token_file=token_file)
+        self.about = fetch_identity(RewardClient(url, timeout, FIRST_PATIENCE, token_file))
+        self.server = RewardClient(url, timeout, token_file=token_file)
         self.name, self.fingerprint, self.differentiable = name, self.about.fingerprint, self.about.differentiable
 
     @property
@@ -204,11 +204,11 @@ class UrlReward:
         found = torch.cat([answer.gradient_B3HW for answer in answers if answer.gradient_B3HW is not None])
         return _Remote.apply(images_B3HW, scores_B, found.to(images_B3HW))
 
-    def _ask(self, images_B3HW: Tensor, prompts: list[str], gradient: bool) -> Answer:
-        question = Question(as_sent(images_B3HW, self.about.pixels), list(prompts), gradient)
-        reply = self.server.call("POST", "/score", pack_question(question))
+    def _ask(self, images_B3HW: Tensor, prompts: list[str], gradient: bool) -> ScoreReply:
+        question = ScoreRequest(as_sent(images_B3HW, self.about.pixels), list(prompts), gradient)
+        reply = self.server.call("POST", "/score", pack_request(question))
         try:
-            answer = unpack_answer(reply, question)
+            answer = unpack_reply(reply, question)
         except ValueError as error:
             raise DataError(f"{self.server.url}/score gives no answer to the question: {error}") from error
         if answer.fingerprint != self.fingerprint:

@@ -45,7 +45,7 @@ class ServedReward(BaseModel):
 
 
 @dataclass(frozen=True)
-class Question:
+class ScoreRequest:
     """Pictures (B, 3, H, W), float32 in [0, 1] or uint8, their prompts, and whether a gradient is wanted."""
 
     images_B3HW: Tensor
@@ -54,7 +54,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ScoreReply:
     """Scores (B,), NaN where there is none, and d score / d image (B, 3, H, W) if it was wanted."""
 
     fingerprint: str
@@ -83,13 +83,13 @@ def read_token(path: Path) -> str:
     return token
 
 
-def pack_question(question: Question) -> bytes:
+def pack_request(question: ScoreRequest) -> bytes:
     """The body of POST /score."""
     images = question.images_B3HW.detach().cpu().contiguous()
     return _pack({"images": images}, {"prompts": question.prompts, "gradient": question.gradient})
 
 
-def unpack_question(body: bytes) -> Question:
+def unpack_request(body: bytes) -> ScoreRequest:
     """Raises ValueError with what is wrong."""
     tensors, about = _unpack(body)
     images = _tensor(tensors, "images")
@@ -99,17 +99,17 @@ def unpack_question(body: bytes) -> Question:
     gradient = about.get("gradient", False)
     if not isinstance(gradient, bool):
         raise ValueError("gradient must be true or false")
-    return Question(images, _texts(about.get("prompts"), len(images)), gradient)
+    return ScoreRequest(images, _texts(about.get("prompts"), len(images)), gradient)
 
 
-def pack_answer(answer: Answer) -> bytes:
+def pack_reply(answer: ScoreReply) -> bytes:
     """The reply to POST /score."""
     tensors = {"scores": answer.scores_B, "gradient": answer.gradient_B3HW}
     there = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
     return _pack(there, {"fingerprint": answer.fingerprint})
 
 
-def unpack_answer(body: bytes, question: Question) -> Answer:
+def unpack_reply(body: bytes, question: ScoreRequest) -> ScoreReply:
     """Raises ValueError when it is no answer to the question."""
     tensors, about = _unpack(body)
     scores, shape = _tensor(tensors, "scores"), question.images_B3HW.shape
@@ -118,7 +118,7 @@ def unpack_answer(body: bytes, question: Question) -> Answer:
     gradient = _tensor(tensors, "gradient") if question.gradient else None
     if gradient is not None and (gradient.shape != shape or gradient.dtype != torch.float32):
         raise ValueError(f"gradient must be {tuple(shape)} float32, not {tuple(gradient.shape)} {gradient.dtype}")
-    return Answer(str(about.get("fingerprint")), scores, gradient)
+    return ScoreReply(str(about.get("fingerprint")), scores, gradient)
 
 
 def _pack(tensors: dict[str, Tensor], about: Mapping[str, Any]) -> bytes:

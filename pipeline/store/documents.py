@@ -16,13 +16,13 @@ from rats.schemas.errors import DataError, brief, reason
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-def write_sealed(path: Place, document: BaseModel) -> None:
+def write_document(path: Place, document: BaseModel) -> None:
     """Write a document atomically, with its seal."""
     path.write(_sealed(document))
 
 
-def create_sealed(path: Place, document: BaseModel) -> bool:
-    """As `write_sealed`, unless the document exists; returns whether it wrote (`Place.create`)."""
+def create_document(path: Place, document: BaseModel) -> bool:
+    """As `write_document`, unless the document exists; returns whether it wrote (`Place.create`)."""
     return path.create(_sealed(document))
 
 
@@ -31,14 +31,14 @@ def _sealed(document: BaseModel) -> bytes:
     return canonical_json({**content, "seal": hash_bytes(canonical_json(content))})
 
 
-def read_all_sealed(paths: Sequence[Place], model: type[_Model]) -> list[_Model]:
+def read_all_documents(paths: Sequence[Place], model: type[_Model]) -> list[_Model]:
     """Many documents, in order; from a remote place many at once."""
     if not paths:
         return []
-    return paths[0].concurrently(lambda path: read_sealed(path, model), paths)
+    return paths[0].concurrently(lambda path: read_document(path, model), paths)
 
 
-def read_sealed(path: Place, model: type[_Model]) -> _Model:
+def read_document(path: Place, model: type[_Model]) -> _Model:
     """Read a document back.
 
     Raises:

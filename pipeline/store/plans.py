@@ -9,7 +9,7 @@ from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 
 
-def distinct(wanted: Sequence[PlannedSample]) -> set[str]:
+def distinct_keys(wanted: Sequence[PlannedSample]) -> set[str]:
     """The keys of `wanted`. Raises ConfigError if one occurs twice."""
     keys: set[str] = set()
     for sample in wanted:
@@ -19,7 +19,7 @@ def distinct(wanted: Sequence[PlannedSample]) -> set[str]:
     return keys
 
 
-def packed(wanted: Sequence[PlannedSample], plans: Sequence[ShardPlan], size: int) -> list[ShardPlan]:
+def new_plans(wanted: Sequence[PlannedSample], plans: Sequence[ShardPlan], size: int) -> list[ShardPlan]:
     """New plans of `size` samples each, for the wanted samples that are in no plan. Their numbers follow the last."""
     planned = {sample.key for plan in plans for sample in plan.samples}
     new = sorted((sample for sample in wanted if sample.key not in planned), key=lambda sample: sample.key)
@@ -28,7 +28,7 @@ def packed(wanted: Sequence[PlannedSample], plans: Sequence[ShardPlan], size: in
     return [ShardPlan(shard=shard_name(first + i), samples=samples) for i, samples in enumerate(parts)]
 
 
-def needed(plans: Sequence[ShardPlan], done: Iterable[ShardDone], keys: set[str]) -> list[ShardPlan]:
+def needed_plans(plans: Sequence[ShardPlan], done: Iterable[ShardDone], keys: set[str]) -> list[ShardPlan]:
     """The plans that hold these keys. After an import, the keys of an unfinished shard may all lie in other shards:
     such a plan is left out.
     """

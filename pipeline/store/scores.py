@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from rats.pipeline.files.places import Place, matching
 from rats.pipeline.files.reading import hash_bytes
 from rats.pipeline.store import layout
-from rats.pipeline.store.documents import read_all_sealed, read_sealed, write_sealed
+from rats.pipeline.store.documents import read_all_documents, read_document, write_document
 from rats.pipeline.store.parquet import encode_rows, read_rows
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import DataError, remedy
@@ -24,7 +24,7 @@ def record_reward(shards: ShardSet, name: str, hashes: dict[str, str]) -> str:
     record = RewardRecord(name=name, hashes=hashes)
     path = shards.path(layout.REWARD, reward=record.fingerprint)
     if not path.exists():
-        write_sealed(path, record)
+        write_document(path, record)
     return record.fingerprint
 
 
@@ -33,7 +33,7 @@ def reward_columns(shards: ShardSet) -> dict[str, RewardRecord]:
     """All columns, by fingerprint."""
     found = {}
     paths = matching(shards.root, layout.REWARD.wildcard())
-    for path, record in zip(paths, read_all_sealed(paths, RewardRecord), strict=True):
+    for path, record in zip(paths, read_all_documents(paths, RewardRecord), strict=True):
         if record.fingerprint != path.parent.name:
             raise DataError(f"{path} is the record of {record.fingerprint[:12]}, not of its folder")
         found[record.fingerprint] = record
@@ -58,7 +58,7 @@ def write_scores(shards: ShardSet, reward_fp: str, shard: str, rows: Sequence[Sc
     table, vouched = _paths(shards, reward_fp, shard)
     data = encode_rows(ScoreRow, sorted(rows, key=lambda row: row.key))
     table.write(data)
-    write_sealed(vouched, ScoresDone(shard=shard, shard_blake3=done.blake3, rows=len(rows), blake3=hash_bytes(data)))
+    write_document(vouched, ScoresDone(shard=shard, shard_blake3=done.blake3, rows=len(rows), blake3=hash_bytes(data)))
 
 
 @remedy(REMEDY)
@@ -71,14 +71,14 @@ def scores_done(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str 
     digest = shard_blake3 or _blake3(shards, shard)
     if digest is None or not table.exists() or not vouched.exists():
         return False
-    return read_sealed(vouched, ScoresDone).shard_blake3 == digest
+    return read_document(vouched, ScoresDone).shard_blake3 == digest
 
 
 @remedy(REMEDY)
 def score_rows(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str | None = None) -> list[ScoreRow]:
     """A shard's scores, the failed ones included; `shard_blake3` as for `scores_done`."""
     table, vouched = _paths(shards, reward_fp, shard)
-    seal = read_sealed(vouched, ScoresDone)
+    seal = read_document(vouched, ScoresDone)
     if (seal.shard, seal.shard_blake3) != (shard, shard_blake3 or _blake3(shards, shard)):
         raise DataError(f"{table} scores another {shard}")
     return read_rows(table, ScoreRow, seal.blake3)

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from rats.pipeline.files.places import Place, matching, open_place
 from rats.pipeline.files.reading import hash_bytes
 from rats.pipeline.store import layout
-from rats.pipeline.store.documents import check_version, create_sealed, read_all_sealed, read_sealed
+from rats.pipeline.store.documents import check_version, create_document, read_all_documents, read_document
 from rats.pipeline.store.parquet import encode_rows, read_rows
-from rats.pipeline.store.plans import distinct, needed, packed
+from rats.pipeline.store.plans import distinct_keys, needed_plans, new_plans
 from rats.schemas.canonical import canonical_json, sha256
 from rats.schemas.errors import DataError, RetryLaterError, reason, remedy
 from rats.schemas.manifest import (
@@ -132,21 +132,21 @@ class ShardSet:
         more prompts now, finds its old shards. New shards are filled in the order of keys, not of the prompt file.
         The finished shards in `known` are not read again.
         """
-        keys = distinct(wanted)
+        keys = distinct_keys(wanted)
         with self.lock("plan"):
             while True:
                 plans = self.plans()
-                new = packed(wanted, plans, shard_samples)
+                new = new_plans(wanted, plans, shard_samples)
                 # another process has just taken a number: read the plans again
-                if all(create_sealed(self.plan_path(plan.shard), plan) for plan in new):
+                if all(create_document(self.plan_path(plan.shard), plan) for plan in new):
                     break
-        return needed([*plans, *new], self.finished(known), keys)
+        return needed_plans([*plans, *new], self.finished(known), keys)
 
     def plans(self) -> list[ShardPlan]:
         """All plans of the set, by shard."""
         paths = matching(self.root, layout.PLAN.wildcard())
         with remedy("restore it from a copy of the store"):
-            return read_all_sealed(paths, ShardPlan)
+            return read_all_documents(paths, ShardPlan)
 
     @remedy(REMAKE)
     def done(self, shard: str) -> ShardDone | None:
@@ -158,7 +158,7 @@ class ShardSet:
         tar, path = self.shard_path(shard), self.done_path(shard)
         if not path.exists() or not tar.exists():
             return None
-        return self._checked(shard, read_sealed(path, ShardDone), tar.stat().st_size)
+        return self._checked(shard, read_document(path, ShardDone), tar.stat().st_size)
 
     @remedy(REMAKE)
     def finished(self, known: Iterable[ShardDone] = ()) -> list[ShardDone]:
@@ -166,7 +166,7 @@ class ShardSet:
         tars = self._finished_tars()
         documents = {done.shard: done for done in known}
         new = [shard for shard in tars if shard not in documents]
-        read = read_all_sealed([self.done_path(shard) for shard in new], ShardDone)
+        read = read_all_documents([self.done_path(shard) for shard in new], ShardDone)
         documents |= dict(zip(new, read, strict=True))
         return [self._checked(shard, documents[shard], size) for shard, size in tars.items()]
 
@@ -219,7 +219,7 @@ class ShardSet:
             index.write(data)  # under the lock, an existing index was left by a killed writer
         elif not index.create(data):
             return None
-        return snapshot if create_sealed(self.path(layout.MANIFEST, number=number), snapshot) else None
+        return snapshot if create_document(self.path(layout.MANIFEST, number=number), snapshot) else None
 
     def _last_number(self) -> int:
         """The last snapshot's number. Without locks, indexes count too: another snapshot may be under way."""
@@ -258,7 +258,7 @@ class ShardSet:
         if not numbers and number is None:
             raise DataError(f"{self.root} has no snapshot")
         path = self.path(layout.MANIFEST, number=numbers[-1] if number is None else number)
-        snapshot = read_sealed(path, Snapshot)
+        snapshot = read_document(path, Snapshot)
         if snapshot.fingerprint != self.fingerprint:
             raise DataError(f"{path} is of recipe {snapshot.fingerprint[:12]}, this set is {self.fingerprint[:12]}")
         return snapshot

@@ -20,18 +20,18 @@ from webdataset.writer import TarWriter
 
 from rats.pipeline.files.local import LocalPlace
 from rats.pipeline.files.reading import hash_bytes, hash_file, hash_ranges
-from rats.pipeline.store.documents import write_sealed
+from rats.pipeline.store.documents import write_document
 from rats.pipeline.store.shard_set import REMAKE, ShardSet
 from rats.schemas.canonical import canonical_json
 from rats.schemas.errors import DataError, StorageError, reason, remedy
 from rats.schemas.manifest import IndexRow, PlannedSample, ShardDone, ShardPlan
 from rats.schemas.recipe import LATENT_DTYPE
 
-Sample = tuple[PlannedSample, dict[str, np.ndarray]]
+SampleArrays = tuple[PlannedSample, dict[str, np.ndarray]]
 LATENTS = "latents.safetensors"
 
 
-def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[Sample]) -> ShardDone:
+def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[SampleArrays]) -> ShardDone:
     """Writes the plan's samples in its order. If the shard is finished already, `samples` are not consumed.
 
     Args:
@@ -62,11 +62,11 @@ def _finish(shards: ShardSet, temporary: LocalPlace, done: ShardDone) -> ShardDo
         if earlier := shards.done(done.shard):
             return earlier
         shards.shard_path(done.shard).put(temporary)
-        write_sealed(shards.done_path(done.shard), done)
+        write_document(shards.done_path(done.shard), done)
     return done
 
 
-def _write_tar(path: Path, horizons: tuple[float, ...], plan: ShardPlan, samples: Iterable[Sample]) -> list[str]:
+def _write_tar(path: Path, horizons: tuple[float, ...], plan: ShardPlan, samples: Iterable[SampleArrays]) -> list[str]:
     """Write all members; returns the blake3 of each sample's latents, in the plan's order."""
     hashes = []
     # Fixed names, ids, modes and times: the bytes depend on the samples alone.
@@ -80,7 +80,7 @@ def _write_tar(path: Path, horizons: tuple[float, ...], plan: ShardPlan, samples
     return hashes
 
 
-def _exactly(samples: Iterable[Sample], plan: ShardPlan) -> Iterator[Sample]:
+def _exactly(samples: Iterable[SampleArrays], plan: ShardPlan) -> Iterator[SampleArrays]:
     """Passes the samples on and counts them. Raises DataError if there are too few or too many."""
     count = 0
     for count, sample in enumerate(samples, start=1):

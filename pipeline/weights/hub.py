@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from rats.pipeline.weights.hashes import SMALL_FILES
-from rats.schemas.errors import ConfigError, reason
+from rats.schemas.errors import ConfigError, StorageError, reason
 
 _CACHED: ContextVar[bool] = ContextVar("cached", default=False)
 """Whether only the local cache of the hub is used."""
@@ -89,14 +90,42 @@ def is_hub_id(path: str) -> bool:
     return bool(organisation and name) and "/" not in name and path[0] not in "./~" and not Path(organisation).is_dir()
 
 
+def refuse_full_disk(error: BaseException, folder: str) -> None:
+    """StorageError where a download failed for want of space; `folder` is the cache that it went to."""
+    for one in _chain(error):
+        full = isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT)
+        # the hub's own downloader, written in Rust, passes on the text alone
+        if full or "No space left on device" in str(one) or "Disk quota exceeded" in str(one):
+            raise StorageError(
+                f"the disk of the hub's cache {folder} is full: free some space there, or set HF_HOME to a folder on "
+                "another disk, then run the same command again"
+            ) from error
+
+
+def telling_cause(error: BaseException) -> BaseException:
+    """The error itself, or of one that only says that "an error occurred" the first below it that says more."""
+    telling = (one for one in _chain(error) if str(one) and not str(one).startswith("An error occurred"))
+    return next(telling, error)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what led to it."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+
+
 def _download(repository: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     revised, cached = (f" at revision {revision}" if revision else ""), _CACHED.get()
     try:
         download = partial(snapshot_download, revision=revision, local_files_only=cached, ignore_patterns=VARIANTS)
         return Path(download(repository, allow_patterns=list(patterns) if patterns else None))
     except Exception as error:  # the hub raises a dozen kinds, of three libraries: all mean the same here
+        refuse_full_disk(error, constants.HF_HUB_CACHE)
         if cached:
             raise ConfigError(
                 f"'{repository}'{revised} is no local folder and not in the hub's cache: the first command that needs "

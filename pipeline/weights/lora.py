@@ -1,13 +1,13 @@
 """Low-rank adapters (peft) of a diffusers transformer: added, saved, and loaded back with nothing dropped.
 
 The file is what `pipe.load_lora_weights` reads: `pytorch_lora_weights.safetensors`, with the adapters' rank, alpha
-and targets as metadata.
+and targets as metadata. `export_lora` writes them for loaders that read no metadata.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rats.pipeline.weights.hashes import NETWORK
+from rats.pipeline.weights.movement import Movement
 from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.train_params import LoraParams
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
+COMFYUI = "comfyui.safetensors"
 ADAPTER = "default"
 PREFIX = f"{NETWORK}."
 """Of every name in the file: the component that is adapted, as every family's pipeline calls it."""
@@ -60,11 +63,35 @@ def is_lora(folder: Path) -> bool:
 def save_lora(network: nn.Module, folder: Path) -> None:
     """Write the adapters' file into `folder`, a temporary one: `pipeline.files.atomic.atomic_folder`."""
     config = network.peft_config[ADAPTER].to_dict()  # type: ignore[index, union-attr]
-    about = {f"{PREFIX}{name}": config[name] for name in FIELDS}
-    about[f"{PREFIX}target_modules"] = sorted(config["target_modules"])  # a set: its order is the process's
-    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(about, sort_keys=True)}  # one key: with two the bytes vary
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({f"{PREFIX}{name}": tensor for name, tensor in _layers(network).items()}, folder / WEIGHTS, metadata)
+    about = {name: config[name] for name in FIELDS}
+    about["target_modules"] = sorted(config["target_modules"])  # a set: its order is the process's
+    _write(_layers(network), about, folder)
+
+
+def export_lora(student: Path, folder: Path, comfyui_name: Callable[[str], str]) -> None:
+    """Writes a student's adapters into `folder` so that every loader draws at their full strength.
+
+    alpha / rank is multiplied into B, and alpha is the rank wherever it is said: a loader that knows no alpha takes
+    the strength 1. `WEIGHTS` is for diffusers, `COMFYUI`, with an `.alpha` tensor beside each adapter, for others. One
+    file cannot serve both: each family's loader in diffusers refuses `.alpha` tensors beside metadata.
+
+    Args:
+        student: The folder of a run's student.
+        folder: Where to write; made if it does not exist.
+        comfyui_name: ComfyUI's name of a module, of its name in the network (`Family.comfyui_name`).
+
+    Raises:
+        DataError: a damaged file.
+    """
+    state, about = _read(student)
+    folded = {name: _folded(name, state, about["lora_alpha"]) for name in state}
+    _write(folded, about | {"lora_alpha": about["r"]}, folder)
+    renamed = {}
+    for name, tensor in folded.items():
+        module, side = name.split(".lora_")
+        renamed[f"{comfyui_name(module)}.lora_{side}"] = tensor
+        renamed[f"{comfyui_name(module)}.alpha"] = torch.tensor(float(_rank(module, folded)))
+    save_file(renamed, folder / COMFYUI)
 
 
 def load_lora(network: nn.Module, folder: Path) -> None:
@@ -87,10 +114,40 @@ def load_lora(network: nn.Module, folder: Path) -> None:
     network.requires_grad_(False)
 
 
-def merge_lora(network: nn.Module) -> None:
-    """Merges the adapters into the network's weights, rounded to their dtype, and removes them."""
-    network.fuse_lora(safe_fusing=True)  # type: ignore[operator]
+@torch.no_grad()
+def merge_lora(network: nn.Module) -> float:
+    """Merges the adapters into the network's weights, rounded to their dtype, and removes them.
+
+    Returns the share of the adapters' change that is left after the rounding (`pipeline.weights.movement`).
+    """
+    movement = Movement()
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        start, change = weight.clone(), layer.get_delta_weight(ADAPTER)
+        layer.merge(safe_merge=True)
+        movement.add(start, start + change.float(), layer.get_base_layer().weight)
     network.unload_lora()  # type: ignore[operator]
+    return movement.share
+
+
+def _write(state: dict[str, Tensor], about: dict[str, Any], folder: Path) -> None:
+    """The file that diffusers reads, of tensors and metadata by the network's own names."""
+    text = json.dumps({f"{PREFIX}{name}": value for name, value in about.items()}, sort_keys=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {f"{PREFIX}{name}": tensor for name, tensor in state.items()}
+    save_file(named, folder / WEIGHTS, {LORA_ADAPTER_METADATA_KEY: text})  # one key: with two the bytes vary
+
+
+def _folded(name: str, state: dict[str, Tensor], alpha: float) -> Tensor:
+    """One tensor with the strength in it, if it is a B."""
+    module, side = name.split(".lora_")
+    return state[name] * (alpha / _rank(module, state)) if side.startswith("B") else state[name]
+
+
+def _rank(module: str, state: dict[str, Tensor]) -> int:
+    """A has a row for each."""
+    return len(state[f"{module}.lora_A.weight"])
 
 
 def _inject(network: nn.Module, config: LoraConfig, seed: int) -> None:

@@ -37,7 +37,7 @@ def guarded(command: Callable[[], Any]) -> None:
         _fail(StorageError(f"{error}: {hint}, then run the same command again"))
 
 
-def say(value: dict[str, Any], as_json: bool) -> None:
+def print_result(value: dict[str, Any], as_json: bool) -> None:
     """Prints the result on stdout: one JSON object, or one line for each field."""
     if as_json:
         print(json.dumps(value))
@@ -47,13 +47,13 @@ def say(value: dict[str, Any], as_json: bool) -> None:
             print(f"{name.replace('_', ' ')}: {f'{line:.1f}' if isinstance(line, float) else line}")
 
 
-def table(rows: list[dict[str, Any]]) -> None:
+def print_rows(rows: list[dict[str, Any]]) -> None:
     """Prints one line for each row."""
     for row in rows:
         print("  ".join(("yes" if item else "no") if isinstance(item, bool) else str(item) for item in row.values()))
 
 
-def findings(rows: list[dict[str, Any]]) -> None:
+def print_checks(rows: list[dict[str, Any]]) -> None:
     """Prints one line for each check: yes, no, or - where something optional is missing."""
     width = max(len(row["check"]) for row in rows)
     for row in rows:

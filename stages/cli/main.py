@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from rats.schemas.errors import ConfigError
-from rats.stages.cli.console import findings, guarded, say
-from rats.stages.cli.options import DEFAULT_PARAMS, STYLE, DryRun, Json, ParamsFile, Seed, Sets, load, split_named
+from rats.stages.cli.console import guarded, print_checks, print_result
+from rats.stages.cli.options import DEFAULT_PARAMS, HELP_STYLE, DryRun, Json, ParamsFile, Seed, Sets, load, split_named
 from rats.stages.cli.shards import shards
 from rats.stages.cli.stage import stage
 
@@ -18,10 +18,33 @@ app = typer.Typer(
     help="Few-step distillation by reward-aware trajectory shaping, from stored teacher trajectories.",
     add_completion=False,
     pretty_exceptions_enable=False,
-    **STYLE,
+    **HELP_STYLE,
 )
+
+
+def _say_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        print(f"rats {version('rats')}")
+    except PackageNotFoundError:
+        print("rats, not installed: read from its source folder")
+    raise typer.Exit
+
+
 app.add_typer(stage, name="stage")
 app.add_typer(shards, name="shards")
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Say the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
 
 
 @app.command()
@@ -32,8 +55,10 @@ def init(
         str | None, typer.Option(metavar="NAME", help="Its family, if model_index.json and hub id do not say it.")
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .csv, split by concept.")
+        Path | None, typer.Option(metavar="FILE", help="Prompts, .txt or .csv or a table, split by concept.")
     ] = None,
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="The table's column of prompts.")] = None,
+    field: Annotated[str | None, typer.Option(metavar="NAME", help="Where rows lie in a JSON document.")] = None,
     reward: Annotated[
         list[str] | None, typer.Option(metavar="ADAPTER=PATH", help="A reward; repeatable, the first one trains.")
     ] = None,
@@ -45,10 +70,13 @@ def init(
 
     Writes params.yaml, dvc.yaml and prompt files for your model, prompts and rewards.
     """
-    from rats.stages.init import init_project, write_dvc
+    from rats.stages.init import init_project, next_commands, table_of, write_dvc
 
-    written = [write_dvc(folder)] if dvc else init_project(folder, model, prompts, reward or [], force, family)
-    say({"written": [str(path) for path in written]}, json_)
+    if dvc:
+        print_result({"written": [str(write_dvc(folder))]}, json_)
+        return
+    written = init_project(folder, model, table_of(prompts, column, field), reward or [], force, family)
+    print_result({"written": [str(path) for path in written], "next": next_commands(folder)}, json_)
 
 
 @app.command()
@@ -78,7 +106,7 @@ def plan(
     flops = None if rate is None else rate * 1e12
     planned = plan_stage(values, split_named(split), experiments, price, workers, flops)
     if json_:
-        say(planned.model_dump(), json_)
+        print_result(planned.model_dump(), json_)
         return
     for name, text in plan_rows(planned):
         print(f"{name:<12} {text}")
@@ -101,7 +129,7 @@ def generate(
     from rats.stages.generate import generate as draw
 
     draw(values, prompt, nfe, run, seed or 0, out, count)
-    say({"out": str(out)}, json_)
+    print_result({"out": str(out)}, json_)
 
 
 @app.command()
@@ -126,9 +154,9 @@ def export(
     from rats.stages.export.export import export_stage, plan_export, summary
 
     if dry_run:
-        say(summary(plan_export(Model.of(values), run, out, merged), run, out), json_)
+        print_result(summary(plan_export(Model.of(values), run, out, merged), run, out), json_)
         return
-    say(export_stage(values, run, out, merged, evaluation), json_)
+    print_result(export_stage(values, run, out, merged, evaluation), json_)
 
 
 @app.command()
@@ -162,7 +190,7 @@ def serve(
     token = read_token(token_file) if token_file else None
     reward = open_callable(callable_, name) if callable_ else open_served(load(params, set_), name)
     server = RewardServer(reward, host, port, max_batch, queue, token)
-    say({"url": server.url, **server.about.model_dump()}, json_)
+    print_result({"url": server.url, **server.about.model_dump()}, json_)
     sys.stdout.flush()  # a parent process may read the port there
     server.serve()
 
@@ -173,10 +201,10 @@ def doctor(params: ParamsFile = DEFAULT_PARAMS, set_: Sets = None, json_: Json =
 
     Shows what is installed, which devices there are, and whether everything that the parameter file needs is present.
     """
-    from rats.stages.doctor.doctor import examine
+    from rats.stages.doctor.doctor import run_checks
 
-    checks = examine(params, set_ or [], is_default=params == DEFAULT_PARAMS and not set_)
-    say({"checks": checks}, True) if json_ else findings(checks)
+    checks = run_checks(params, set_ or [], is_default=params == DEFAULT_PARAMS and not set_)
+    print_result({"checks": checks}, True) if json_ else print_checks(checks)
     if not all(check["ok"] for check in checks if check["needed"]):
         raise ConfigError("something is missing; see the lines marked 'no' above")
 

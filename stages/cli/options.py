@@ -16,10 +16,10 @@ from rats.schemas.errors import ConfigError
 if TYPE_CHECKING:
     from rats.pipeline.files.places import Place
     from rats.schemas.params import Params, Split
-    from rats.stages.workers.target import Tls, Where
+    from rats.stages.workers.target import Tls, WorkerTarget
 
 # Plain help: rich would double the time to the first line.
-STYLE: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
+HELP_STYLE: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None}
 ParamsFile = Annotated[Path, typer.Option("--params", metavar="FILE", help="The parameter file.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one value; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; logs go to stderr.")]
@@ -65,13 +65,13 @@ class WorkerFlags:
         Path | None, typer.Option(metavar="HTML", help="Write Dask's performance report to this file.")
     ] = None
 
-    def where(self, values: Params) -> Where:
+    def where(self, values: Params) -> WorkerTarget:
         """The place that the flags name; else `store.workers` local processes."""
-        from rats.stages.workers.target import Where, address_in, parse_resources
+        from rats.stages.workers.target import WorkerTarget, address_in, parse_resources
 
         self._refuse_contradictions()
         default = values.store.workers if self.cluster is None else 0
-        return Where(
+        return WorkerTarget(
             workers=default if self.workers is None else self.workers,
             scheduler_address=address_in(self.scheduler_file) if self.scheduler_file else self.scheduler_address,
             cluster=self.cluster,

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from rats.stages.cli.console import say, table
-from rats.stages.cli.options import DEFAULT_PARAMS, STYLE, Json, ParamsFile, Sets, load
+from rats.stages.cli.console import print_result, print_rows
+from rats.stages.cli.options import DEFAULT_PARAMS, HELP_STYLE, Json, ParamsFile, Sets, load
 
-shards = typer.Typer(help="List, check, compare, share and clean up shard sets.", **STYLE)
+shards = typer.Typer(help="List, check, compare, share and clean up shard sets.", **HELP_STYLE)
 
-Set = Annotated[str, typer.Argument(metavar="DIR", help="A shard set or a published folder; may be a URL.")]
+SetPath = Annotated[str, typer.Argument(metavar="DIR", help="A shard set or a published folder; may be a URL.")]
 
 
 @shards.command("ls")
@@ -25,24 +25,24 @@ def shards_ls(
     from rats.stages.shards.describe import list_sets
 
     rows = list_sets(open_place(path))
-    say({"sets": rows}, True) if json_ else table(rows)
+    print_result({"sets": rows}, True) if json_ else print_rows(rows)
 
 
 @shards.command("info")
 def shards_info(
-    path: Set,
+    path: SetPath,
     json_: Json = False,
 ) -> None:
     """Show recipe, snapshot and scores."""
     from rats.pipeline.files.places import open_place
     from rats.stages.shards.describe import describe
 
-    say(describe(open_place(path)), json_)
+    print_result(describe(open_place(path)), json_)
 
 
 @shards.command("verify")
 def shards_verify(
-    path: Set,
+    path: SetPath,
     json_: Json = False,
 ) -> None:
     """Compare every hash.
@@ -52,12 +52,12 @@ def shards_verify(
     from rats.pipeline.files.places import open_place
     from rats.stages.shards.verify import verify
 
-    say(verify(open_place(path)), json_)
+    print_result(verify(open_place(path)), json_)
 
 
 @shards.command("preview")
 def shards_preview(
-    path: Set,
+    path: SetPath,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")] = Path("preview.html"),
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of samples.")] = 24,
     seed: Annotated[int, typer.Option(metavar="N", help="Seed that selects the samples.")] = 0,
@@ -74,12 +74,12 @@ def shards_preview(
     from rats.pipeline.files.places import open_place
     from rats.stages.shards.preview import preview
 
-    say(preview(open_place(path), out, values, count, seed), json_)
+    print_result(preview(open_place(path), out, values, count, seed), json_)
 
 
 @shards.command("export")
 def shards_export(
-    path: Set,
+    path: SetPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The output folder.")],
     license_: Annotated[
         str | None,
@@ -97,11 +97,11 @@ def shards_export(
     and can be uploaded to the Hub as it is. Files are hardlinks where the file system allows.
     """
     from rats.pipeline.files.places import open_place
-    from rats.stages.shards.card import Terms
+    from rats.stages.shards.card import LicenseTerms
     from rats.stages.shards.exchange import export_set
 
-    terms = Terms(license_ or "", license_name, license_link, teacher, title)
-    say(export_set(open_place(path), out, terms), json_)
+    terms = LicenseTerms(license_ or "", license_name, license_link, teacher, title)
+    print_result(export_set(open_place(path), out, terms), json_)
 
 
 @shards.command("import")
@@ -117,7 +117,7 @@ def shards_import(
     from rats.pipeline.files.places import open_place
     from rats.stages.shards.exchange import import_set
 
-    say(import_set(folder, open_place(store)), json_)
+    print_result(import_set(folder, open_place(store)), json_)
 
 
 @shards.command("diff")
@@ -133,10 +133,10 @@ def shards_diff(
     Compares recipes, samples and columns of scores by their documents.
     """
     from rats.pipeline.files.places import open_place
-    from rats.stages.shards.diff import compare, in_words
+    from rats.stages.shards.diff import compare_sets, diff_lines
 
-    result = compare(open_place(a), open_place(b), snapshot_a, snapshot_b)
-    say(result, True) if json_ else print("\n".join(in_words(result)))
+    result = compare_sets(open_place(a), open_place(b), snapshot_a, snapshot_b)
+    print_result(result, True) if json_ else print("\n".join(diff_lines(result)))
 
 
 @shards.command("gc")
@@ -154,8 +154,8 @@ def shards_gc(
 
     With --delete, deletes the sets, snapshots, shards, scores and embeddings that no file below the roots refers to.
     """
-    from rats.stages.shards.gc.collect import collect, in_words, refuse_busy
+    from rats.stages.shards.gc.collect import collect, refuse_busy, result_lines
 
     result = collect(store, root or [Path(".")], delete, older_than)
-    say(result, True) if json_ else print("\n".join(in_words(result)))
+    print_result(result, True) if json_ else print("\n".join(result_lines(result)))
     refuse_busy(result)

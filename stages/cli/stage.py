@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from rats.stages.cli.console import say, write_json
+from rats.stages.cli.console import print_result, write_json
 from rats.stages.cli.options import (
     DEFAULT_PARAMS,
+    HELP_STYLE,
     LOCAL_WORKERS,
-    STYLE,
     DryRun,
     Json,
     ParamsFile,
@@ -30,7 +30,7 @@ MaxBad = Annotated[
     typer.Option(min=0.0, max=1.0, metavar="SHARE", help="Samples on which a reward may fail [default: 0.1]."),
 ]
 
-stage = typer.Typer(help="Run one stage of the pipeline.", **STYLE)
+stage = typer.Typer(help="Run one stage of the pipeline.", **HELP_STYLE)
 
 
 @stage.command()
@@ -59,12 +59,12 @@ def rollout(
     from rats.stages.rollout.rollout import rollout_stage
 
     if dry_run:
-        say(plan_rollout(values, split_named(split)), json_)
+        print_result(plan_rollout(values, split_named(split)), json_)
         return
     result = rollout_stage(values, split_named(split), out, where, _share(max_bad)).model_dump()
     if report_path is not None:
         write_json(report_path, result)
-    say(result, json_)
+    print_result(result, json_)
 
 
 @stage.command()
@@ -105,13 +105,13 @@ def score(
 
     named = None if split is None else split_named(split)
     if dry_run:
-        say(plan_score(values, named, shards, reward, retry_failed, snapshot), json_)
+        print_result(plan_score(values, named, shards, reward, retry_failed, snapshot), json_)
         return
     most = _share(max_bad)
     result = score_stage(values, named, shards, reward, where, most, retry_failed, out, snapshot).model_dump()
     if report_path is not None:
         write_json(report_path, result)
-    say(result if json_ else result | {"rewards": sorted(result["rewards"])}, json_)
+    print_result(result if json_ else result | {"rewards": sorted(result["rewards"])}, json_)
 
 
 @stage.command()
@@ -145,11 +145,11 @@ def train(
     out = out or Path("runs") / variant
     if dry_run:
         settings = with_variant(values, variant).model_dump(mode="json")
-        say({"variant": variant, "shards": str(place(shards)), "out": str(out), "settings": settings}, json_)
+        print_result({"variant": variant, "shards": str(place(shards)), "out": str(out), "settings": settings}, json_)
         return
     from rats.stages.train.train import train_stage
 
-    say(train_stage(values, variant, place(shards), out, resume).model_dump(), json_)
+    print_result(train_stage(values, variant, place(shards), out, resume).model_dump(), json_)
 
 
 @stage.command()
@@ -170,12 +170,12 @@ def evaluate(
     values = load(params, set_, evaluate__seed=seed)
     if dry_run:
         students = {name: str(existing(runs / name / "student")) for name in values.evaluate.variants}
-        say({"shards": str(place(shards)), "students": students, "out": str(out)}, json_)
+        print_result({"shards": str(place(shards)), "students": students, "out": str(out)}, json_)
         return
     from rats.stages.evaluate.evaluate import evaluate_stage
 
     result = evaluate_stage(values, place(shards), runs, out)
-    say(result.model_dump(mode="json") if json_ else {"cells": len(result.cells), "out": str(out)}, json_)
+    print_result(result.model_dump(mode="json") if json_ else {"cells": len(result.cells), "out": str(out)}, json_)
 
 
 @stage.command()
@@ -196,12 +196,12 @@ def report(
     """
     values = load(params, set_)
     if dry_run:
-        say({"evaluation": str(evaluation), "runs": str(runs), "out": str(out)}, json_)
+        print_result({"evaluation": str(evaluation), "runs": str(runs), "out": str(out)}, json_)
         return
     from rats.stages.report.report import report_stage
 
     report_stage(values, evaluation, runs, out)
-    say({"report": str(out.absolute())}, json_)
+    print_result({"report": str(out.absolute())}, json_)
 
 
 def _share(max_bad: float | None) -> float:

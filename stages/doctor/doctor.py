@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rats.stages.doctor.packages import Row, packages, row
+from rats.stages.doctor.packages import CheckRow, check_row, packages
 
 
-def examine(path: Path, overrides: Sequence[str], is_default: bool = True) -> list[Row]:
+def run_checks(path: Path, overrides: Sequence[str], is_default: bool = True) -> list[CheckRow]:
     """One row for each check: `check`, `ok`, `needed`, and `found` (what is there, or what is wrong and what to do).
 
     Args:
@@ -18,7 +18,7 @@ def examine(path: Path, overrides: Sequence[str], is_default: bool = True) -> li
     """
     rows = packages()
     if not all(one["ok"] for one in rows):
-        return [*rows, row("all else", False, "cannot be looked at before these packages are there")]
+        return [*rows, check_row("all else", False, "cannot be looked at before these packages are there")]
     from rats.stages.doctor import params as doctor_params  # imports what the rows above are about
 
-    return [*rows, *doctor_params.examine(path, overrides, is_default)]
+    return [*rows, *doctor_params.check_params(path, overrides, is_default)]

@@ -14,41 +14,43 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from rats.schemas.errors import ConfigError
-from rats.schemas.plugins import FAMILIES, OFFICIAL, REWARDS, found, load_plugin
+from rats.schemas.plugins import FAMILIES, OFFICIAL, REWARDS, load_plugin, plugins_in
 
 if TYPE_CHECKING:
     from rats.schemas.params import Params
 
-Row = dict[str, Any]
+CheckRow = dict[str, Any]
 NAME = "rats"
 FOR_DEVELOPERS = "dev"
 APART = {"rewards": ", in an environment of its own (docs/rewards.md)"}
 """Extras that cannot be installed together with the others."""
-KINDS = {FAMILIES: "family", REWARDS: "reward adapter", OFFICIAL: "official backend"}
+GROUP_NAMES = {FAMILIES: "family", REWARDS: "reward adapter", OFFICIAL: "official backend"}
 
 
-def row(check: str, ok: bool, found: str, needed: bool = True) -> Row:
+def check_row(check: str, ok: bool, found: str, needed: bool = True) -> CheckRow:
     """One row: what was checked, whether it is fine, whether it is needed, and what was found or how to get it."""
     return {"check": check, "ok": ok, "needed": needed, "found": found}
 
 
-def packages() -> list[Row]:
+def packages() -> list[CheckRow]:
     """Python and the core's packages, each against its lower bound."""
     asked, there = SpecifierSet(",".join(metadata(NAME).get_all("Requires-Python") or [])), platform.python_version()
-    python = row("python", asked.contains(there, prereleases=True), f"{there} ({asked})" if asked else there)
-    return [python, row(NAME, True, version(NAME)), *(_package(one) for one in _requirements())]
+    python = check_row("python", asked.contains(there, prereleases=True), f"{there} ({asked})" if asked else there)
+    return [python, check_row(NAME, True, version(NAME)), *(_package(one) for one in _requirements())]
 
 
-def extras(needed: Set[str] = frozenset()) -> list[Row]:
+def extras(needed: Set[str] = frozenset()) -> list[CheckRow]:
     """The optional extras. Those in `needed` must be installed."""
     names = metadata(NAME).get_all("Provides-Extra") or []
     return [_extra(name, name in needed) for name in names if name != FOR_DEVELOPERS]
 
 
-def plugins(params: Params | None) -> list[Row]:
+def plugins(params: Params | None) -> list[CheckRow]:
     """Families, rewards and official backends: the package that each comes from, and whether it can be imported."""
     return [
-        _plugin(group, name, _is_asked_for(params, group, name)) for group in KINDS for name in sorted(found(group))
+        _plugin(group, name, _is_asked_for(params, group, name))
+        for group in GROUP_NAMES
+        for name in sorted(plugins_in(group))
     ]
 
 
@@ -62,9 +64,9 @@ def _requirements(extra: str = "", package: str = NAME) -> Iterator[Requirement]
                 yield from _requirements(part, one.name)
 
 
-def _package(one: Requirement) -> Row:
+def _package(one: Requirement) -> CheckRow:
     problem = _problem(one)
-    return row(one.name, problem is None, problem or f"{version(one.name)} ({one.specifier})")
+    return check_row(one.name, problem is None, problem or f"{version(one.name)} ({one.specifier})")
 
 
 def _problem(one: Requirement) -> str | None:
@@ -79,13 +81,13 @@ def _problem(one: Requirement) -> str | None:
     return None
 
 
-def _extra(name: str, needed: bool) -> Row:
+def _extra(name: str, needed: bool) -> CheckRow:
     wanted = list(_requirements(name))
     there = ", ".join(f"{one.name} {version(one.name)}" for one in wanted if _problem(one) is None)
     if missing := [one.name for one in wanted if _problem(one)]:
         way_out = f"pip install '{NAME}[{name}]'{APART.get(name, '')}"
-        return row(f"extra {name}", False, f"without {', '.join(missing)}: {way_out}", needed)
-    return row(f"extra {name}", True, there or "nothing to install on this system", needed)
+        return check_row(f"extra {name}", False, f"without {', '.join(missing)}: {way_out}", needed)
+    return check_row(f"extra {name}", True, there or "nothing to install on this system", needed)
 
 
 def _is_asked_for(params: Params | None, group: str, name: str) -> bool:
@@ -97,11 +99,11 @@ def _is_asked_for(params: Params | None, group: str, name: str) -> bool:
     return any((reward.adapter, reward.backend) == (name, backend) for reward in params.rewards)
 
 
-def _plugin(group: str, name: str, needed: bool) -> Row:
-    point, check = found(group)[name], f"{KINDS[group]} {name}"
+def _plugin(group: str, name: str, needed: bool) -> CheckRow:
+    point, check = plugins_in(group)[name], f"{GROUP_NAMES[group]} {name}"
     origin = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
     try:
         load_plugin(group, name)
     except ConfigError as error:
-        return row(check, False, f"{origin}: {error}", needed)
-    return row(check, True, origin, needed)
+        return check_row(check, False, f"{origin}: {error}", needed)
+    return check_row(check, True, origin, needed)

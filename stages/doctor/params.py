@@ -10,7 +10,7 @@ from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.local import LocalPlace
 from rats.pipeline.files.places import EXTRAS, open_place
-from rats.pipeline.prompts import Prompt, planned
+from rats.pipeline.prompts import Prompt, planned_samples
 from rats.pipeline.rewards.clip import vocabulary
 from rats.pipeline.rewards.open import reward_fingerprint
 from rats.pipeline.weights.hashes import NETWORK, weights_bytes
@@ -22,7 +22,7 @@ from rats.schemas.params import Params, PromptSource, RewardParams, Split, load_
 from rats.schemas.plugins import REWARDS, load_plugin
 from rats.schemas.recipe import DECODER, make_recipe
 from rats.stages.doctor.devices import devices, driver
-from rats.stages.doctor.packages import Row, extras, plugins, row
+from rats.stages.doctor.packages import CheckRow, check_row, extras, plugins
 from rats.stages.plan.flops import conditioning_shapes
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.stages.plan.text import size
@@ -33,17 +33,17 @@ PROMPT_LENGTH = 100
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
-def examine(path: Path, overrides: Sequence[str], is_default: bool) -> list[Row]:
+def check_params(path: Path, overrides: Sequence[str], is_default: bool) -> list[CheckRow]:
     """Rows for devices, extras and plugins, and for everything that the parameter file refers to."""
     try:
         params = load_params(path, overrides)
     except RatsError as error:
         nobody = is_default and not path.exists()
         found = f"no {path} in this folder: `rats init DIR` writes one" if nobody else str(error)
-        return [*extras(), *_devices(), *_hub(), *plugins(None), row("params", False, found, needed=not nobody)]
+        return [*extras(), *_devices(), *_hub(), *plugins(None), check_row("params", False, found, needed=not nobody)]
     model = Model.of(params)
     with only_cached():
-        there = [*plugins(params), row("params", True, str(path))]
+        there = [*plugins(params), check_row("params", True, str(path))]
         there += [_attempt(name, check) for name, check in _checks(params, model).items()]
         if all(one["ok"] for one in there if one["check"] == "model" or one["check"].startswith("prompts")):
             there.append(_attempt("disk", partial(_disk, params, model)))
@@ -56,31 +56,36 @@ def _wanted(params: Params) -> set[str]:
     store = EXTRAS.get(params.store.path.partition("://")[0], "")
     official = any(reward.backend == "official" for reward in params.rewards)
     used = {"judge": params.evaluate.judge is not None, "tracking": "tensorboard" in trackers, "rewards": official}
-    used["datasets"] = any(isinstance(getattr(params.prompts, split), PromptSource) for split in SPLITS)
+    used["datasets"] = any(_needs_datasets(getattr(params.prompts, split)) for split in SPLITS)
     return {name for name, is_used in used.items() if is_used} | ({store} if store else set())
+
+
+def _needs_datasets(source: object) -> bool:
+    """Files are read by us, wherever they lie; a whole repository of the hub by its own settings is not."""
+    return isinstance(source, PromptSource) and source.files is None and not Path(source.path).exists()
 
 
 def _splits(params: Params) -> list[Split]:
     return [split for split in SPLITS if getattr(params.prompts, split) is not None]
 
 
-def _devices() -> Iterator[Row]:
+def _devices() -> Iterator[CheckRow]:
     for device in devices():
         memory = f", {size(device['bytes'])}" if "bytes" in device else ""
         bf16 = f", {'bf16' if device['bf16'] else 'no bf16'}" if "bf16" in device else ""
         by = f", driver {driver() or 'unknown'}" if device["name"].startswith("cuda") else ""
-        yield row(f"device {device['name']}", True, f"{device['kind']}{memory}{bf16}{by}", needed=False)
+        yield check_row(f"device {device['name']}", True, f"{device['kind']}{memory}{bf16}{by}", needed=False)
 
 
-def _hub() -> Iterator[Row]:
+def _hub() -> Iterator[CheckRow]:
     """Where fetched models lie, and whether more can be fetched. No request is made."""
     from huggingface_hub import constants, get_token
 
     offline = ", offline by HF_HUB_OFFLINE: nothing will be fetched" if constants.HF_HUB_OFFLINE else ""
     free = LocalPlace(constants.HF_HUB_CACHE).free()
-    yield row("hub cache", True, f"{constants.HF_HUB_CACHE}, {size(free or 0)} free{offline}", needed=False)
+    yield check_row("hub cache", True, f"{constants.HF_HUB_CACHE}, {size(free or 0)} free{offline}", needed=False)
     login = "there is a token" if get_token() else "no token: `hf auth login`, for models behind a licence"
-    yield row("hub login", bool(get_token()), login, needed=False)
+    yield check_row("hub login", bool(get_token()), login, needed=False)
 
 
 def _checks(params: Params, model: Model) -> dict[str, Callable[[], str]]:
@@ -96,11 +101,11 @@ def _checks(params: Params, model: Model) -> dict[str, Callable[[], str]]:
     return checks
 
 
-def _attempt(name: str, check: Callable[[], str]) -> Row:
+def _attempt(name: str, check: Callable[[], str]) -> CheckRow:
     try:
-        return row(name, True, check())
+        return check_row(name, True, check())
     except RatsError as error:
-        return row(name, False, str(error))
+        return check_row(name, False, str(error))
 
 
 def check_model(model: Model) -> str:
@@ -135,7 +140,7 @@ def _samples(params: Params, split: Split) -> list[PlannedSample] | None:
     if source.count is None:
         return None
     stand_ins = [Prompt(f"{number:0{PROMPT_LENGTH}}", "") for number in range(source.count)]
-    return planned(stand_ins, params.teacher.noises_per_prompt)
+    return planned_samples(stand_ins, params.teacher.noises_per_prompt)
 
 
 def _reward(reward: RewardParams) -> str:

@@ -23,20 +23,20 @@ from rats.pipeline.store.shards import read_sample
 from rats.schemas.errors import DataError
 from rats.schemas.manifest import IndexRow
 from rats.schemas.params import Params, with_variant
-from rats.stages.measure.pictures import Column
+from rats.stages.measure.pictures import SystemLabel
 from rats.stages.train.record import student_folder
 from rats.trainer.data import Batch, Sample, collate
-from rats.trainer.sampling import Draw, few_steps
+from rats.trainer.sampling import FinalSampler, few_steps
 
-SPLITS = ("test", "validation", "train")
+SPLIT_SEARCH_ORDER = ("test", "validation", "train")
 
 
 @dataclass(frozen=True)
 class System:
     """`draw` gives final latents (B, T, C) of a batch, `decode` their images (B, 3, H, W) in [0, 1]."""
 
-    column: Column
-    draw: Draw
+    column: SystemLabel
+    draw: FinalSampler
     decode: Callable[[Tensor], Tensor]
 
 
@@ -82,7 +82,7 @@ def open_samples(params: Params, folder: Place) -> Samples:
 
 
 def _prompts_of(params: Params, wanted: set[str], folder: Place) -> tuple[str, dict[str, Prompt]]:
-    files = {split: getattr(params.prompts, split) for split in SPLITS}
+    files = {split: getattr(params.prompts, split) for split in SPLIT_SEARCH_ORDER}
     for split, file in files.items():
         known = {prompt.id: prompt for prompt in read_prompts(file)} if file else {}
         if wanted <= set(known):
@@ -97,23 +97,25 @@ def systems(params: Params, model: Model, runs: Path) -> Iterator[System]:
     folders = {name: student_folder(runs / name) for name in grids}
     teacher = model.open_teacher()
     evaluations = params.teacher.steps * teacher.evaluations_per_step
-    yield System(Column("teacher", "teacher", "", params.teacher.steps, evaluations), stored_final, teacher.decode)
+    yield System(SystemLabel("teacher", "teacher", "", params.teacher.steps, evaluations), stored_final, teacher.decode)
     for nfe in sorted({n for grid in grids.values() for n in grid}):
         yield from _bases(teacher, nfe)
     del teacher
     for name, grid in grids.items():
         student = model.open_student(transformer=folders[name])
         for nfe in grid:
-            yield System(Column(f"{name}-{nfe}", "student", name, nfe, nfe), few_steps(student, nfe), student.decode)
+            yield System(
+                SystemLabel(f"{name}-{nfe}", "student", name, nfe, nfe), few_steps(student, nfe), student.decode
+            )
 
 
 def _bases(teacher: Teacher, nfe: int) -> Iterator[System]:
     """The teacher itself in `nfe` steps of its stock grid, with guidance and, if it has any, without."""
     cost = nfe * teacher.evaluations_per_step
     draw = few_steps(teacher, nfe, teacher.guided_velocity)
-    yield System(Column(f"base_guided-{nfe}", "base_guided", "", nfe, cost), draw, teacher.decode)
+    yield System(SystemLabel(f"base_guided-{nfe}", "base_guided", "", nfe, cost), draw, teacher.decode)
     if teacher.is_guided:
-        column = Column(f"base_unguided-{nfe}", "base_unguided", "", nfe, nfe)
+        column = SystemLabel(f"base_unguided-{nfe}", "base_unguided", "", nfe, nfe)
         yield System(column, few_steps(teacher, nfe, teacher.unguided_velocity), teacher.decode)
 
 

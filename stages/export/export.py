@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder
-from rats.pipeline.weights.hashes import NETWORK
-from rats.pipeline.weights.loading import save_component
-from rats.pipeline.weights.lora import is_lora, merge_lora
-from rats.schemas.errors import CannotCreateError, ConfigError, DataError
+from rats.pipeline.weights.loading import read_state, save_component
+from rats.pipeline.weights.lora import export_lora, is_lora, merge_lora
+from rats.pipeline.weights.movement import share_kept
+from rats.schemas.errors import CannotCreateError, ConfigError
 from rats.schemas.params import Params
-from rats.schemas.recipe import DECODER
 from rats.schemas.run import RunRecord
 from rats.stages.export.model_card import model_card
+from rats.stages.train.origin import changed_call, check_base, check_grid
 from rats.stages.train.record import checked_student, read_record
 
 log = logging.getLogger(__name__)
@@ -29,26 +28,29 @@ EXPORTED = {LORA, PIPELINE, CALL, CARD, ".gitattributes", ".cache"}
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportPlan:
     """What will be exported. Everything was checked."""
 
     record: RunRecord
     student: Path
     parts: tuple[str, ...]
     call: dict[str, int | float]
+    sigmas: dict[int, tuple[float, ...]]
+    """The grid of each number of steps that it was trained for."""
 
 
-def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Export:
+def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> ExportPlan:
     """Checks everything that can be wrong before anything is loaded or written; see `export_stage`."""
     record = read_record(run)
     student = checked_student(run, record)
     if not merged and not is_lora(student):
         raise ConfigError(f"{run} trained the whole network and has no adapters: leave out --no-merged")
-    _check_model(model, run, record, student)
+    check_base(model, run, record, student)
     _check_call(model, run, record)
+    check_grid(model, run, record)
     _check_out(out)
     parts = ((LORA,) if is_lora(student) else ()) + ((PIPELINE,) if merged else ())
-    return Export(record, student, parts, model.call())
+    return ExportPlan(record, student, parts, model.call(), model.sigmas(record.nfe))
 
 
 def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation: Path) -> dict[str, Any]:
@@ -69,21 +71,22 @@ def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation:
         DataError: the student is damaged, or it is not this model that it was trained from.
         CannotCreateError: `out` holds something else than an export.
     """
-    model = Model.of(params)
+    model, kept = Model.of(params), None
     export = plan_export(model, run, out, merged)
     with atomic_folder(out) as target:
         if LORA in export.parts:
-            shutil.copytree(export.student, target / LORA)
+            export_lora(export.student, target / LORA, model.family.comfyui_name)
         if PIPELINE in export.parts:
-            _write_pipeline(model, export.student, target / PIPELINE)
-        (target / CALL).write_text(json.dumps(export.call, indent=1, sort_keys=True) + "\n")
-        card = model_card(model, export.record, export.parts, evaluation)
+            kept = _write_pipeline(model, export.student, target / PIPELINE)
+        call = {**export.call, "sigmas": export.sigmas}
+        (target / CALL).write_text(json.dumps(call, indent=1, sort_keys=True) + "\n")
+        card = model_card(model, export.record, export.parts, export.sigmas, kept, evaluation)
         (target / CARD).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
-    return {**summary(export, run, out), "files": len(sizes), "bytes": sum(sizes)}
+    return {**summary(export, run, out), "files": len(sizes), "bytes": sum(sizes), "movement_kept": kept}
 
 
-def summary(export: Export, run: Path, out: Path) -> dict[str, Any]:
+def summary(export: ExportPlan, run: Path, out: Path) -> dict[str, Any]:
     """What `rats export --dry-run` prints; without --dry-run more is added."""
     return {
         "out": str(out),
@@ -92,40 +95,40 @@ def summary(export: Export, run: Path, out: Path) -> dict[str, Any]:
         "nfe": list(export.record.nfe),
         "parts": [*export.parts, CARD, CALL],
         "call": export.call,
+        "sigmas": {str(steps): list(sigmas) for steps, sigmas in export.sigmas.items()},
         "push": f"hf upload USER/NAME {out} .",
     }
 
 
-def _write_pipeline(model: Model, student: Path, folder: Path) -> None:
+def _write_pipeline(model: Model, student: Path, folder: Path) -> float:
+    """The share of what training moved that is left in the pipeline's dtype."""
     log.info("loading the pipeline of %s", model.params.path)
     pipeline = model.open_pipeline(student)
-    if is_lora(student):
-        merge_lora(pipeline.transformer)
+    kept = merge_lora(pipeline.transformer) if is_lora(student) else share_in_pipeline(model, student)
     log.info("writing the pipeline")
     save_component(pipeline, folder)
+    if kept < 0.5:
+        dtype = model.params.dtype
+        log.warning("in %s the pipeline keeps %.2g of what training moved: --set model.dtype=float32", dtype, kept)
+    return kept
 
 
-def _check_model(model: Model, run: Path, record: RunRecord, student: Path) -> None:
-    """The decoder must be the one of the run. For adapters, so must the network that they were trained on."""
-    expected = {DECODER: record.vae} | ({NETWORK: record.base} if is_lora(student) else {})
-    for name, there in expected.items():
-        if (here := model.folder.hash_of(name)) != there:
-            part = model.folder.parts(name)[name]
-            raise DataError(
-                f"{run} was trained with another {part.name}: {there[:12]} there, {here[:12]} in {part}: "
-                "name the run's own model with --set model.path=DIR"
-            )
+def share_in_pipeline(model: Model, student: Path) -> float:
+    """Share of what training moved that the pipeline's dtype keeps of a whole network (`pipeline.weights.movement`)."""
+    if model.params.dtype == "float32":
+        return 1.0
+    files = sorted(student.glob("*.safetensors"))  # one at a time in memory
+    trained = (named for file in files for named in read_state(file).items())
+    return share_kept(model.base_network().state_dict(), trained)
 
 
 def _check_call(model: Model, run: Path, record: RunRecord) -> None:
-    """The pipeline must be called as in training. Records of older versions of rats do not say how."""
-    for name, here in model.call().items():
-        there = (record.call or {}).get(name, here)
-        if there != here:
-            raise ConfigError(
-                f"{run} was trained with teacher.{name} = {there}, the parameters have {here}: "
-                f"add --set teacher.{name}={there}"
-            )
+    """The pipeline must be called as in training."""
+    for name, (there, here) in changed_call(model, record).items():
+        raise ConfigError(
+            f"{run} was trained with teacher.{name} = {there}, the parameters have {here}: "
+            f"add --set teacher.{name}={there}"
+        )
 
 
 def _check_out(out: Path) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 
 from rats.pipeline.families.base import EULER
 from rats.pipeline.families.open import Model
-from rats.pipeline.weights.lora import WEIGHTS
+from rats.pipeline.weights.lora import COMFYUI, WEIGHTS
 from rats.schemas.errors import DataError, reason
 from rats.schemas.reports import Cell, EvaluateReport
 from rats.schemas.run import RunRecord
@@ -22,13 +23,22 @@ from rats.stages.templates.render import code, render
 log = logging.getLogger(__name__)
 
 
-def model_card(model: Model, record: RunRecord, parts: Sequence[str], evaluation: Path) -> str:
+def model_card(
+    model: Model,
+    record: RunRecord,
+    parts: Sequence[str],
+    sigmas: Mapping[int, Sequence[float]],
+    kept: float | None,
+    evaluation: Path,
+) -> str:
     """README.md of the exported folder.
 
     Args:
         model: What the run started from.
         record: The run's.
         parts: "lora", "pipeline" or both.
+        sigmas: The grid of each number of steps, down to 0.
+        kept: Share of what training moved that the pipeline's dtype keeps; None without a pipeline.
         evaluation: evaluate.json; passed over where it is not there or of another student.
     """
     named, is_video = model.params, model.family.is_video
@@ -43,7 +53,11 @@ def model_card(model: Model, record: RunRecord, parts: Sequence[str], evaluation
         "nfe": record.nfe,
         "scheduler": _other_scheduler(model),
         "parts": parts,
+        "sigmas": {steps: ", ".join(f"{sigma:.6g}" for sigma in grid) for steps, grid in sigmas.items()},
+        "takes_sigmas": "sigmas" in signature(model.family.pipeline_class.__call__).parameters,
+        "kept": kept,
         "weights": WEIGHTS,
+        "comfyui": COMFYUI,
         "dtype": named.dtype,
         "is_exchanged": named.transformer is not None,
         "run": _run_rows(record),

@@ -22,7 +22,7 @@ LEVELS = (2.5, 97.5)
 """Percentiles of a 95 % interval."""
 
 
-class Paired(NamedTuple):
+class PairedEstimate(NamedTuple):
     """A system's value and its difference to the reference, each with its 95 % interval."""
 
     mean: float
@@ -51,7 +51,9 @@ def group(labels: Sequence[str]) -> tuple[list[str], Rows]:
     return names.tolist(), rows.reshape(-1)
 
 
-def paired(values_a: Sequence[float], values_b: Sequence[float], concepts: Sequence[str], n: int, seed: int) -> Paired:
+def paired_bootstrap(
+    values_a: Sequence[float], values_b: Sequence[float], concepts: Sequence[str], n: int, seed: int
+) -> PairedEstimate:
     """Mean of `values_a` and of `values_a - values_b` over samples (N,) that are paired one to one."""
     a, b = _finite(values_a, "values_a"), _finite(values_b, "values_b")
     if not len(a) == len(b) == len(concepts):
@@ -63,7 +65,7 @@ def paired(values_a: Sequence[float], values_b: Sequence[float], concepts: Seque
     def ratio(values: Array) -> Array:
         return (counts @ np.bincount(rows, weights=values, minlength=len(names))) / (counts @ sizes)
 
-    return Paired(float(a.mean()), _interval(ratio(a)), float((a - b).mean()), _interval(ratio(a - b)))
+    return PairedEstimate(float(a.mean()), _interval(ratio(a)), float((a - b).mean()), _interval(ratio(a - b)))
 
 
 def _finite(values: Sequence[float], what: str) -> Array:

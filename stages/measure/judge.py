@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from rats.schemas.errors import ConfigError
 
 DIMENSION = 1280
-SMALL, LARGE = 128, 224
+SMALL_SIDE, LARGE_SIDE = 128, 224
 """Side in pixels to which pictures are resized. Those of 64 px or less take 128: a third of the cost, and 4 x 4
 positions are enough for 32 px. Larger ones take the network's own 224."""
 
-CHUNK = 64
+MICRO_BATCH = 64
 
 
 class Judge:
@@ -36,11 +36,11 @@ class Judge:
         """
         if images_B3HW.ndim == 5:
             return self.features(images_B3HW.flatten(0, 1)).unflatten(0, images_B3HW.shape[:2]).mean(1)
-        parts = [self._features(part.to(self.device)) for part in images_B3HW.float().split(CHUNK)]
+        parts = [self._features(part.to(self.device)) for part in images_B3HW.float().split(MICRO_BATCH)]
         return torch.cat(parts).cpu()
 
     def _features(self, images: Tensor) -> Tensor:
-        side = SMALL if max(images.shape[-2:]) <= 64 else LARGE
+        side = SMALL_SIDE if max(images.shape[-2:]) <= 64 else LARGE_SIDE
         resized = F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
         return self.model.extract_features((resized * 255 - 127) / 128).mean((2, 3))  # type: ignore[operator]
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from rats.pipeline.files.atomic import atomic_write
 from rats.schemas.errors import ConfigError, DataError
-from rats.stages.measure.bootstrap import Array, Paired, Rows, _interval, group, resample
+from rats.stages.measure.bootstrap import Array, PairedEstimate, Rows, _interval, group, resample
 from rats.stages.measure.judge import kernel
 
 
@@ -102,7 +102,7 @@ def own_block_means(kernel_NN: Array, rows_N: Rows, size: int) -> Array:
     return means
 
 
-def kid(distance_CC: Array, shares_C: Array, counts_RC: Array) -> Array:
+def resampled_kid(distance_CC: Array, shares_C: Array, counts_RC: Array) -> Array:
     """KID of each resample, (R,), for concepts with the given shares of the pictures.
 
     A concept that was drawn twice stands for two concepts with equal pictures. Pairs *between* the two copies would
@@ -119,12 +119,12 @@ def kid(distance_CC: Array, shares_C: Array, counts_RC: Array) -> Array:
     return np.divide(total, pairs, out=np.full(len(total), np.nan), where=pairs > 0)
 
 
-def paired_kid(distance_a: Array, distance_b: Array, concepts: Sequence[str], n: int, seed: int) -> Paired:
+def paired_kid(distance_a: Array, distance_b: Array, concepts: Sequence[str], n: int, seed: int) -> PairedEstimate:
     """KID of system a, and its difference to b's, from `quality.RealSet.distance` of both."""
     names, rows = group(concepts)
     shares = np.bincount(rows, minlength=len(names)) / len(rows)
     once = np.ones((1, len(names)))
     counts = resample(len(names), n, seed)
-    a, b = (float(kid(d, shares, once)[0]) for d in (distance_a, distance_b))
-    many_a, many_b = (kid(d, shares, counts) for d in (distance_a, distance_b))
-    return Paired(a, _interval(many_a), a - b, _interval(many_a - many_b))
+    a, b = (float(resampled_kid(d, shares, once)[0]) for d in (distance_a, distance_b))
+    many_a, many_b = (resampled_kid(d, shares, counts) for d in (distance_a, distance_b))
+    return PairedEstimate(a, _interval(many_a), a - b, _interval(many_a - many_b))

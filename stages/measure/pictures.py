@@ -23,7 +23,7 @@ from rats.schemas.errors import DataError
 
 Picture = NDArray[np.uint8]
 
-PICTURES = "pictures.safetensors"
+PICTURES_FILE = "pictures.safetensors"
 """The file's name, beside evaluate.json."""
 
 LONGEST_SIDE = 256
@@ -33,7 +33,7 @@ NOISES_SHOWN = 6
 
 
 @dataclass(frozen=True)
-class Column:
+class SystemLabel:
     """Which system a column of pictures is of: kind, variant, steps and evaluations."""
 
     id: str
@@ -59,7 +59,7 @@ class Choice:
 class Pictures:
     """What the report shows. `side[id]` is (P, H, W, 3); `noises[id]` is a list of (M, H, W, 3)."""
 
-    columns: list[Column]
+    columns: list[SystemLabel]
     prompts: list[str]
     noise_prompts: list[str]
     seed: int
@@ -129,7 +129,7 @@ def load_pictures(path: Path) -> Pictures:
         with safe_open(str(path), framework="numpy") as file:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        columns = [Column(**column) for column in about["columns"]]
+        columns = [SystemLabel(**column) for column in about["columns"]]
         shown = Pictures(columns, about["prompts"], about["noise_prompts"], about["seed"], tuple(about["size"]))
         for column in columns:
             shown.side[column.id] = tensors[f"side/{column.id}"]
@@ -139,7 +139,7 @@ def load_pictures(path: Path) -> Pictures:
     return shown
 
 
-def grid(pictures: Sequence[Image.Image]) -> Image.Image:
+def make_image_grid(pictures: Sequence[Image.Image]) -> Image.Image:
     """One picture unchanged; several in a nearly square grid."""
     width, height = pictures[0].size
     columns = math.ceil(math.sqrt(len(pictures)))
@@ -149,7 +149,7 @@ def grid(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def encode(picture: Image.Image, suffix: str) -> bytes:
+def encode_image(picture: Image.Image, suffix: str) -> bytes:
     """The file's bytes."""
     buffer = io.BytesIO()
     picture.save(buffer, {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(suffix, "PNG"))

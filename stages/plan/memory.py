@@ -13,7 +13,7 @@ from torch import Tensor
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.pipeline.protocols import Conditioning
-from rats.pipeline.rewards.base import ask
+from rats.pipeline.rewards.base import call_reward
 from rats.pipeline.weights.loading import torch_dtype
 from rats.pipeline.weights.lora import add_lora
 from rats.schemas.params import Params
@@ -22,20 +22,20 @@ from rats.stages.plan.flops import conditioning_shapes
 from rats.stages.plan.meta import (
     META,
     AsOnGpu,
-    Live,
+    LiveBytes,
     RewardOutline,
     encoder_bytes,
-    held,
     in_dtype,
+    module_bytes,
     outline_reward,
     tensors_of,
-    transient,
+    transient_bytes,
 )
 from rats.stages.plan.result import Memory
-from rats.trainer.augment import Draws, augment
+from rats.trainer.augment import RandomDraws, augment
 from rats.trainer.losses import compared, shape_loss
 from rats.trainer.optim import Learner
-from rats.trainer.sampling import Trajectory, rounded, sample
+from rats.trainer.sampling import Trajectory, rounded_as_stored, sample_trajectory
 
 
 def rollout_memory(params: Params, model: Model) -> Memory:
@@ -47,15 +47,15 @@ def rollout_memory(params: Params, model: Model) -> Memory:
     rewards = [outline_reward(reward) for reward in params.rewards]
     x_BTC, conditioning = _inputs(params, student, params.compute.micro_batch)
     AsOnGpu(student.network), AsOnGpu(student.vae)
-    sampling = transient(lambda: student.velocity(x_BTC, 0.5, conditioning), student.network, student.vae)
-    decoding = transient(lambda: student.decode(x_BTC), student.network, student.vae)
+    sampling = transient_bytes(lambda: student.velocity(x_BTC, 0.5, conditioning), student.network, student.vae)
+    decoding = transient_bytes(lambda: student.decode(x_BTC), student.network, student.vae)
     states = (2 * params.teacher.steps + 1) * x_BTC.nbytes  # a solver's path: states and predictions, float32
     return Memory(
         parts={
-            "network": held(student.network),
-            "decoder": held(student.vae),
+            "network": module_bytes(student.network),
+            "decoder": module_bytes(student.vae),
             "text encoders": encoder_bytes(student, model.folder.root, torch_dtype(params.model.dtype)),
-            "rewards": sum(held(reward.modules) for reward in rewards),
+            "rewards": sum(module_bytes(reward.modules) for reward in rewards),
             "sampling": max(sampling + states, decoding),
         },
         stand_ins=sum(not reward.known for reward in rewards),
@@ -126,12 +126,12 @@ def step_bytes(outline: Outline) -> dict[str, int]:
     gradients = outline.slots * trained
     working = peak - gradients + (max(train.nfe) - 1) * each
     return {
-        "network": held(student.network),
-        "decoder": held(student.vae),
-        "rewards": sum(held(reward.modules) for reward in outline.rewards),
+        "network": module_bytes(student.network),
+        "decoder": module_bytes(student.vae),
+        "rewards": sum(module_bytes(reward.modules) for reward in outline.rewards),
         "optimizer": 2 * trained,
         "averages": trained * (bool(train.ema) + (train.teacher.mode == "refresh")),
-        "teacher": held(student.network) if train.teacher.mode == "live-ema" else 0,
+        "teacher": module_bytes(student.network) if train.teacher.mode == "live-ema" else 0,
         "gradients": gradients,
         "activations": max(working, trained),  # or, in the update, the square roots that AdamW makes for all weights
     }
@@ -143,12 +143,12 @@ def _measured(outline: Outline, learner: Learner) -> tuple[int, int]:
     gpu, _ = AsOnGpu(student.network, outline.autocast), AsOnGpu(student.vae)
     modules = [student.network, student.vae, *(reward.modules for reward in outline.rewards)]
     x_BTC = torch.empty(train.micro_batch, *student.latent_shape(), device=META)
-    with Live([*tensors_of(*modules), *outline.conditioning.values(), x_BTC]) as live:
+    with LiveBytes([*tensors_of(*modules), *outline.conditioning.values(), x_BTC]) as live:
         before = live.now
         if train.batch > train.micro_batch:
             _fill_gradients(learner, outline.split)
         start = live.now
-        trajectory = sample(student, x_BTC, (1.0, 0.0), outline.conditioning)
+        trajectory = sample_trajectory(student, x_BTC, (1.0, 0.0), outline.conditioning)
         whole = live.now
         cast = gpu.forget()
         once = cast - (whole - live.now)  # weights in the autocast's dtype serve all steps
@@ -166,8 +166,10 @@ def _fill_gradients(learner: Learner, split: bool) -> None:
 def _finish(outline: Outline, learner: Learner, trajectory: Trajectory) -> None:
     """Decodes, scores with and without gradient, compares, and runs the backward pass."""
     train = outline.train
-    images_B3HW = outline.student.decode(rounded(trajectory.final))
-    reward = -_scored(outline.rewards, augment(images_B3HW, Draws(torch.Generator(), 0, train.batch), train.augment))
+    images_B3HW = outline.student.decode(rounded_as_stored(trajectory.final))
+    reward = -_scored(
+        outline.rewards, augment(images_B3HW, RandomDraws(torch.Generator(), 0, train.batch), train.augment)
+    )
     with torch.no_grad():
         _scored(outline.rewards, images_B3HW)
     path = compared(train.shape.space, trajectory.states, trajectory.x0s, (1.0, 0.0))
@@ -176,4 +178,6 @@ def _finish(outline: Outline, learner: Learner, trajectory: Trajectory) -> None:
 
 def _scored(rewards: Sequence[RewardOutline], images_B3HW: Tensor) -> Tensor:
     prompts = ["a picture"] * len(images_B3HW)
-    return torch.stack([images_B3HW.sum(), *(ask(reward, images_B3HW, prompts).sum() for reward in rewards)]).sum()
+    return torch.stack(
+        [images_B3HW.sum(), *(call_reward(reward, images_B3HW, prompts).sum() for reward in rewards)]
+    ).sum()

@@ -34,7 +34,7 @@ FLOAT |= {"pow", "__pow__", "exp", "log", "rsqrt", "reciprocal", "softplus", "ms
 """What CUDA's autocast runs in the lower precision, and what in float32, of the functions that networks use."""
 
 
-class Live(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all live storages, whether a graph, a module or a variable keeps them.
 
     `now`: of those alive; `peak`: the most since the last `reset`.
@@ -144,14 +144,14 @@ def tensors_of(*modules: nn.Module) -> Iterable[Tensor]:
     return chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
 
 
-def held(*modules: nn.Module) -> int:
+def module_bytes(*modules: nn.Module) -> int:
     """Bytes of their parameters and buffers, a shared one once."""
-    return Live(tensors_of(*modules)).now
+    return LiveBytes(tensors_of(*modules)).now
 
 
-def transient(run: Callable[[], Any], *modules: nn.Module) -> int:
+def transient_bytes(run: Callable[[], Any], *modules: nn.Module) -> int:
     """Peak bytes that a call of `run` needs in addition to the modules' weights, without gradients."""
-    with torch.no_grad(), Live(tensors_of(*modules)) as live:
+    with torch.no_grad(), LiveBytes(tensors_of(*modules)) as live:
         before = live.now
         run()
         return live.peak - before
@@ -174,7 +174,7 @@ def encoder_bytes(student: FamilyStudent, folder: Path, dtype: torch.dtype) -> i
     total = 0
     for name, cls in student.family.encoders.items():
         with META:
-            total += held(in_dtype(cls(cls.config_class.from_pretrained(folder / name)), dtype))
+            total += module_bytes(in_dtype(cls(cls.config_class.from_pretrained(folder / name)), dtype))
     return total
 
 

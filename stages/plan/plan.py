@@ -8,7 +8,7 @@ from typing import Any
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place, open_place
-from rats.pipeline.store.plans import needed, packed
+from rats.pipeline.store.plans import needed_plans, new_plans
 from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.pipeline.weights.loading import torch_dtype
 from rats.schemas.errors import ConfigError
@@ -17,7 +17,7 @@ from rats.schemas.params import Params, Split
 from rats.schemas.recipe import Recipe, fingerprint
 from rats.stages.plan.flops import conditioning_shapes, decode_flops, evaluation_flops, measured_rate
 from rats.stages.plan.memory import rollout_memory, train_memory
-from rats.stages.plan.result import Comparison, Expense, Plan, Work
+from rats.stages.plan.result import Comparison, Expense, Plan, RolloutWork
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.stages.rollout.rollout import read_recipe, wanted_samples
 
@@ -54,7 +54,7 @@ def survey(params: Params, model: Model, split: Split) -> Survey:
     plans, done = (shards.plans(), shards.finished()) if shards else ([], [])
     encoded = shards.encoded() if shards else set()
     keys, finished = {sample.key for sample in wanted}, {part.shard for part in done}
-    used = needed([*plans, *packed(wanted, plans, params.store.shard_samples)], done, keys)
+    used = needed_plans([*plans, *new_plans(wanted, plans, params.store.shard_samples)], done, keys)
     return Survey(
         recipe=recipe,
         root=root,
@@ -66,11 +66,11 @@ def survey(params: Params, model: Model, split: Split) -> Survey:
     )
 
 
-def work_of(found: Survey, params: Params) -> Work:
+def rollout_work(found: Survey, params: Params) -> RolloutWork:
     """The numbers of a survey."""
     per_sample = params.teacher.evaluations
     batches = sum(math.ceil(len(group) / params.compute.micro_batch) for group in found.groups)
-    return Work(
+    return RolloutWork(
         fingerprint=fingerprint(found.recipe),
         store=str(found.root),
         samples=len(found.wanted),
@@ -86,8 +86,8 @@ def work_of(found: Survey, params: Params) -> Work:
 
 
 def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
-    """What `rollout_stage` would do, for --dry-run: the fields of `Work`."""
-    return work_of(survey(params, Model.of(params), split), params).model_dump()
+    """What `rollout_stage` would do, for --dry-run: the fields of `RolloutWork`."""
+    return rollout_work(survey(params, Model.of(params), split), params).model_dump()
 
 
 def plan_stage(
@@ -114,7 +114,7 @@ def plan_stage(
     """
     model = Model.of(params)
     found = survey(params, model, split)
-    work, outline = work_of(found, params), model.outline
+    work, outline = rollout_work(found, params), model.outline
     flops, workers = evaluation_flops(outline), max(1, params.store.workers if workers is None else workers)
     given, rate = rate is not None, _measured(model) if rate is None else rate
     total = work.forwards * params.compute.micro_batch * flops
@@ -140,11 +140,11 @@ def plan_stage(
         bytes_free=found.root.free(),
         rollout_memory=rollout_memory(params, model),
         train_memory=train_memory(params, model),
-        comparison=compare(params, len(found.wanted), experiments, flops / rate, price),
+        comparison=compare_costs(params, len(found.wanted), experiments, flops / rate, price),
     )
 
 
-def compare(
+def compare_costs(
     params: Params, samples: int, experiments: int | None, seconds_per_evaluation: float, price: float | None = None
 ) -> Comparison:
     """Stored trajectories against a teacher that is run in every training step."""

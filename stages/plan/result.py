@@ -5,7 +5,7 @@ from __future__ import annotations
 from rats.schemas.manifest import Record
 
 
-class Work(Record):
+class RolloutWork(Record):
     """The samples of a split, and how many of them must still be made.
 
     `samples_to_make` may exceed `samples_missing`, since a planned shard is always made whole. `evaluations` counts
@@ -72,7 +72,7 @@ class Plan(Record):
     """
 
     split: str
-    work: Work
+    work: RolloutWork
     evaluation_flops: int
     decode_flops: int
     flops: int

@@ -13,7 +13,7 @@ from rats.schemas.canonical import canonical_json
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.recipe import Recipe
 
-BLOCK, RECORD = 512, 10240
+TAR_BLOCK, TAR_RECORD = 512, 10240
 """Tar pads each member to a block and the file to a record."""
 
 TABLE_ROW = 64
@@ -41,9 +41,9 @@ def shard_bytes(recipe: Recipe, latents: int, samples: Sequence[PlannedSample], 
     """Bytes of a shard, its two documents, and its rows in the index and in `columns` columns of scores."""
     sigmas = len(canonical_json({"sigmas": list(recipe.horizons)}))
     described = [len(canonical_json(sample.model_dump())) for sample in samples]
-    members = sum(2 * BLOCK + _padded(latents, BLOCK) + _padded(size + sigmas, BLOCK) for size in described)
+    members = sum(2 * TAR_BLOCK + _padded(latents, TAR_BLOCK) + _padded(size + sigmas, TAR_BLOCK) for size in described)
     documents = sum(2 * size + DOCUMENT_ROW for size in described)
-    return _padded(members + 2 * BLOCK, RECORD) + documents + (1 + columns) * TABLE_ROW * len(samples)
+    return _padded(members + 2 * TAR_BLOCK, TAR_RECORD) + documents + (1 + columns) * TABLE_ROW * len(samples)
 
 
 def _padded(size: int, block: int) -> int:

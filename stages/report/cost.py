@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from rats.schemas.params import Params, with_variant
 from rats.schemas.run import RunRecord
-from rats.stages.templates.render import Entry
+from rats.stages.templates.render import PageData
 
 
-def cost_block(params: Params, records: Mapping[str, RunRecord], rollouts: Mapping[str, Entry]) -> Entry:
+def cost_block(params: Params, records: Mapping[str, RunRecord], rollouts: Mapping[str, PageData]) -> PageData:
     """The section's summary and tables, from run.json of every run and the rollouts' reports."""
     tables = [_runs(params, records)]
     if rollouts:
@@ -34,7 +34,7 @@ def _read(params: Params, name: str, record: RunRecord) -> int:
     return 0 if record.teacher_mode == "live-ema" else record.steps * with_variant(params, name).batch
 
 
-def _rollouts(params: Params, rollouts: Mapping[str, Entry]) -> Entry:
+def _rollouts(params: Params, rollouts: Mapping[str, PageData]) -> PageData:
     columns = ["rollout", "samples", "evaluations a sample", "shards", "reused", "teacher forwards now", "time"]
     rows = [
         [
@@ -51,7 +51,7 @@ def _rollouts(params: Params, rollouts: Mapping[str, Entry]) -> Entry:
     return {"columns": columns, "rows": rows}
 
 
-def _runs(params: Params, records: Mapping[str, RunRecord]) -> Entry:
+def _runs(params: Params, records: Mapping[str, RunRecord]) -> PageData:
     columns = ["run", "gate", "steps", "trajectories read", "teacher runs", "teacher scored", "a step", "time"]
     rows = [
         [

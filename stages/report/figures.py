@@ -27,7 +27,7 @@ PALETTE = ("#2f81c7", "#e08a1e", "#2a9d74", "#c95d97", "#8a6fd1", "#b6a12c")
 """Colours of the variants, in the order of `evaluate.variants`. Colour-blind readers can tell them apart."""
 BASE = "#d1495b"
 
-Column = NDArray[np.float64]
+Series = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Curve:
     """A run's metrics.csv by column, one entry for each training step; NaN where a step logged nothing."""
 
     name: str
-    columns: dict[str, Column]
+    columns: dict[str, Series]
 
-    def at(self, nfe: int, column: str) -> tuple[Column, Column]:
+    def at(self, nfe: int, column: str) -> tuple[Series, Series]:
         """Steps and values of the steps that trained this NFE and logged this column."""
         values = self.columns.get(column, np.full(len(self.columns["step"]), np.nan))
         keep = (self.columns["nfe"] == nfe) & np.isfinite(values)
@@ -62,7 +62,7 @@ def read_curve(name: str, path: Path) -> Curve:
     return Curve(name, columns)
 
 
-def smooth(values: Column, width: int) -> Column:
+def smooth(values: Series, width: int) -> Series:
     """Centred running mean over `width` entries, narrower at both ends."""
     half = width // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -71,7 +71,7 @@ def smooth(values: Column, width: int) -> Column:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _width(values: Column) -> int:
+def _width(values: Series) -> int:
     """Window of the running mean: a twelfth of the run."""
     return max(3, len(values) // 12)
 
@@ -81,7 +81,7 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
-def dynamics(curves: Sequence[Curve], nfe: Sequence[int], reward: str) -> str:
+def reward_curves(curves: Sequence[Curve], nfe: Sequence[int], reward: str) -> str:
     """The paper's figure of reward dynamics: student against teacher over training, one panel an NFE."""
     shades = colours([curve.name for curve in curves])
 
@@ -98,7 +98,7 @@ def dynamics(curves: Sequence[Curve], nfe: Sequence[int], reward: str) -> str:
     return _panels([partial(draw, steps=n) for n in nfe], ylabel=f"{reward}, training batch", share_y=True)
 
 
-def gates(curves: Sequence[Curve], nfe: Sequence[int]) -> str:
+def gate_curves(curves: Sequence[Curve], nfe: Sequence[int]) -> str:
     """The gate's mean over training, with a band of one standard deviation within the batch."""
     shades = colours([curve.name for curve in curves])
 
@@ -118,7 +118,7 @@ def gates(curves: Sequence[Curve], nfe: Sequence[int]) -> str:
     return _panels([partial(draw, steps=n) for n in nfe], ylabel="gate g", share_y=True)
 
 
-def terms(curve: Curve, nfe: Sequence[int]) -> str:
+def loss_curves(curve: Curve, nfe: Sequence[int]) -> str:
     """One run's shaping loss after each student step, and the gradient norm of each term (both logarithmic)."""
 
     def losses(axes: Axes, steps: int) -> None:

@@ -14,11 +14,11 @@ from rats.schemas.errors import DataError, reason
 from rats.schemas.params import Params
 from rats.schemas.reports import EvaluateReport
 from rats.schemas.run import RunRecord
-from rats.stages.measure.pictures import PICTURES, Column, Picture, Pictures, load_pictures
-from rats.stages.measure.values import VALUES, Values, read_values
+from rats.stages.measure.pictures import PICTURES_FILE, Picture, Pictures, SystemLabel, load_pictures
+from rats.stages.measure.values import VALUES_FILE, Values, read_values
 from rats.stages.report import figures, tables
 from rats.stages.report.cost import cost_block
-from rats.stages.templates.render import Entry, plot, png, render
+from rats.stages.templates.render import PageData, plot, png, render
 from rats.stages.train.record import read_record
 
 
@@ -36,8 +36,8 @@ def report_stage(params: Params, evaluation: Path, runs: Path, out: Path) -> Pat
         DataError: one of these files is missing or something else.
     """
     result = read_evaluation(evaluation)
-    values = read_values(evaluation.parent / VALUES)
-    pictures = load_pictures(evaluation.parent / PICTURES)
+    values = read_values(evaluation.parent / VALUES_FILE)
+    pictures = load_pictures(evaluation.parent / PICTURES_FILE)
     curves = [figures.read_curve(name, runs / name / "metrics.csv") for name in params.evaluate.variants]
     records = {name: read_record(runs / name) for name in params.evaluate.variants}
     rollouts = {path.stem: read_json(path) for path in sorted(evaluation.parent.glob("rollout*.json"))}
@@ -63,7 +63,7 @@ def read_evaluation(path: Path) -> EvaluateReport:
         raise DataError(f"{path} is no evaluation ({reason(error)}): run `rats stage evaluate`") from error
 
 
-def read_json(path: Path) -> Entry:
+def read_json(path: Path) -> PageData:
     """A JSON object; DataError when it is none."""
     try:
         value = json.loads(path.read_bytes())
@@ -74,7 +74,7 @@ def read_json(path: Path) -> Entry:
     return value
 
 
-def _tables(params: Params, result: EvaluateReport, values: Values) -> Entry:
+def _tables(params: Params, result: EvaluateReport, values: Values) -> PageData:
     n, seed = params.evaluate.bootstrap, params.evaluate.seed
     cells, main = result.cells, params.evaluate.variants[0]
     first = cells[0]  # prompts and concepts are those of every cell of a reward
@@ -90,7 +90,7 @@ def _tables(params: Params, result: EvaluateReport, values: Values) -> Entry:
     }
 
 
-def _comparisons(params: Params, result: EvaluateReport, values: Values) -> list[Entry]:
+def _comparisons(params: Params, result: EvaluateReport, values: Values) -> list[PageData]:
     """The main variant against the other variants, and against the teacher by kind of prompt."""
     n, seed = params.evaluate.bootstrap, params.evaluate.seed
     cells, variants = result.cells, params.evaluate.variants
@@ -104,7 +104,7 @@ def _comparisons(params: Params, result: EvaluateReport, values: Values) -> list
     return blocks
 
 
-def _plots(params: Params, result: EvaluateReport, curves: Sequence[figures.Curve]) -> Entry:
+def _plots(params: Params, result: EvaluateReport, curves: Sequence[figures.Curve]) -> PageData:
     variants = params.evaluate.variants
     nfe = sorted({n for curve in curves for n in curve.nfe})
     main = curves[0]
@@ -121,20 +121,20 @@ def _plots(params: Params, result: EvaluateReport, curves: Sequence[figures.Curv
     return {
         "forest": [plot(figures.forest(result.cells, variants), forest)],
         "training": [
-            plot(figures.dynamics(curves, nfe, params.train.reward_names), across),
-            plot(figures.gates(curves, nfe), gate),
-            plot(figures.terms(main, main.nfe), inside),
+            plot(figures.reward_curves(curves, nfe, params.train.reward_names), across),
+            plot(figures.gate_curves(curves, nfe), gate),
+            plot(figures.loss_curves(main, main.nfe), inside),
         ],
     }
 
 
-def _head(column: Column) -> Entry:
+def _head(column: SystemLabel) -> PageData:
     words = {"teacher": "teacher", "base_guided": "untrained, guided", "base_unguided": "untrained, unguided"}
     cost = f"{column.nfe} steps, {column.evaluations} eval."
     return {"name": words.get(column.system, column.variant), "cost": cost}
 
 
-def _sheets(pictures: Pictures, frames: int) -> Entry:
+def _sheets(pictures: Pictures, frames: int) -> PageData:
     nfe = sorted({column.nfe for column in pictures.columns if column.system != "teacher"})
     height, width = pictures.size
     note = (
@@ -146,7 +146,7 @@ def _sheets(pictures: Pictures, frames: int) -> Entry:
     return {"note": note, "pages": [_sheet(pictures, steps) for steps in nfe]}
 
 
-def _sheet(pictures: Pictures, steps: int) -> Entry:
+def _sheet(pictures: Pictures, steps: int) -> PageData:
     columns = [c for c in pictures.columns if c.system == "teacher" or c.nfe == steps]
     rows = []
     for i, prompt in enumerate(pictures.prompts):
@@ -155,11 +155,11 @@ def _sheet(pictures: Pictures, steps: int) -> Entry:
     return {"title": f"{steps} steps", "columns": [_head(c) for c in columns], "rows": rows}
 
 
-def _shown(picture: Picture, prompt: str, column: Column) -> Entry:
+def _shown(picture: Picture, prompt: str, column: SystemLabel) -> PageData:
     return {"source": png(picture), "words": f"{prompt}: {column.id}"}
 
 
-def _variety(pictures: Pictures, main: str) -> Entry | None:
+def _variety(pictures: Pictures, main: str) -> PageData | None:
     """Pictures of one prompt from several noises: teacher, guided base and main student, at the fewest steps."""
     if not pictures.noise_prompts:
         return None

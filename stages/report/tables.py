@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rats.schemas.reports import Cell
-from rats.stages.measure.bootstrap import Paired
+from rats.stages.measure.bootstrap import PairedEstimate
 from rats.stages.measure.values import Values
-from rats.stages.templates.render import Entry
+from rats.stages.templates.render import PageData
 
 MARKS = {"good": "✓", "even": "≈", "bad": "✗"}
 LOWER_IS_BETTER = frozenset({"kid"})
-TOLERANCE = 0.1
+JUDGE_TOLERANCE = 0.1
 """KID and diversity may be worse than the teacher's by this share."""
 
 
@@ -64,7 +64,7 @@ def tone(low: float | None, high: float | None, metric: str) -> str:
     return "bad" if high < 0 else "even"
 
 
-def full_table(cells: Sequence[Cell], main: str) -> Entry:
+def full_table(cells: Sequence[Cell], main: str) -> PageData:
     """All systems in rows, by NFE and the teacher first; one column for each metric."""
     places = decimals(cells)
     roles: dict[str, str] = {}
@@ -74,16 +74,16 @@ def full_table(cells: Sequence[Cell], main: str) -> Entry:
         roles.setdefault(cell.metric, cell.role)
         by_row.setdefault((cell.system, cell.variant, cell.nfe), {})[cell.metric] = cell
 
-    def row(found: dict[str, Cell]) -> Entry:
+    def row(found: dict[str, Cell]) -> PageData:
         first = next(iter(found.values()))
         return {
             "name": system_name(first),
             "evaluations": first.evaluations,
-            "cells": [_entry(found[metric], places[metric]) if metric in found else None for metric in roles],
+            "cells": [_cell_data(found[metric], places[metric]) if metric in found else None for metric in roles],
             "main": first.variant == main,
         }
 
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[PageData]] = {}
     for (system, _, nfe), found in by_row.items():
         title = f"{nfe} steps, the teacher" if system == "teacher" else f"{nfe} steps"
         groups.setdefault(title, []).append(row(found))
@@ -91,13 +91,13 @@ def full_table(cells: Sequence[Cell], main: str) -> Entry:
     return {"metrics": heads, "groups": [{"name": name, "rows": rows} for name, rows in groups.items()]}
 
 
-def _head(metric: str, role: str) -> Entry:
+def _head(metric: str, role: str) -> PageData:
     arrow = "↓" if metric in LOWER_IS_BETTER else "↑"
     return {"name": metric, "role": role.replace("_", " "), "arrow": arrow}
 
 
-def _entry(cell: Cell, places: int) -> Entry:
-    entry: Entry = {"value": number(cell.mean, places), "interval": interval(cell.ci_low, cell.ci_high, places)}
+def _cell_data(cell: Cell, places: int) -> PageData:
+    entry: PageData = {"value": number(cell.mean, places), "interval": interval(cell.ci_low, cell.ci_high, places)}
     entry |= {"delta": "", "tone": "even"}
     if cell.delta_vs_teacher is not None:
         delta = number(cell.delta_vs_teacher, places, sign=True)
@@ -112,7 +112,7 @@ def system_name(cell: Cell) -> str:
     return names.get(cell.system, f"student: {cell.variant}")
 
 
-def claims(cells: Sequence[Cell], values: Values, main: str, n: int, seed: int) -> Entry:
+def claims(cells: Sequence[Cell], values: Values, main: str, n: int, seed: int) -> PageData:
     """The claims, one row for each student: rewards, KID and diversity against the teacher, and against the base."""
     metrics = list(dict.fromkeys((cell.metric, cell.role) for cell in cells))
     rewards = [metric for metric, role in metrics if role != "judge"]
@@ -131,11 +131,11 @@ def claims(cells: Sequence[Cell], values: Values, main: str, n: int, seed: int) 
     return {"columns": [*columns, "untrained base, guided"], "rows": rows}
 
 
-NO_CLAIM: Entry = {"tone": "even", "mark": "–", "text": "", "detail": ""}
+NO_CLAIM: PageData = {"tone": "even", "mark": "–", "text": "", "detail": ""}
 """For a metric that a student has no cell of."""
 
 
-def _claim(cell: Cell, teacher: Cell, places: int) -> Entry:
+def _claim(cell: Cell, teacher: Cell, places: int) -> PageData:
     span = interval(cell.delta_ci_low, cell.delta_ci_high, places, sign=True)
     detail = f"{number(cell.delta_vs_teacher or 0.0, places, sign=True)} {span}"
     if cell.role == "judge":
@@ -145,7 +145,7 @@ def _claim(cell: Cell, teacher: Cell, places: int) -> Entry:
     return {"tone": verdict, "mark": MARKS[verdict], "text": words[verdict], "detail": detail}
 
 
-def _within_a_tenth(cell: Cell, teacher: Cell) -> Entry:
+def _within_a_tenth(cell: Cell, teacher: Cell) -> PageData:
     """Whether the mean is worse than the teacher's by at most a tenth; the interval is only printed."""
     worse = teacher.mean - cell.mean
     if cell.metric in LOWER_IS_BETTER:
@@ -156,12 +156,12 @@ def _within_a_tenth(cell: Cell, teacher: Cell) -> Entry:
         share = math.inf
     else:
         share = 0.0
-    verdict = "good" if share <= TOLERANCE else "bad"
+    verdict = "good" if share <= JUDGE_TOLERANCE else "bad"
     words = f"{abs(share) * 100:.0f} % {'worse' if share > 0 else 'better'}"
     return {"tone": verdict, "mark": MARKS[verdict], "text": words}
 
 
-def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values, n: int, seed: int) -> Entry:
+def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values, n: int, seed: int) -> PageData:
     """The student against the guided base: good if it is significantly above on all rewards, even if above on all."""
     found = [values.versus(f"{variant}-{nfe}", f"base_guided-{nfe}", metric, n, seed) for metric in rewards]
     known = [result for result in found if result is not None]
@@ -175,7 +175,9 @@ def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values, 
     return {"tone": verdict, "mark": MARKS[verdict], "text": text, "detail": ""}
 
 
-def against_controls(values: Values, cells: Sequence[Cell], variants: Sequence[str], n: int, seed: int) -> Entry | None:
+def against_controls(
+    values: Values, cells: Sequence[Cell], variants: Sequence[str], n: int, seed: int
+) -> PageData | None:
     """Differences of the main variant to each other variant, on each reward."""
     places, rewards = decimals(cells), _rewards(cells)
     main, *others = variants
@@ -188,7 +190,7 @@ def against_controls(values: Values, cells: Sequence[Cell], variants: Sequence[s
     return {"columns": rewards, "rows": rows} if rows else None
 
 
-def by_kind(values: Values, cells: Sequence[Cell], main: str, n: int, seed: int) -> Entry | None:
+def by_kind(values: Values, cells: Sequence[Cell], main: str, n: int, seed: int) -> PageData | None:
     """The main variant against the teacher, by kind of prompt."""
     places, rewards = decimals(cells), _rewards(cells)
     nfe = sorted({cell.nfe for cell in cells if cell.system == "student" and cell.variant == main})
@@ -208,11 +210,11 @@ def _rewards(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(c.metric for c in cells if c.role != "judge"))
 
 
-def _differences(found: Mapping[str, Paired | None], places: Mapping[str, int]) -> list[Entry | None]:
+def _differences(found: Mapping[str, PairedEstimate | None], places: Mapping[str, int]) -> list[PageData | None]:
     return [None if result is None else _difference(metric, result, places[metric]) for metric, result in found.items()]
 
 
-def _difference(metric: str, result: Paired, places: int) -> Entry:
+def _difference(metric: str, result: PairedEstimate, places: int) -> PageData:
     return {
         "value": number(result.delta, places, sign=True),
         "interval": interval(*result.delta_ci, places, sign=True),

@@ -25,7 +25,7 @@ the embeddings are in the shards."""
 
 
 @dataclass(frozen=True)
-class Column:
+class ColumnAddress:
     """The teacher's scores by one reward: their address in the shard set, and the hashes that made them."""
 
     address: str
@@ -60,7 +60,7 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
-def find_column(params: Params, name: str, shards: ShardSet, vae: str) -> Column:
+def find_column(params: Params, name: str, shards: ShardSet, vae: str) -> ColumnAddress:
     """The column of scores by the reward `name` as it is on disk now and the VAE with the hash `vae`.
 
     Raises:
@@ -70,7 +70,7 @@ def find_column(params: Params, name: str, shards: ShardSet, vae: str) -> Column
     hashes = reward_hashes(reward_fingerprint(reward), vae, params.teacher.seen_frames)
     wanted, found = RewardRecord(name=name, hashes=hashes), reward_columns(shards)
     if wanted.fingerprint in found:
-        return Column(wanted.fingerprint, hashes)
+        return ColumnAddress(wanted.fingerprint, hashes)
     others = [record for record in found.values() if record.name == name]
     rescore = "run `rats stage rollout`, which scores again without the teacher"
     if not others:

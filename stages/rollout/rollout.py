@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import open_place
-from rats.pipeline.prompts import planned, read_prompts
+from rats.pipeline.prompts import planned_samples, read_prompts
 from rats.pipeline.rewards.open import pin_reward
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward
@@ -24,9 +24,9 @@ from rats.schemas.recipe import DECODER, Recipe, make_recipe
 from rats.schemas.reports import RolloutReport
 from rats.stages.rollout.columns import check_failed, column_hashes
 from rats.stages.rollout.scorer import missing_columns
-from rats.stages.rollout.worker import Setup, Task, do_task
-from rats.stages.workers.run import Where
-from rats.stages.workers.tasks import Made, work_through
+from rats.stages.rollout.worker import RolloutSetup, RolloutTask, do_task
+from rats.stages.workers.run import WorkerTarget
+from rats.stages.workers.tasks import TaskResult, run_tasks
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def rollout_stage(
     params: Params,
     split: Split,
     out: Path | None = None,
-    where: Where | None = None,
+    where: WorkerTarget | None = None,
     max_bad: float = MAX_BAD,
     samples: Sequence[PlannedSample] | None = None,
 ) -> RolloutReport:
@@ -57,7 +57,7 @@ def rollout_stage(
         NoWorkerError: no worker accepted a task.
     """
     start = time.monotonic()
-    params, model = absolute(params)
+    params, model = pin_params(params)
     wanted = wanted_samples(params, split) if samples is None else samples
     recipe = read_recipe(params, model)
     hashes = column_hashes(params, model.folder.hash_of(DECODER))
@@ -69,7 +69,7 @@ def rollout_stage(
     reused = sum(plan.shard in finished for plan in plans)
     tasks = _missing(shards, plans, finished, columns)
     _announce(shards, plans, reused, tasks)
-    made = _make(params, shards, tasks, where or Where(workers=params.store.workers))
+    made = _make(params, shards, tasks, where or WorkerTarget(workers=params.store.workers))
     done = shards.finished(done)
     snapshot = shards.write_snapshot((sample.key for sample in wanted), done)
     failed = check_failed(shards, columns, snapshot, {sample.key for sample in wanted}, max_bad)
@@ -100,12 +100,12 @@ def wanted_samples(params: Params, split: Split) -> list[PlannedSample]:
     path = getattr(params.prompts, split)
     if path is None:
         raise ConfigError(f"prompts.{split} is not set: name a .txt or .csv file in params.yaml")
-    return planned(read_prompts(path), params.teacher.noises_per_prompt)
+    return planned_samples(read_prompts(path), params.teacher.noises_per_prompt)
 
 
 def _missing(
     shards: ShardSet, plans: Sequence[ShardPlan], finished: Mapping[str, ShardDone], columns: dict[str, str]
-) -> list[Task]:
+) -> list[RolloutTask]:
     """A task for every shard that lacks samples, scores, or a prompt's embeddings."""
     encoded = shards.encoded()
 
@@ -115,10 +115,12 @@ def _missing(
         return not missing_columns(shards, finished[plan.shard], columns)
 
     there = shards.root.concurrently(complete, plans)
-    return [Task(shard=p.shard, plan=p, columns=columns) for p, done in zip(plans, there, strict=True) if not done]
+    return [
+        RolloutTask(shard=p.shard, plan=p, columns=columns) for p, done in zip(plans, there, strict=True) if not done
+    ]
 
 
-def _announce(shards: ShardSet, plans: Sequence[ShardPlan], reused: int, tasks: Sequence[Task]) -> None:
+def _announce(shards: ShardSet, plans: Sequence[ShardPlan], reused: int, tasks: Sequence[RolloutTask]) -> None:
     where = f"store {shards.fingerprint[:12]}"
     if not tasks:
         log.info("%s: all %d shards and their scores are there, no teacher forward is run", where, len(plans))
@@ -126,12 +128,12 @@ def _announce(shards: ShardSet, plans: Sequence[ShardPlan], reused: int, tasks: 
         log.info("%s: %d of %d shards are there, %d to do", where, reused, len(plans), len(tasks))
 
 
-def _make(params: Params, shards: ShardSet, tasks: Sequence[Task], where: Where) -> list[Made]:
+def _make(params: Params, shards: ShardSet, tasks: Sequence[RolloutTask], where: WorkerTarget) -> list[TaskResult]:
     samples = sum(len(task.plan.samples) for task in tasks)
-    return work_through(do_task, tasks, Setup(params, shards.root), where, "rollout", samples)
+    return run_tasks(do_task, tasks, RolloutSetup(params, shards.root), where, "rollout", samples)
 
 
-def absolute(params: Params, decoder_alone: bool = False) -> tuple[Params, Model]:
+def pin_params(params: Params, decoder_alone: bool = False) -> tuple[Params, Model]:
     """Makes local paths absolute and fixes hub commits: a worker may run in another folder, or start later.
 
     Returns the model of these parameters too. `decoder_alone`: of a hub's model only the decoder is fetched.

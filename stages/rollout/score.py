@@ -20,16 +20,16 @@ from rats.schemas.params import Params, Split
 from rats.schemas.recipe import DECODER, Recipe, fingerprint
 from rats.schemas.reports import ScoreReport
 from rats.stages.rollout.columns import check_failed, column_hashes
-from rats.stages.rollout.rollout import absolute, read_recipe, wanted_samples
+from rats.stages.rollout.rollout import pin_params, read_recipe, wanted_samples
 from rats.stages.rollout.scorer import ScoreSetup, ScoreTask, do_score, missing_columns
-from rats.stages.workers.run import Where
-from rats.stages.workers.tasks import work_through
+from rats.stages.workers.run import WorkerTarget
+from rats.stages.workers.tasks import run_tasks
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
+class ScoringSource:
     """A shard set to score, with parameters and decoder's hash. `keys` are those of the split; None: all samples."""
 
     shards: ShardSet
@@ -54,7 +54,7 @@ def score_stage(
     split: Split | None = None,
     shards: Place | str | None = None,
     rewards: Sequence[str] | None = None,
-    where: Where | None = None,
+    where: WorkerTarget | None = None,
     max_bad: float = MAX_BAD,
     retry_failed: bool = False,
     out: Path | None = None,
@@ -91,7 +91,7 @@ def score_stage(
     setup = ScoreSetup(source.params, source.shards.root)
     rows = {part.shard: len(part.rows) for part in done}
     samples = sum(rows[task.shard] for task in tasks)
-    made = work_through(do_score, tasks, setup, where or Where(workers=params.store.workers), "score", samples)
+    made = run_tasks(do_score, tasks, setup, where or WorkerTarget(workers=params.store.workers), "score", samples)
     keys = {row.key for row in source.shards.index(named)}
     failed = check_failed(source.shards, columns, named, keys, max_bad)
     if out is not None:
@@ -141,27 +141,27 @@ def plan_score(
     }
 
 
-def _open(params: Params, split: Split | None, shards: Place | str | None) -> Source:
+def _open(params: Params, split: Split | None, shards: Place | str | None) -> ScoringSource:
     if shards is None:
-        return _open_split(*absolute(params), split or "train")
+        return _open_split(*pin_params(params), split or "train")
     if split is not None:
         raise ConfigError(f"--split {split} and --shards {shards} name two sets: give one of them")
-    params, model = absolute(params, decoder_alone=True)
+    params, model = pin_params(params, decoder_alone=True)
     found = ShardSet.open(open_place(shards).absolute())
     folder = model.decoder_folder
     if not (folder.decoder_root / DECODER).is_dir():
         raise ConfigError(
             f"no folder {DECODER!r} in {folder.decoder_root}: model.path must hold the decoder of these shards"
         )
-    return Source(found, as_made(params, found.recipe), folder.hash_of(DECODER), None)
+    return ScoringSource(found, as_made(params, found.recipe), folder.hash_of(DECODER), None)
 
 
-def _open_split(params: Params, model: Model, split: Split) -> Source:
+def _open_split(params: Params, model: Model, split: Split) -> ScoringSource:
     keys = frozenset(sample.key for sample in wanted_samples(params, split))
     root = open_place(params.store.path).absolute() / fingerprint(read_recipe(params, model))
     if not is_set(root):
         raise DataError(f"{root} is not there: nothing is rolled out with these parameters; run `rats stage rollout`")
-    return Source(ShardSet.open(root), params, model.folder.hash_of(DECODER), keys)
+    return ScoringSource(ShardSet.open(root), params, model.folder.hash_of(DECODER), keys)
 
 
 def as_made(params: Params, recipe: Recipe) -> Params:

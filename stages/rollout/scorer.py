@@ -19,7 +19,7 @@ from rats.pipeline.families.models import FamilyDecoder
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place
 from rats.pipeline.protocols import Decoder, Reward
-from rats.pipeline.rewards.base import NOT_THE_SAMPLES_FAULT, ask
+from rats.pipeline.rewards.base import FATAL_ERRORS, call_reward
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.store.scores import reward_columns, score_rows, scores_done, write_scores
 from rats.pipeline.store.shard_set import ShardSet
@@ -27,7 +27,7 @@ from rats.pipeline.store.shards import read_sample
 from rats.schemas.errors import ConfigError, DataError, one_line
 from rats.schemas.manifest import IndexRow, ScoreRow, ShardDone
 from rats.schemas.params import Params
-from rats.stages.workers.tasks import Busy, Made, ShardTask, claimed
+from rats.stages.workers.tasks import ShardBusy, ShardTask, TaskResult, claimed
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SampleScore:
     """A reward's answer for one sample: a finite score, or None and the reason."""
 
     score: float | None
@@ -68,43 +68,43 @@ def batches(items: Sequence[Item], size: int) -> Iterator[tuple[list[Item], int]
 @torch.no_grad()
 def score_finals(
     decoder: Decoder, reward: Reward, finals: Sequence[Tensor], prompts: Sequence[str], size: int
-) -> list[Verdict]:
+) -> list[SampleScore]:
     """A verdict for each clean latent (T, C), float32, against its prompt, `size` at a time."""
-    verdicts: list[Verdict] = []
+    verdicts: list[SampleScore] = []
     for batch, count in batches(list(zip(finals, prompts, strict=True)), size):
         latents, texts = zip(*batch, strict=True)
-        verdicts += judge(reward, decoder.decode(torch.stack(latents)), list(texts), count)
+        verdicts += score_images(reward, decoder.decode(torch.stack(latents)), list(texts), count)
     return verdicts
 
 
-def judge(reward: Reward, images_B3HW: Tensor, prompts: list[str], count: int) -> list[Verdict]:
+def score_images(reward: Reward, images_B3HW: Tensor, prompts: list[str], count: int) -> list[SampleScore]:
     """Verdicts for the first `count` pictures. If the batch raises, only pictures that raise by themselves fail.
 
     They are then scored one by one, in a full batch of copies: with the same batch size, scores keep their last bits.
     """
     try:
-        return _ask(reward, images_B3HW, prompts)[:count]
-    except NOT_THE_SAMPLES_FAULT:
+        return _score_batch(reward, images_B3HW, prompts)[:count]
+    except FATAL_ERRORS:
         raise
     except Exception as error:
         log.debug("%s failed on a batch of %d, now one by one: %s", reward.name, len(prompts), error)
-    return [_alone(reward, images_B3HW, prompts[i], i) for i in range(count)]
+    return [_score_one(reward, images_B3HW, prompts[i], i) for i in range(count)]
 
 
-def _alone(reward: Reward, images_B3HW: Tensor, prompt: str, i: int) -> Verdict:
+def _score_one(reward: Reward, images_B3HW: Tensor, prompt: str, i: int) -> SampleScore:
     size = len(images_B3HW)
     try:
         full = images_B3HW[i : i + 1].repeat(size, *(1 for _ in images_B3HW.shape[1:]))
-        return _ask(reward, full, [prompt] * size)[i]
-    except NOT_THE_SAMPLES_FAULT:
+        return _score_batch(reward, full, [prompt] * size)[i]
+    except FATAL_ERRORS:
         raise
     except Exception as error:
-        return Verdict(None, one_line(error))
+        return SampleScore(None, one_line(error))
 
 
-def _ask(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> list[Verdict]:
-    values = ask(reward, images_B3HW, prompts).float().cpu().tolist()
-    return [Verdict(s) if math.isfinite(s) else Verdict(None, f"the score is not finite ({s})") for s in values]
+def _score_batch(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> list[SampleScore]:
+    values = call_reward(reward, images_B3HW, prompts).float().cpu().tolist()
+    return [SampleScore(s) if math.isfinite(s) else SampleScore(None, f"the score is not finite ({s})") for s in values]
 
 
 def score_shard(shards: ShardSet, done: ShardDone, reward: Reward, column: str, decoder: Decoder, size: int) -> None:
@@ -115,7 +115,7 @@ def score_shard(shards: ShardSet, done: ShardDone, reward: Reward, column: str, 
     write_scores(shards, column, done.shard, rows)
 
 
-def _row(row: IndexRow, verdict: Verdict) -> ScoreRow:
+def _row(row: IndexRow, verdict: SampleScore) -> ScoreRow:
     if verdict.error is None:
         return ScoreRow(key=row.key, score=verdict.score)
     return ScoreRow(key=row.key, score=None, status="failed", error=verdict.error)
@@ -176,18 +176,18 @@ class ScoreSetup:
         return Scorer(self.params, ShardSet.open(self.root))
 
 
-def do_score(scorer: Scorer, task: ScoreTask) -> Made | Busy:
+def do_score(scorer: Scorer, task: ScoreTask) -> TaskResult | ShardBusy:
     """The missing scores of one shard, from what is on disk."""
     with claimed(scorer.shards, task.shard, task.wait) as mine:
         if not mine:
-            return Busy(task.shard)
+            return ShardBusy(task.shard)
         done = scorer.shards.done(task.shard)
         if done is None:
             raise DataError(f"{scorer.shards.shard_path(task.shard)} is gone; run `rats stage rollout`")
         columns = missing_columns(scorer.shards, done, task.columns, task.retry)
         with threads(scorer.params.compute.threads), forwards(scorer.model.family.network_class) as count:
             scored = scorer.score(done, columns)
-        return Made(len(done.rows), count(), scored)
+        return TaskResult(len(done.rows), count(), scored)
 
 
 def missing_columns(shards: ShardSet, done: ShardDone, columns: dict[str, str], retry: bool = False) -> dict[str, str]:

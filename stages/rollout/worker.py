@@ -26,11 +26,11 @@ from rats.schemas.horizons import rows_of
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 from rats.schemas.params import Params
 from rats.stages.rollout.scorer import Scorer, batches, missing_columns, threads
-from rats.stages.workers.tasks import Busy, Made, ShardTask, claimed
+from rats.stages.workers.tasks import ShardBusy, ShardTask, TaskResult, claimed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(ShardTask):
+class RolloutTask(ShardTask):
     """A shard with something missing: samples, embeddings, or scores of some columns (reward name -> fingerprint)."""
 
     plan: ShardPlan
@@ -38,18 +38,18 @@ class Task(ShardTask):
 
 
 @dataclass(frozen=True)
-class Setup:
+class RolloutSetup:
     """What a worker needs to load its models. It can be pickled."""
 
     params: Params
     root: Place
 
-    def __call__(self) -> Context:
+    def __call__(self) -> RolloutModels:
         """The worker's models. Each is loaded by the first task that needs it."""
-        return Context(self.params, ShardSet.open(self.root))
+        return RolloutModels(self.params, ShardSet.open(self.root))
 
 
-class Context(Scorer):
+class RolloutModels(Scorer):
     """A worker's models. Each is loaded once, by the first task that needs it."""
 
     def __init__(self, params: Params, shards: ShardSet) -> None:
@@ -76,19 +76,19 @@ class Context(Scorer):
         self.teacher_forwards += 1
 
 
-def do_task(context: Context, task: Task) -> Made | Busy:
+def do_task(context: RolloutModels, task: RolloutTask) -> TaskResult | ShardBusy:
     """Makes one shard's missing embeddings and samples, then its missing scores from the stored latents."""
     before = context.teacher_forwards
     with claimed(context.shards, task.shard, task.wait) as mine, threads(context.params.compute.threads):
         if not mine:
-            return Busy(task.shard)
-        encode(context, task.plan)
+            return ShardBusy(task.shard)
+        encode_prompts(context, task.plan)
         done = context.shards.done(task.shard) or roll_shard(context.teacher, context.shards, task.plan)
         scored = context.score(done, missing_columns(context.shards, done, task.columns))
-    return Made(len(done.rows), context.teacher_forwards - before, scored)
+    return TaskResult(len(done.rows), context.teacher_forwards - before, scored)
 
 
-def encode(context: Context, plan: ShardPlan) -> None:
+def encode_prompts(context: RolloutModels, plan: ShardPlan) -> None:
     """Writes missing embeddings, also those of a finished shard."""
     prompts = {sample.prompt_id: sample.prompt for sample in plan.samples}
     for prompt_id, prompt in prompts.items():

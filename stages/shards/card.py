@@ -13,7 +13,7 @@ from huggingface_hub import DatasetCard, DatasetCardData
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
 from rats.schemas.manifest import IndexRow, Snapshot
-from rats.stages.shards.describe import Column, content_rows, noises, read_columns, recipe_rows
+from rats.stages.shards.describe import ScoreColumn, content_rows, noises, read_columns, recipe_rows
 from rats.stages.templates.render import code, render
 
 SHARDS = "shards/*.tar"
@@ -21,7 +21,7 @@ SHARDS = "shards/*.tar"
 
 
 @dataclass(frozen=True)
-class Terms:
+class LicenseTerms:
     """What the user states on export: the Hub's identifier of a license, and for "other" its name and link."""
 
     license: str
@@ -31,7 +31,7 @@ class Terms:
     title: str | None = None
 
 
-def dataset_card(shards: ShardSet, snapshot: Snapshot, columns: Sequence[str], terms: Terms) -> str:
+def dataset_card(shards: ShardSet, snapshot: Snapshot, columns: Sequence[str], terms: LicenseTerms) -> str:
     """README.md of the exported folder.
 
     Args:
@@ -48,7 +48,7 @@ def dataset_card(shards: ShardSet, snapshot: Snapshot, columns: Sequence[str], t
         "teacher": terms.teacher,
         "licence": terms.license_name or terms.license,
         "link": terms.license_link,
-        "columns": [_entry(column) for column in read_columns(shards, rows) if column.fingerprint in columns],
+        "columns": [_column_data(column) for column in read_columns(shards, rows) if column.fingerprint in columns],
         "recipe": _markdown(recipe_rows(shards.recipe, terms.teacher)),
         "content": _markdown(content_rows(shards, snapshot, rows)),
         **_numbers(shards, rows),
@@ -56,7 +56,7 @@ def dataset_card(shards: ShardSet, snapshot: Snapshot, columns: Sequence[str], t
     return str(DatasetCard(render("dataset_card.md.j2", context)))
 
 
-def _data(title: str, samples: int, terms: Terms) -> DatasetCardData:
+def _data(title: str, samples: int, terms: LicenseTerms) -> DatasetCardData:
     named: dict[str, Any] = {"license_name": terms.license_name, "license_link": terms.license_link}
     return DatasetCardData(
         license=terms.license,
@@ -89,7 +89,7 @@ def _numbers(shards: ShardSet, rows: Sequence[IndexRow]) -> dict[str, Any]:
     }
 
 
-def _entry(column: Column) -> dict[str, Any]:
+def _column_data(column: ScoreColumn) -> dict[str, Any]:
     return column.entry() | {"hashes": sorted(column.hashes.items())}
 
 

@@ -111,7 +111,7 @@ def counted(count: int, thing: str) -> str:
 
 
 @dataclass(frozen=True)
-class Column:
+class ScoreColumn:
     """A column of scores over a snapshot's samples; failed and missing ones have no score."""
 
     fingerprint: str
@@ -134,12 +134,12 @@ class Column:
         return {"name": self.name, "fingerprint": self.fingerprint, **figures, **counts}
 
 
-def read_columns(shards: ShardSet, rows: Sequence[IndexRow]) -> list[Column]:
+def read_columns(shards: ShardSet, rows: Sequence[IndexRow]) -> list[ScoreColumn]:
     """All columns of scores, sorted by name, with the rows of these samples as far as they are scored."""
     keys, names = {row.key for row in rows}, sorted({row.shard for row in rows})
     found = []
     for fingerprint, record in reward_columns(shards).items():
         done = [shard for shard in names if scores_done(shards, fingerprint, shard)]
         scored = {row.key: row for shard in done for row in score_rows(shards, fingerprint, shard) if row.key in keys}
-        found.append(Column(fingerprint, record.name, record.hashes, scored))
+        found.append(ScoreColumn(fingerprint, record.name, record.hashes, scored))
     return sorted(found, key=lambda column: (column.name, column.fingerprint))

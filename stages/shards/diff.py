@@ -70,7 +70,7 @@ def score_differences(a: Mapping[str, RewardRecord], b: Mapping[str, RewardRecor
     return found
 
 
-def compare(a: Place, b: Place, snapshot_a: int | None = None, snapshot_b: int | None = None) -> dict[str, Any]:
+def compare_sets(a: Place, b: Place, snapshot_a: int | None = None, snapshot_b: int | None = None) -> dict[str, Any]:
     """Compares two sets by their documents; no sample is read (`rats shards verify` does that).
 
     Args:
@@ -100,7 +100,7 @@ def compare(a: Place, b: Place, snapshot_a: int | None = None, snapshot_b: int |
     }
 
 
-def in_words(result: Mapping[str, Any]) -> list[str]:
+def diff_lines(result: Mapping[str, Any]) -> list[str]:
     """The result as lines of text."""
     lines = [
         "{}: {path}, recipe {}, {}".format(

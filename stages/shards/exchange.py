@@ -17,9 +17,9 @@ from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
 from rats.schemas.errors import CannotCreateError, ConfigError, DataError
 from rats.schemas.manifest import Snapshot
 from rats.stages.progress import progress
-from rats.stages.shards.card import Terms, dataset_card
+from rats.stages.shards.card import LicenseTerms, dataset_card
 from rats.stages.shards.take_in import take_in
-from rats.stages.shards.untrusted import examine, plain_view
+from rats.stages.shards.untrusted import plain_view, verify_untrusted
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ NO_LICENSE = (
 )
 
 
-def export_set(folder: Place, out: Path, terms: Terms) -> dict[str, Any]:
+def export_set(folder: Place, out: Path, terms: LicenseTerms) -> dict[str, Any]:
     """Writes the newest snapshot of a set to `out`, with all complete columns of scores and a dataset card.
 
     Files are hardlinks, or copies if the file system differs. An older export at `out` is replaced.
@@ -79,7 +79,7 @@ def export_set(folder: Place, out: Path, terms: Terms) -> dict[str, Any]:
     }
 
 
-def check_terms(terms: Terms) -> None:
+def check_terms(terms: LicenseTerms) -> None:
     """Refuses what the Hub would refuse, before anything is written."""
     if not terms.license:
         raise ConfigError(NO_LICENSE)
@@ -138,7 +138,7 @@ def import_set(folder: Path, store: Place) -> dict[str, Any]:
     """
     with plain_view(Path(folder)) as plain:
         with progress("verify", _count(plain), "samples") as advance:
-            foreign = examine(plain, advance)
+            foreign = verify_untrusted(plain, advance)
         with progress("import", sum(len(part.rows) for part in foreign.parts), "samples") as advance:
             taken = take_in(foreign, store, advance)
     renamed = [f"{old} -> {new}" for old, new in taken.added.items() if old != new]

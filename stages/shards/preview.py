@@ -26,8 +26,8 @@ from rats.schemas.recipe import Recipe
 from rats.stages.measure.pictures import Picture, choose, to_picture
 from rats.stages.progress import progress
 from rats.stages.report import figures
-from rats.stages.shards.describe import Column, content_rows, counted, noises, read_columns, recipe_rows
-from rats.stages.templates.render import Entry, plot, png, render
+from rats.stages.shards.describe import ScoreColumn, content_rows, counted, noises, read_columns, recipe_rows
+from rats.stages.templates.render import PageData, plot, png, render
 
 STRIPS = 4
 STRIP_SIDE = 124
@@ -87,7 +87,7 @@ def preview(folder: Place, out: Path, params: Params, count: int, seed: int) -> 
 class Gallery:
     """Decoded pictures by key: the final ones, and strips of predicted clean latents and of states."""
 
-    columns: Sequence[Column]
+    columns: Sequence[ScoreColumn]
     finals: dict[str, Picture]
     strips: dict[str, tuple[list[Picture], list[Picture]]]
 
@@ -96,7 +96,7 @@ class Gallery:
         """Number of all pictures."""
         return len(self.finals) + sum(len(clean) + len(states) for clean, states in self.strips.values())
 
-    def entry(self, row: IndexRow) -> Entry:
+    def entry(self, row: IndexRow) -> PageData:
         """A sample for the page's template, with all its scores."""
         found = [(column.name, column.rows.get(row.key)) for column in self.columns]
         scores = [
@@ -125,7 +125,7 @@ def _open(params: Params, shards: ShardSet, row: IndexRow) -> FamilyDecoder:
 
 
 def _gallery(
-    decoder: FamilyDecoder, shards: ShardSet, chosen: Sequence[IndexRow], columns: Sequence[Column]
+    decoder: FamilyDecoder, shards: ShardSet, chosen: Sequence[IndexRow], columns: Sequence[ScoreColumn]
 ) -> Gallery:
     gallery = Gallery(columns, {}, {})
     by_key = {row.key: row for row in shards.index(shards.snapshot())}
@@ -174,7 +174,7 @@ def ends(scores: dict[str, float], count: int) -> tuple[list[str], list[str]]:
     return order[:few], order[::-1][:few]
 
 
-def _strips(gallery: Gallery, recipe: Recipe, chosen: Sequence[IndexRow]) -> Entry:
+def _strips(gallery: Gallery, recipe: Recipe, chosen: Sequence[IndexRow]) -> PageData:
     kept = kept_rows(len(recipe.horizons))
     left_out = len(recipe.horizons) - len(kept)
     strips = [
@@ -193,7 +193,7 @@ def _strips(gallery: Gallery, recipe: Recipe, chosen: Sequence[IndexRow]) -> Ent
     }
 
 
-def _scores(gallery: Gallery, columns: Sequence[Column], rows: Sequence[IndexRow]) -> Entry:
+def _scores(gallery: Gallery, columns: Sequence[ScoreColumn], rows: Sequence[IndexRow]) -> PageData:
     by_key = {row.key: row for row in rows}
     entries = []
     for column in columns:

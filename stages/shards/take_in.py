@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from rats.pipeline.files.places import Place
 from rats.pipeline.files.reading import hash_file
 from rats.pipeline.store import layout
-from rats.pipeline.store.documents import create_sealed, write_sealed
+from rats.pipeline.store.documents import create_document, write_document
 from rats.pipeline.store.scores import record_reward, scores_done, write_scores
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import DataError, RetryLaterError, remedy
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan, Snapshot
-from rats.stages.shards.untrusted import FETCH, Advance, Foreign
+from rats.stages.shards.untrusted import FETCH, Advance, VerifiedSet
 
 AGAIN = "run the same command again"
 
 
 @dataclass(frozen=True)
-class Taken:
+class ImportResult:
     """What an import did. `added` maps the old names of the new shards to their names in the store."""
 
     shards: ShardSet
@@ -30,7 +30,7 @@ class Taken:
     scores: int
 
 
-def take_in(foreign: Foreign, store: Place, advance: Advance = lambda count: None) -> Taken:
+def take_in(foreign: VerifiedSet, store: Place, advance: Advance = lambda count: None) -> ImportResult:
     """Adds the parts of a set that the store lacks, and a snapshot of its samples. After a kill, call it again.
 
     Every copied file is compared with the verified one before it gets its name. A shard keeps its number unless that is
@@ -60,10 +60,10 @@ def take_in(foreign: Foreign, store: Place, advance: Advance = lambda count: Non
     snapshot = shards.write_snapshot((row.key for row in foreign.index), there)
     if snapshot.hash != foreign.snapshot.hash:
         raise DataError(f"{shards.root} does not hold what was imported (snapshot {snapshot.number})", AGAIN)
-    return Taken(shards, snapshot, names, embeddings, scores)
+    return ImportResult(shards, snapshot, names, embeddings, scores)
 
 
-def _missing(shards: ShardSet, foreign: Foreign, finished: Sequence[ShardDone]) -> list[ShardDone]:
+def _missing(shards: ShardSet, foreign: VerifiedSet, finished: Sequence[ShardDone]) -> list[ShardDone]:
     """Shards with a sample that the store lacks."""
     there = {row.key: row.blake3 for part in finished for row in part.rows}
     for row in (row for part in foreign.parts for row in part.rows):
@@ -82,7 +82,7 @@ def _names(shards: ShardSet, parts: Sequence[ShardDone]) -> dict[str, str]:
         while True:
             names, new = choose_names(parts, shards.plans(), (shards.root / layout.SHARD.folder).sizes())
             # a number that another driver of a remote store has just taken: look again
-            if all(create_sealed(shards.plan_path(plan.shard), plan) for plan in new):
+            if all(create_document(shards.plan_path(plan.shard), plan) for plan in new):
                 return names
 
 
@@ -132,10 +132,10 @@ def _take_shard(source: ShardSet, shards: ShardSet, part: ShardDone, name: str) 
             raise RetryLaterError(f"{shards.shard_path(name)} is being made by another process", f"{AGAIN} later")
         if shards.done(name) is None:
             _copy(source.shard_path(part.shard), shards.shard_path(name), part.blake3)
-            write_sealed(shards.done_path(name), done)
+            write_document(shards.done_path(name), done)
 
 
-def _take_embeddings(shards: ShardSet, foreign: Foreign) -> int:
+def _take_embeddings(shards: ShardSet, foreign: VerifiedSet) -> int:
     """Copies the embeddings; returns how many were new. This comes before the shards, since a rollout encodes only the
     prompts of shards that it makes.
     """
@@ -153,7 +153,7 @@ def _take_embeddings(shards: ShardSet, foreign: Foreign) -> int:
     return count
 
 
-def _take_scores(shards: ShardSet, foreign: Foreign, finished: Sequence[ShardDone]) -> int:
+def _take_scores(shards: ShardSet, foreign: VerifiedSet, finished: Sequence[ShardDone]) -> int:
     """Writes scores for every shard that lacks them and whose samples are all scored; returns the number of tables."""
     count = 0
     keys = {row.key for part in foreign.parts for row in part.rows}

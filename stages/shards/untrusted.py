@@ -42,7 +42,7 @@ _ROUNDING = 0.01
 
 
 @dataclass(frozen=True)
-class Foreign:
+class VerifiedSet:
     """A verified set. `parts` are its shards, `scores` rows by column and key, `embeddings` blake3 by prompt id."""
 
     shards: ShardSet
@@ -54,7 +54,7 @@ class Foreign:
     embeddings: dict[str, str]
 
 
-def examine(folder: Path, advance: Advance = lambda count: None) -> Foreign:
+def verify_untrusted(folder: Path, advance: Advance = lambda count: None) -> VerifiedSet:
     """Reads and checks everything that the newest snapshot of a local folder needs. Reports progress to `advance`.
 
     Raises:
@@ -67,7 +67,7 @@ def examine(folder: Path, advance: Advance = lambda count: None) -> Foreign:
         raise error.with_remedy(FETCH) from None
 
 
-def _examine(shards: ShardSet, advance: Advance) -> Foreign:
+def _examine(shards: ShardSet, advance: Advance) -> VerifiedSet:
     if fingerprint(shards.recipe) != shards.fingerprint:
         raise DataError(f"{shards.path(layout.RECIPE)} is not spelled as rats spells it")
     snapshot = shards.snapshot()
@@ -79,7 +79,7 @@ def _examine(shards: ShardSet, advance: Advance) -> Foreign:
     _check_index(shards, index, parts)
     records = reward_columns(shards)
     scores = {column: _scores(shards, column, parts) for column in records}
-    return Foreign(shards, snapshot, index, parts, records, scores, _embeddings(shards, parts))
+    return VerifiedSet(shards, snapshot, index, parts, records, scores, _embeddings(shards, parts))
 
 
 def _part(shards: ShardSet, shard: str, digest: str) -> ShardDone:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from rats.pipeline.files.places import Place
 from rats.pipeline.store import layout
-from rats.pipeline.store.documents import read_sealed
+from rats.pipeline.store.documents import read_document
 from rats.pipeline.store.embeddings import verify_embedding
 from rats.pipeline.store.parquet import read_rows
 from rats.pipeline.store.scores import REMEDY as RESCORE
@@ -24,7 +24,7 @@ from rats.stages.progress import progress
 log = logging.getLogger(__name__)
 
 MB = 1_000_000
-Found = TypeVar("Found")
+Checked = TypeVar("Checked")
 RESTORE = "restore it from a copy of the store"
 
 
@@ -93,7 +93,7 @@ class Audit:
                 values.append(parts[part])
         return sorted(values)
 
-    def look(self, check: Callable[[], Found], *names: str, way_out: str = "") -> Found | None:
+    def look(self, check: Callable[[], Checked], *names: str, way_out: str = "") -> Checked | None:
         """What `check` returns, or None after reporting damage. `names`: the files that it reads, for the progress."""
         try:
             with remedy(way_out):
@@ -170,7 +170,7 @@ def _snapshot(audit: Audit, number: int) -> Snapshot | None:
 
 def _plan(audit: Audit, shard: str) -> ShardPlan | None:
     name = layout.PLAN.name(shard=shard)
-    plan = audit.look(lambda: read_sealed(audit.shards.root / name, ShardPlan), name, way_out=RESTORE)
+    plan = audit.look(lambda: read_document(audit.shards.root / name, ShardPlan), name, way_out=RESTORE)
     if plan and plan.shard != shard:
         audit.report(f"{audit.shards.root / name} plans {plan.shard}, not the shard of its name; {RESTORE}")
     return plan
@@ -244,7 +244,7 @@ def _column(audit: Audit, column: str, done: dict[str, ShardDone]) -> None:
 
 def _record(audit: Audit, name: str, column: str) -> None:
     path = audit.shards.root / name
-    record = audit.look(lambda: read_sealed(path, RewardRecord), name, way_out=RESCORE)
+    record = audit.look(lambda: read_document(path, RewardRecord), name, way_out=RESCORE)
     if record and record.fingerprint != column:
         audit.report(f"{path} is the record of {record.fingerprint[:12]}, not of its folder; {RESCORE}")
 
@@ -252,7 +252,7 @@ def _record(audit: Audit, name: str, column: str) -> None:
 def _scores(audit: Audit, column: str, shard: str, done: ShardDone | None) -> None:
     """Checks one shard's scores: the table's hash, that it is of the present shard, and has a row for each sample."""
     document = layout.SCORES_DONE.name(reward=column, shard=shard)
-    seal = audit.look(lambda: read_sealed(audit.shards.root / document, ScoresDone), document, way_out=RESCORE)
+    seal = audit.look(lambda: read_document(audit.shards.root / document, ScoresDone), document, way_out=RESCORE)
     if seal is None:
         return
     name = layout.SCORES.name(reward=column, shard=shard)

@@ -10,12 +10,13 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from rats.schemas.yaml_values import scalar
 from rats.stages.measure.pictures import Picture
 
-Entry = dict[str, Any]
+PageData = dict[str, Any]
 
 
-def plot(svg: str, caption: str) -> Entry:
+def plot(svg: str, caption: str) -> PageData:
     """An SVG as the page takes it."""
     data = base64.b64encode(svg.encode()).decode()
     return {"source": f"data:image/svg+xml;base64,{data}", "caption": caption}
@@ -28,10 +29,10 @@ def png(picture: Picture) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def render(template: str, context: Entry) -> str:
+def render(template: str, context: PageData) -> str:
     """A template of this folder, filled in; a value that it misses is an error.
 
-    Pages (`.html.j2`) escape every value: prompts may hold anything.
+    Pages (`.html.j2`) escape every value: prompts may hold anything. In YAML a text goes through the filter `yaml`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -41,6 +42,7 @@ def render(template: str, context: Entry) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["yaml"] = scalar
     return environment.get_template(template).render(context)
 
 

@@ -31,21 +31,21 @@ from rats.schemas.run import Generation
 from rats.schemas.train_params import TrainParams
 from rats.stages.rollout.rollout import read_recipe, rollout_stage
 from rats.stages.train.source import Source, open_source
-from rats.stages.workers.run import Where
+from rats.stages.workers.run import WorkerTarget
 from rats.trainer import randomness
 from rats.trainer.distributed import Ranks
-from rats.trainer.gate import Part, total
+from rats.trainer.gate import WeightedReward, weighted_sum
 from rats.trainer.objective import Settings
 from rats.trainer.optim import Learner
 from rats.trainer.run import Run
-from rats.trainer.teachers import Average, LiveTeacher
+from rats.trainer.teachers import LiveTeacher, WeightAverage
 
 log = logging.getLogger(__name__)
 
-RECORD = "generation.json"
+GENERATION_FILE = "generation.json"
 
 
-def open_follower(
+def open_moving_teacher(
     model: Model,
     chosen: TrainParams,
     student: FamilyStudent,
@@ -53,7 +53,7 @@ def open_follower(
     source: Source,
     rewards: Sequence[Reward],
     decode: Callable[[Tensor], Tensor],
-) -> Average | None:
+) -> WeightAverage | None:
     """What `train.teacher.mode` needs: nothing, the average for the next generation, or a teacher in the loop.
 
     Raises ConfigError for a teacher in the loop of a student that is sharded.
@@ -61,7 +61,7 @@ def open_follower(
     if chosen.teacher.mode == "frozen":
         return None
     if chosen.teacher.mode == "refresh":
-        return Average(learner, chosen.teacher.ema)
+        return WeightAverage(learner, chosen.teacher.ema)
     if learner.ranks.is_sharded:
         raise ConfigError("train.teacher.mode: live-ema needs a whole second network on each rank: launch without FSDP")
     compute, recipe = model.compute.model_copy(update={"compile": chosen.compile}), source.shards.recipe
@@ -69,7 +69,7 @@ def open_follower(
     return LiveTeacher(teacher, learner, chosen.teacher.ema, (recipe.sigmas, recipe.horizons), decode, rewards)
 
 
-def segments(
+def training_segments(
     params: Params, model: Model, settings: Settings, source: Source, run: Run, out: Path
 ) -> Iterator[tuple[Settings, Source]]:
     """The parts of the training: how far to train (`train.steps`) and from which shards. Between two parts a generation
@@ -143,8 +143,8 @@ class Generations:
 
     def _save_network(self, run: Run, step: int) -> None:
         """Saves the average as a whole network, with adapters merged into it. All ranks must call this."""
-        assert run.live is not None
-        weights, lora = run.live.tensors(), self.chosen.lora
+        assert run.moving_teacher is not None
+        weights, lora = run.moving_teacher.tensors(), self.chosen.lora
         if self.ranks.is_main:
             network = self.model.rebuilt_network(weights, lora)
             if lora:
@@ -161,7 +161,7 @@ class Generations:
         if self.ranks.is_main:
             self._link_embeddings(ShardSet.open_or_create(store, read_recipe(params, model)))
         self.ranks.wait()
-        where = Where(workers=0) if self.ranks.world > 1 else None
+        where = WorkerTarget(workers=0) if self.ranks.world > 1 else None
         report = rollout_stage(params, "train", where=where, samples=self.samples)
         return open_source(params, model, self.chosen, store / report.fingerprint, report.snapshot_number)
 
@@ -173,8 +173,8 @@ class Generations:
                 link_or_copy(there, here)
 
     def _write(self, step: int, source: Source, accepted: bool) -> None:
-        record = describe(step, source, self.parts, accepted, self._network(step))
-        atomic_write(self.folder / f"{step:06d}" / RECORD, (record.model_dump_json(indent=1) + "\n").encode())
+        record = generation_record(step, source, self.parts, accepted, self._network(step))
+        atomic_write(self.folder / f"{step:06d}" / GENERATION_FILE, (record.model_dump_json(indent=1) + "\n").encode())
 
     def _announce(self, step: int, followed: Source, new: Source, accepted: bool) -> None:
         before, after = mean_reward(followed, self.parts), mean_reward(new, self.parts)
@@ -184,7 +184,7 @@ class Generations:
             "step %d: generation %s has mean reward %.4f, the one before %.4f: it %s; the other's shards stay, "
             "%.1f MB in %s",
             *(step, new.shards.fingerprint[:12], after, before, verdict),
-            *(shard_bytes(followed if accepted else new) / 1e6, (followed if accepted else new).shards.root),
+            *(bytes_on_disk(followed if accepted else new) / 1e6, (followed if accepted else new).shards.root),
         )
 
     def forget_after(self, step: int) -> None:
@@ -204,19 +204,19 @@ def _randomness_kept() -> Iterator[None]:
     randomness.restore(states)
 
 
-def mean_reward(source: Source, parts: Sequence[Part]) -> float:
+def mean_reward(source: Source, parts: Sequence[WeightedReward]) -> float:
     """Mean of R_T over the samples that have a score; for several rewards, of their weighted sum."""
     scores_RB = torch.tensor(list(source.scores.values()), dtype=torch.float64).reshape(-1, len(parts)).T
-    return float(total(scores_RB, parts).mean())
+    return float(weighted_sum(scores_RB, parts).mean())
 
 
-def shard_bytes(source: Source) -> int:
+def bytes_on_disk(source: Source) -> int:
     """Bytes of the set's shards on disk, without embeddings."""
     return sum((source.shards.root / "shards").sizes().values())
 
 
-def describe(
-    step: int, source: Source, parts: Sequence[Part], accepted: bool, network: Path | None = None
+def generation_record(
+    step: int, source: Source, parts: Sequence[WeightedReward], accepted: bool, network: Path | None = None
 ) -> Generation:
     """A generation in numbers."""
     weights = [path.stat().st_size for path in network.rglob("*") if path.is_file()] if network else []
@@ -228,7 +228,7 @@ def describe(
         samples=source.snapshot.samples,
         mean_reward=mean_reward(source, parts),
         accepted=accepted,
-        shard_bytes=shard_bytes(source),
+        shard_bytes=bytes_on_disk(source),
         network_bytes=sum(weights),
     )
 
@@ -240,8 +240,8 @@ def list_generations(source: Source, settings: Settings, out: Path) -> tuple[Gen
     """
     if settings.train.teacher.mode != "refresh":
         return ()
-    paths = sorted((out / "generations").glob(f"*/{RECORD}"))
-    return (describe(0, source, settings.parts, accepted=True), *map(_read, paths))
+    paths = sorted((out / "generations").glob(f"*/{GENERATION_FILE}"))
+    return (generation_record(0, source, settings.parts, accepted=True), *map(_read, paths))
 
 
 def _read(path: Path) -> Generation:

@@ -11,19 +11,19 @@ from pathlib import Path
 from types import FrameType
 
 from rats.schemas.errors import ConfigError, DataError
-from rats.trainer.checkpoint import Checkpoints, Identity, Saved, read
+from rats.trainer.checkpoint import Checkpoints, RunIdentity, SavedCheckpoint, read_checkpoint
 
 log = logging.getLogger(__name__)
 
 
-def asked_for(resume: str | None, checkpoints: Checkpoints, steps: int) -> Saved | None:
+def requested_checkpoint(resume: str | None, checkpoints: Checkpoints, steps: int) -> SavedCheckpoint | None:
     if resume is None:
         return None
     if resume == "latest":
         return checkpoints.newest(at_most=steps)
     if not Path(resume).is_dir():
         raise ConfigError(f"no checkpoint at {resume}: use --resume latest, or a folder such as RUN/checkpoints/000050")
-    saved = read(Path(resume))
+    saved = read_checkpoint(Path(resume))
     if saved.state.step > steps:
         raise ConfigError(
             f"checkpoint {resume} has {saved.state.step} steps, train.steps is {steps}: raise train.steps"
@@ -31,7 +31,9 @@ def asked_for(resume: str | None, checkpoints: Checkpoints, steps: int) -> Saved
     return saved
 
 
-def belonging(saved: Saved | None, identity: Identity, resume: str | None) -> Saved | None:
+def matching_checkpoint(
+    saved: SavedCheckpoint | None, identity: RunIdentity, resume: str | None
+) -> SavedCheckpoint | None:
     """The checkpoint if it is of the same shards and settings. If not: an error if it was named, else None."""
     if saved is None or saved.identity == identity:
         return saved

@@ -21,8 +21,8 @@ from rats.schemas.manifest import Snapshot
 from rats.schemas.params import Params
 from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import TrainParams
-from rats.stages.rollout.columns import Column, check_recipe, find_column
-from rats.trainer.gate import Part, spread, total
+from rats.stages.rollout.columns import ColumnAddress, check_recipe, find_column
+from rats.trainer.gate import WeightedReward, score_std, weighted_sum
 from rats.trainer.objective import Settings
 
 Scores = dict[str, tuple[float, ...]]
@@ -36,6 +36,7 @@ NOT_IN_SETTINGS: dict[str, bool | set[str]] = {
     "guard": True,
     "samples_every": True,
     "trackers": True,
+    "save_dtype": True,
     "gate": {"tau", "value", "value_from"},
 }
 """Fields that may differ when a run resumes, since they change no step. Those of the gate enter as their results."""
@@ -47,7 +48,7 @@ class Source:
 
     shards: ShardSet
     snapshot: Snapshot
-    columns: dict[str, Column]
+    columns: dict[str, ColumnAddress]
     scores: Scores
     """Scores by key, in the order of `columns`. A sample on which one of the rewards failed is left out."""
 
@@ -92,17 +93,19 @@ def read_settings(chosen: TrainParams, source: Source) -> Settings:
         tau = 1.0  # each reward is in units of its spread already
     elif tau is None:
         scores_RB = torch.tensor(list(source.scores.values()), dtype=torch.float64).reshape(-1, len(parts)).T
-        tau = spread(total(scores_RB, parts).tolist())
+        tau = score_std(weighted_sum(scores_RB, parts).tolist())
     return Settings(chosen, source.shards.recipe.horizons, tau, gate_value(chosen), parts)
 
 
-def reward_parts(chosen: TrainParams, scores: Scores) -> tuple[Part, ...]:
+def reward_parts(chosen: TrainParams, scores: Scores) -> tuple[WeightedReward, ...]:
     """Weight and unit of each reward. A single reward keeps its unit; several are each divided by their spread."""
     weights = chosen.reward_weights
     if len(weights) == 1:
-        return (Part(next(iter(weights))),)
+        return (WeightedReward(next(iter(weights))),)
     columns = zip(*scores.values(), strict=True)
-    return tuple(Part(n, w, spread(column)) for (n, w), column in zip(weights.items(), columns, strict=True))
+    return tuple(
+        WeightedReward(n, w, score_std(column)) for (n, w), column in zip(weights.items(), columns, strict=True)
+    )
 
 
 def gate_value(chosen: TrainParams) -> float | None:
@@ -121,7 +124,7 @@ def gate_value(chosen: TrainParams) -> float | None:
         raise ConfigError(f"gate.value_from: {path} gives no gate_mean ({reason}): train that run first") from None
 
 
-def settings_hash(settings: Settings, columns: Mapping[str, Column]) -> str:
+def settings_hash(settings: Settings, columns: Mapping[str, ColumnAddress]) -> str:
     """Hash of everything that must be equal for a run to resume from a checkpoint."""
     parts = settings.train.model_dump(mode="json", exclude=NOT_IN_SETTINGS)
     tau = "gap" if settings.train.gate.tau == "gap" else settings.tau

@@ -19,8 +19,8 @@ from PIL import Image
 from rats.pipeline.files.atomic import atomic_write, remove
 from rats.schemas.errors import ConfigError
 from rats.schemas.train_params import TrainParams
-from rats.stages.train.guard.panel import PANEL, SHEETS
-from rats.trainer.metrics import Row
+from rats.stages.train.guard.panel import PANEL_FILE, SHEETS
+from rats.trainer.metrics import MetricsRow
 from rats.trainer.run import Run
 
 FOLDER, PROJECT = "trackers", "rats"
@@ -118,13 +118,13 @@ class Trackers:
         self.opened, self.out = opened, out
         self._after = step if step > 0 else -1
 
-    def __call__(self, run: Run, row: Row) -> None:
+    def __call__(self, run: Run, row: MetricsRow) -> None:
         """Logs on the main rank only. The panel row from before the first step is logged with the first step."""
         if not run.ranks.is_main:
             return
         step = run.state.step
         self._log("train", row, step - 1)
-        looks = {int(look["step"]): look for look in run.logs[PANEL].rows()} if PANEL in run.logs else {}
+        looks = {int(look["step"]): look for look in run.logs[PANEL_FILE].rows()} if PANEL_FILE in run.logs else {}
         for at in range(self._after + 1, step + 1):
             if at in looks:
                 self._log("panel", {name: float(value) for name, value in looks[at].items() if value}, at)
@@ -137,7 +137,7 @@ class Trackers:
         for tracker in self.opened.values():
             tracker.finish()
 
-    def _log(self, group: str, row: Row, step: int) -> None:
+    def _log(self, group: str, row: MetricsRow, step: int) -> None:
         values = {f"{group}/{name}": value for name, value in row.items() if isinstance(value, int | float)}
         for tracker in self.opened.values():
             tracker.log(values, step=step)

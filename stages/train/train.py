@@ -10,12 +10,14 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers.training_utils import cast_training_params
+from torch import Tensor
 
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
@@ -26,6 +28,7 @@ from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.weights.hashes import hash_path
 from rats.pipeline.weights.loading import save_component
 from rats.pipeline.weights.lora import save_lora
+from rats.pipeline.weights.movement import share_kept
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params, with_variant
 from rats.schemas.reports import TrainReport
@@ -33,22 +36,22 @@ from rats.schemas.run import RunRecord
 from rats.schemas.train_params import TrainParams
 from rats.stages.progress import progress
 from rats.stages.rollout.columns import reward_params
-from rats.stages.train.generations import list_generations, open_follower, segments
-from rats.stages.train.observers import check_observers, looking_on
-from rats.stages.train.resume import asked_for, belonging, stop_flag
+from rats.stages.train.callbacks import check_callbacks, training_callbacks
+from rats.stages.train.generations import list_generations, open_moving_teacher, training_segments
+from rats.stages.train.resume import matching_checkpoint, requested_checkpoint, stop_flag
 from rats.stages.train.source import Source, open_source, read_settings, settings_hash
-from rats.stages.train.witness import WatchedStream, WatchedStudent, Witness
-from rats.trainer.checkpoint import Identity
+from rats.stages.train.teacher_calls import CountedStream, CountedStudent, TeacherCallCounter
+from rats.trainer.checkpoint import RunIdentity
 from rats.trainer.data import StoredSamples, collate
 from rats.trainer.distributed import Accelerated, Ranks
 from rats.trainer.loop import train
 from rats.trainer.methods import METHODS
 from rats.trainer.methods.rats import gap_spread
-from rats.trainer.metrics import Row
+from rats.trainer.metrics import MetricsRow
 from rats.trainer.objective import Objective, Settings
 from rats.trainer.optim import Learner
 from rats.trainer.randomness import seed_all
-from rats.trainer.run import Live, Run, checkpoints_in, open_run
+from rats.trainer.run import MovingTeacher, Run, checkpoints_in, open_run
 
 log = logging.getLogger(__name__)
 
@@ -68,32 +71,32 @@ def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: 
         SystemExit: 143 after SIGTERM. The current step is abandoned; the one before it is saved.
     """
     chosen = with_variant(params, variant)
-    check_observers(params, chosen)
+    check_callbacks(params, chosen)
     ranks = Accelerated(params.compute.device, autocast_dtype(params, chosen), chosen.fsdp)
     seed_all(chosen.seed + ranks.rank)
-    saved = asked_for(resume, checkpoints_in(out, chosen), chosen.steps)
+    saved = requested_checkpoint(resume, checkpoints_in(out, chosen), chosen.steps)
     model = Model.of(params)
     source = open_source(params, model, chosen, shards, saved.snapshot if saved else None)
     settings = read_settings(chosen, source)
-    identity = Identity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
-    saved = belonging(saved, identity, resume)
+    identity = RunIdentity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
+    saved = matching_checkpoint(saved, identity, resume)
     student, rewards = open_trainable(model, chosen, ranks), open_rewards(params, chosen, ranks)
-    objective, witness = Objective(student, rewards, settings, ranks, METHODS["rats"]), Witness()
-    watched = WatchedStudent(student, witness)
+    objective, witness = Objective(student, rewards, settings, ranks, METHODS["rats"]), TeacherCallCounter()
+    watched = CountedStudent(student, witness)
 
-    def follower(learner: Learner) -> Live | None:
-        return open_follower(model, chosen, student, learner, source, rewards, watched.decode_teachers)
+    def follower(learner: Learner) -> MovingTeacher | None:
+        return open_moving_teacher(model, chosen, student, learner, source, rewards, watched.decode_teachers)
 
     run = open_run(objective, out, identity, source.snapshot.number, saved, follower=follower)
     _remove_results(out, ranks)
     objective = _with_tau(objective, source, run)
     settings = objective.settings
     by_name = dict(zip(chosen.reward_weights, rewards, strict=True))
-    with looking_on(params, model, chosen, student, by_name, run, saved, out):
-        for part, followed in segments(params, model, settings, source, run, out):
+    with training_callbacks(params, model, chosen, student, by_name, run, saved, out):
+        for part, followed in training_segments(params, model, settings, source, run, out):
             _train(replace(objective, student=watched, settings=part), followed, run, witness)
-    folder = save_student(run.learner, out / "student", model, chosen)
-    record = _record(model, variant, settings, source, run, witness, folder, out)
+    saved_as = save_student(run.learner, out / "student", model, chosen)
+    record = _record(model, variant, settings, source, run, witness, saved_as, out)
     if ranks.is_main:
         atomic_write(out / "run.json", json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True).encode())
     ranks.wait()
@@ -130,7 +133,7 @@ def _remove_results(out: Path, ranks: Ranks) -> None:
             remove(out / stale)
 
 
-def _train(objective: Objective, source: Source, run: Run, witness: Witness) -> None:
+def _train(objective: Objective, source: Source, run: Run, witness: TeacherCallCounter) -> None:
     """Trains on one set of shards, up to `train.steps`."""
     chosen, ranks = objective.settings.train, run.ranks
     left = max(0, chosen.steps - run.state.step)
@@ -139,13 +142,13 @@ def _train(objective: Objective, source: Source, run: Run, witness: Witness) -> 
         progress("train", left, "steps") if ranks.is_main else nullcontext(lambda done: None) as advance,
         stop_flag() as stopping,
         witness.watching(objective.student.network),
-        run.observed(partial(_count, advance)),
+        run.with_callbacks(partial(_count, advance)),
     ):
         run.stop_when(stopping)
-        train(objective, WatchedStream(stream, witness), run)
+        train(objective, CountedStream(stream, witness), run)
 
 
-def _count(advance: Callable[[int], None], run: Run, row: Row) -> None:
+def _count(advance: Callable[[int], None], run: Run, row: MetricsRow) -> None:
     advance(1)
 
 
@@ -176,18 +179,44 @@ def _with_tau(objective: Objective, source: Source, run: Run) -> Objective:
     return replace(objective, settings=replace(settings, tau=tau))
 
 
-def save_student(learner: Learner, folder: Path, model: Model, chosen: TrainParams) -> Path:
-    """The trained network, or its adapters, as a folder that diffusers loads; returns it.
+@dataclass(frozen=True)
+class SavedAs:
+    """The student's folder, its dtype, and the share of what training moved that this dtype keeps."""
+
+    folder: Path
+    dtype: str
+    kept: float = 1.0
+
+
+def save_student(learner: Learner, folder: Path, model: Model, chosen: TrainParams) -> SavedAs:
+    """The trained network, or its adapters, as a folder that diffusers loads.
 
     The weights are those of the moving average, if one is kept. All ranks must call, the main one writes.
     """
     weights = learner.weights()
+    saved_as = SavedAs(folder, model.params.dtype if chosen.save_dtype == "model" and not chosen.lora else "float32")
     if learner.ranks.is_main:
-        network = model.rebuilt_network(weights, chosen.lora)
         with atomic_folder(folder) as temporary:
-            (save_lora if chosen.lora else save_component)(network, temporary)
+            if chosen.lora:
+                save_lora(model.rebuilt_network(weights, chosen.lora), temporary)
+            else:
+                saved_as = replace(saved_as, kept=_save_network(model, weights, saved_as.dtype, temporary))
+        if saved_as.kept < 0.5:
+            log.warning(
+                "saved in %s, the student keeps %.2g of what training moved: set train.save_dtype: float32",
+                *(saved_as.dtype, saved_as.kept),
+            )
     learner.ranks.wait()
-    return folder
+    return saved_as
+
+
+def _save_network(model: Model, weights: dict[str, Tensor], dtype: str, folder: Path) -> float:
+    """The share of what training moved that the files keep."""
+    network = model.base_network(dtype)
+    kept = share_kept(network.state_dict(), weights.items())
+    network.load_state_dict(weights)
+    save_component(network, folder)
+    return kept
 
 
 def _record(
@@ -196,8 +225,8 @@ def _record(
     settings: Settings,
     source: Source,
     run: Run,
-    witness: Witness,
-    student: Path,
+    witness: TeacherCallCounter,
+    saved_as: SavedAs,
     out: Path,
 ) -> RunRecord:
     state, snapshot = run.state, source.snapshot
@@ -220,9 +249,13 @@ def _record(
         reward_column=" + ".join(column.address for column in scored),
         base=source.shards.recipe.weights["transformer"],
         vae=next(iter(scored)).hashes["vae"],
-        student=hash_path(student),
+        student=hash_path(saved_as.folder),
         settings=run.identity.settings,
         call=model.call(),
+        sigmas=model.sigmas(settings.train.grid),
+        diffusers=diffusers.__version__,
+        saved_dtype=saved_as.dtype,
+        movement_kept=saved_as.kept,
         gate_form=settings.train.gate.form,
         gate_mean=state.gate_mean,
         gate_value=settings.gate_value,

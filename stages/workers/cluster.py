@@ -1,4 +1,4 @@
-"""A client of the Dask cluster that a `Where` names: started here, by a batch system, or running already.
+"""A client of the Dask cluster that a `WorkerTarget` names: started here, by a batch system, or running already.
 
 With `run.py` the only file that imports dask. Every scheduler is on loopback or speaks TLS.
 """
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rats.schemas.errors import ConfigError, NoWorkerError, reason
-from rats.stages.workers.target import Tls, Where, checked_address
+from rats.stages.workers.target import Tls, WorkerTarget, checked_address
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ QUEUE_CLASSES = {
 
 
 @contextmanager
-def connected(where: Where) -> Iterator[Any]:
+def connected(where: WorkerTarget) -> Iterator[Any]:
     """A client of the cluster, which is closed again if it was started for this."""
     import dask
 
@@ -86,7 +86,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _cluster(where: Where) -> AbstractContextManager[tuple[Any, Any]]:
+def _cluster(where: WorkerTarget) -> AbstractContextManager[tuple[Any, Any]]:
     """What a Client connects to, and with which certificates."""
     if where.scheduler_address is not None:
         return nullcontext((checked_address(where.scheduler_address, where.tls), _security(where)))
@@ -103,7 +103,7 @@ def _owned(cluster: Any) -> Iterator[tuple[Any, Any]]:
         yield cluster, cluster.security
 
 
-def _security(where: Where) -> Any:
+def _security(where: WorkerTarget) -> Any:
     """The certificates of the command line, else those of Dask's configuration and environment."""
     from distributed import Security
 
@@ -126,14 +126,14 @@ def _from_files(tls: Tls) -> Any:
     return Security(require_encryption=True, tls_ca_file=str(tls.ca), **roles)
 
 
-def _local(where: Where) -> Any:
+def _local(where: WorkerTarget) -> Any:
     """Local processes with one thread each, on loopback. No memory limit, since models take gigabytes at a time."""
     from distributed import LocalCluster
 
     return LocalCluster(n_workers=where.workers, processes=True, **_here(where))
 
 
-def _here(where: Where) -> dict[str, Any]:
+def _here(where: WorkerTarget) -> dict[str, Any]:
     """Arguments of all clusters on this machine. Their workers offer the resources that one task needs."""
     import dask
 
@@ -149,7 +149,7 @@ def _here(where: Where) -> dict[str, Any]:
     }
 
 
-def _cuda(where: Where) -> Any:
+def _cuda(where: WorkerTarget) -> Any:
     """One process for each visible GPU, which it sees as cuda:0; no spilling, our tasks return counts."""
     cuda = _extra("dask_cuda", "cuda", where)
     try:
@@ -161,7 +161,7 @@ def _cuda(where: Where) -> Any:
 
 
 @contextmanager
-def _jobs(where: Where) -> Iterator[tuple[Any, Any]]:
+def _jobs(where: WorkerTarget) -> Iterator[tuple[Any, Any]]:
     """Jobs of a batch system, as jobqueue.yaml describes them; temporary certificates unless there are files."""
     import dask
 
@@ -189,7 +189,7 @@ def _jobs(where: Where) -> Iterator[tuple[Any, Any]]:
 
 
 @contextmanager
-def _job_certificates(where: Where, shared: str | None) -> Iterator[Any]:
+def _job_certificates(where: WorkerTarget, shared: str | None) -> Iterator[Any]:
     """The files of the command line, else new ones in a folder that the jobs can reach and only this user can read."""
     if where.tls is not None:
         yield _from_files(where.tls)
@@ -241,7 +241,7 @@ def _telling(job_cls: Any) -> Any:
     return Job
 
 
-def _extra(module: str, extra: str, where: Where) -> Any:
+def _extra(module: str, extra: str, where: WorkerTarget) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -18,16 +18,16 @@ from typing import Any, TypeVar
 
 from rats.schemas.errors import ConfigError, NoWorkerError, RatsError
 from rats.stages.workers.cluster import CONNECT_SECONDS, DEATHS, connected, submit
-from rats.stages.workers.target import QUEUES, Tls, Where, able, nobody
+from rats.stages.workers.target import QUEUES, Tls, WorkerTarget, able_workers, no_worker_text
 
-__all__ = ["Tls", "Where", "run"]
+__all__ = ["Tls", "WorkerTarget", "run"]
 
 log = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-WINDOW = 2
+TASKS_PER_WORKER = 2
 """Tasks in flight per worker: one runs, one waits."""
 
 TICK = 1.0
@@ -44,7 +44,7 @@ RESULT_SECONDS = 10.0
 
 
 def run(
-    work: Callable[[Any, Task], Result], tasks: Iterable[Task], setup: Callable[[], Any], where: Where
+    work: Callable[[Any, Task], Result], tasks: Iterable[Task], setup: Callable[[], Any], where: WorkerTarget
 ) -> Iterator[Result]:
     """Yields `work(setup(), task)` for every task, as they finish; `setup()` runs once on each worker.
 
@@ -64,7 +64,7 @@ def run(
     with connected(where) as client, _held(client, _Holder.plugin(setup)) as holder:
         try:
             yield from _windowed(
-                client, _Crew(client, where, holder), partial(_on_worker, holder.name, work), iter(tasks)
+                client, _WorkerPool(client, where, holder), partial(_on_worker, holder.name, work), iter(tasks)
             )
         except Exception as error:
             if isinstance(error, RatsError) or client.status == "running":
@@ -116,10 +116,10 @@ def _held(client: Any, holder: Any) -> Iterator[Any]:
                 client.sync(drop, name=holder.name, callback_timeout=RESULT_SECONDS)
 
 
-class _Crew:
+class _WorkerPool:
     """The workers that can take a task now, queried once a `TICK`. Raises NoWorkerError after too long without one."""
 
-    def __init__(self, client: Any, where: Where, holder: Any) -> None:
+    def __init__(self, client: Any, where: WorkerTarget, holder: Any) -> None:
         self.client = client
         self.where = where
         self.holder = holder
@@ -145,16 +145,16 @@ class _Crew:
         state = self._state()
         self._greet(state)
         workers = state.get("workers", {})
-        fit = able(workers, self.where.resources)
+        fit = able_workers(workers, self.where.resources)
         self.size = len(fit)
         staying, self.known = self.known & fit, fit  # a worker that dies during its start is listed for a moment
         if staying:
             self.seen = time.monotonic()
         elif time.monotonic() - self.seen > self.where.patience:
-            raise NoWorkerError(nobody(workers, self.where.resources, self.where.patience))
+            raise NoWorkerError(no_worker_text(workers, self.where.resources, self.where.patience))
         elif time.monotonic() - self.said > SAY_SECONDS:
             self.said = time.monotonic()
-            log.info("waiting for a worker: %s", nobody(workers, self.where.resources, self.said - self.seen))
+            log.info("waiting for a worker: %s", no_worker_text(workers, self.where.resources, self.said - self.seen))
         self._submit_jobs(len(workers))
 
     def _state(self) -> dict[str, Any]:
@@ -206,7 +206,9 @@ def _here() -> None:
     """Does nothing. It is pickled by name, so it runs only where this version of rats is installed."""
 
 
-def _windowed(client: Any, crew: _Crew, work: Callable[[Task], Result], tasks: Iterator[Task]) -> Iterator[Result]:
+def _windowed(
+    client: Any, crew: _WorkerPool, work: Callable[[Task], Result], tasks: Iterator[Task]
+) -> Iterator[Result]:
     """Keeps WINDOW tasks per able worker in flight and yields results as they come."""
     flying: dict[Any, tuple[Task, int]] = {}
 
@@ -215,7 +217,7 @@ def _windowed(client: Any, crew: _Crew, work: Callable[[Task], Result], tasks: I
         flying[future] = (task, deaths)
 
     def fill() -> None:
-        room = WINDOW * max(1, crew.able()) - len(flying)
+        room = TASKS_PER_WORKER * max(1, crew.able()) - len(flying)
         for task in itertools.islice(tasks, max(0, room)):
             submit(task, 0)
 

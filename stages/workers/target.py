@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from rats.schemas.errors import ConfigError
 
@@ -16,9 +16,12 @@ LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 QUEUES = ("slurm", "pbs", "sge", "lsf", "htcondor", "oar")
 """Batch systems that dask-jobqueue starts workers on."""
 
+PROTOCOLS = ("tcp", "tls", "ucx")
+"""What Dask's schedulers speak between processes."""
+
 CLUSTERS = (*QUEUES, "cuda")
 
-WAIT_SECONDS = 120.0
+WORKER_WAIT_SECONDS = 120.0
 QUEUE_WAIT_SECONDS = 86400.0
 """A job may wait in its queue for hours."""
 
@@ -38,7 +41,7 @@ class Tls:
 
 
 @dataclass(frozen=True)
-class Where:
+class WorkerTarget:
     """Where tasks run: in this process (`workers` 0), on local processes, or on a cluster.
 
     Attributes:
@@ -60,6 +63,8 @@ class Where:
     wait_seconds: float | None = None
 
     def __post_init__(self) -> None:
+        if self.scheduler_address is not None:
+            _parts(self.scheduler_address)
         if self.cluster is not None and self.cluster not in CLUSTERS:
             raise ConfigError(f"unknown cluster {self.cluster!r}: use one of {', '.join(CLUSTERS)}")
         if self.cluster is not None and self.scheduler_address is not None:
@@ -80,12 +85,12 @@ class Where:
         """Seconds to wait while no worker can take a task."""
         if self.wait_seconds is not None:
             return self.wait_seconds
-        return QUEUE_WAIT_SECONDS if self.cluster in QUEUES else WAIT_SECONDS
+        return QUEUE_WAIT_SECONDS if self.cluster in QUEUES else WORKER_WAIT_SECONDS
 
 
 def checked_address(address: str, tls: Tls | None = None) -> str:
     """The address, if it is safe. A scheduler unpickles what it receives, so beyond loopback it must use TLS."""
-    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    parts = _parts(address)
     if parts.scheme == "tls":
         return address
     if tls is not None:
@@ -93,6 +98,22 @@ def checked_address(address: str, tls: Tls | None = None) -> str:
     if parts.hostname not in LOOPBACK:
         raise ConfigError(f"scheduler {address} is not on this machine and not encrypted: use a tls:// address")
     return address
+
+
+def _parts(address: str) -> SplitResult:
+    """Scheme, host and port of a scheduler; ConfigError where one of them is missing or is not Dask's."""
+    wanted = "write tls://HOST:8786, or tcp://127.0.0.1:8786 on this machine, as `dask scheduler` says at its start"
+    try:
+        parts = urlsplit(address if "://" in address else f"tcp://{address}")
+        port = parts.port
+    except ValueError as error:
+        raise ConfigError(f"{address!r} is no address of a scheduler ({error}): {wanted}") from None
+    if parts.scheme not in PROTOCOLS:
+        page = "it is that of its page" if parts.scheme in ("http", "https") else f"it speaks no {parts.scheme}"
+        raise ConfigError(f"{address!r} is no address of a scheduler ({page}): {wanted}")
+    if not parts.hostname or not port:
+        raise ConfigError(f"{address!r} has no {'port' if parts.hostname else 'host'}: {wanted}")
+    return parts
 
 
 def address_in(path: Path) -> str:
@@ -117,7 +138,7 @@ def parse_resources(texts: Iterable[str]) -> dict[str, float]:
     return found
 
 
-def able(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float]) -> set[str]:
+def able_workers(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float]) -> set[str]:
     """The addresses of workers that offer what a task needs. Each runs one task at a time, whatever it offers.
 
     A worker that is neither running nor paused has not finished its start, and may never do so.
@@ -127,11 +148,11 @@ def able(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float]) -
     return {name for name, offer in offers.items() if all(offer.get(key, 0) >= count for key, count in needs.items())}
 
 
-def nobody(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float], seconds: float) -> str:
+def no_worker_text(workers: Mapping[str, Mapping[str, Any]], needs: Mapping[str, float], seconds: float) -> str:
     """One line that says why no worker could take a task for `seconds`."""
     if not workers:
         return f"no Dask worker for {seconds:.0f} s: start workers, or use --workers 0, and run the same command again"
-    if able(workers, {}) != set(workers) or able(workers, needs):
+    if able_workers(workers, {}) != set(workers) or able_workers(workers, needs):
         return f"Dask workers do not get past their start for {seconds:.0f} s: look at their logs; is this rats there?"
     offers = sorted({_listed(worker.get("resources") or {}) for worker in workers.values()})
     return (

@@ -16,11 +16,11 @@ from typing import Any, Generic, TypeVar
 
 from rats.pipeline.store.shard_set import ShardSet
 from rats.stages.progress import progress
-from rats.stages.workers.run import Where, run
+from rats.stages.workers.run import WorkerTarget, run
 
 log = logging.getLogger(__name__)
 
-WAIT_SECONDS = 5.0
+CLAIM_WAIT_SECONDS = 5.0
 """How long a worker waits for a shard that another process makes, before it takes another task."""
 
 POLL_SECONDS = 0.1
@@ -35,7 +35,7 @@ class ShardTask:
 
 
 @dataclass(frozen=True)
-class Made:
+class TaskResult:
     """What a task did: samples of its shard, evaluations of the teacher's network, and rows of scores written."""
 
     samples: int
@@ -44,7 +44,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Busy:
+class ShardBusy:
     """Another process works on this shard: nothing was done."""
 
     shard: str
@@ -53,7 +53,7 @@ class Busy:
 Task = TypeVar("Task", bound=ShardTask)
 
 
-class Queue(Generic[Task]):
+class TaskQueue(Generic[Task]):
     """Tasks in order. One that is put back comes after all others. It may be empty and filled again."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
@@ -76,30 +76,30 @@ class Queue(Generic[Task]):
         first = self._by_shard[shard].wait == 0.0
         if first:
             log.info("another process is making %s: it is waited for when the rest is done", shard)
-            self._by_shard[shard] = replace(self._by_shard[shard], wait=WAIT_SECONDS)
+            self._by_shard[shard] = replace(self._by_shard[shard], wait=CLAIM_WAIT_SECONDS)
         self._waiting.append(self._by_shard[shard])
 
 
-def work_through(
-    work: Callable[[Any, Task], Made | Busy],
+def run_tasks(
+    work: Callable[[Any, Task], TaskResult | ShardBusy],
     tasks: Sequence[Task],
     setup: Callable[[], Any],
-    where: Where,
+    where: WorkerTarget,
     label: str,
     samples: int,
-) -> list[Made]:
+) -> list[TaskResult]:
     """Runs all tasks, with progress over their `samples`. Returns their results in the order in which they end.
 
     `work`, `setup` and the tasks must pickle (see `run.run`).
     """
     if not tasks:
         return []
-    made: list[Made] = []
-    queue = Queue(tasks)
+    made: list[TaskResult] = []
+    queue = TaskQueue(tasks)
     where = replace(where, workers=min(where.workers, len(tasks)))
     with progress(label, samples, "samples") as advance:
         for result in run(work, queue, setup, where):
-            if isinstance(result, Busy):
+            if isinstance(result, ShardBusy):
                 queue.put_back(result.shard)
             else:
                 made.append(result)

@@ -11,7 +11,7 @@ import pytest
 from rats.pipeline.families.open import Model
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams, load_params
-from rats.schemas.plugins import FAMILIES, found, load_plugin
+from rats.schemas.plugins import FAMILIES, load_plugin, plugins_in
 from tests.support.project import rats
 
 TEACHER = TeacherParams(height=16, width=16)
@@ -54,7 +54,7 @@ def test_a_published_model_is_known_by_its_name(tmp_path: Path, hub_id: str, fam
 
 
 def test_every_familys_suggestions_can_be_written(tmp_path: Path):
-    for name in found(FAMILIES):
+    for name in plugins_in(FAMILIES):
         rats(tmp_path, "init", name, "--model", "somebody/something", "--family", name)
         teacher = load_params(tmp_path / name / "params.yaml").teacher
         wanted = load_plugin(FAMILIES, name).suggested

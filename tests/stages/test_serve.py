@@ -20,8 +20,8 @@ import yaml
 from safetensors.torch import save
 
 from rats.pipeline.rewards.open import open_reward
-from rats.pipeline.rewards.remote import Server, UrlReward
-from rats.pipeline.rewards.remote_protocol import Answer, Question, pack_answer, pack_question
+from rats.pipeline.rewards.remote import RewardClient, UrlReward
+from rats.pipeline.rewards.remote_protocol import ScoreReply, ScoreRequest, pack_reply, pack_request
 from rats.schemas.errors import ConfigError, DataError, RetryLaterError
 from rats.schemas.params import Params
 from rats.stages import serve_http
@@ -125,7 +125,7 @@ def http_reply(content: bytes, length: int | None = None, status: str = "200 OK"
 
 
 IDENTITY = json.dumps({"name": "x", "fingerprint": "ab" * 32, "differentiable": True, "max_batch": 8}).encode()
-GOOD = pack_answer(Answer("ab" * 32, torch.ones(1)))
+GOOD = pack_reply(ScoreReply("ab" * 32, torch.ones(1)))
 
 
 def test_a_reply_that_is_cut_off_is_asked_for_again():
@@ -137,9 +137,9 @@ def test_a_reply_that_is_cut_off_is_asked_for_again():
 @pytest.mark.parametrize(
     ("content", "hint"),
     [
-        (pack_answer(Answer("ab" * 32, torch.ones(2))), "scores must be 1 float32"),
+        (pack_reply(ScoreReply("ab" * 32, torch.ones(2))), "scores must be 1 float32"),
         (save({"scores": torch.ones(1).half()}, metadata={"rats": "{}"}), "float16"),
-        (pack_answer(Answer("cd" * 32, torch.ones(1))), "another reward now"),
+        (pack_reply(ScoreReply("cd" * 32, torch.ones(1))), "another reward now"),
         (pickle.dumps([1.0]), "no safetensors"),
         (b"x" * (1 << 20) + b"y" * 5000, "longer than"),
     ],
@@ -150,7 +150,7 @@ def test_a_reply_that_is_no_answer_is_refused(content: bytes, hint: str):
 
 
 def test_a_gradient_of_another_shape_is_refused():
-    wrong = pack_answer(Answer("ab" * 32, torch.ones(1), torch.ones(1, 3, 2, 2)))
+    wrong = pack_reply(ScoreReply("ab" * 32, torch.ones(1), torch.ones(1, 3, 2, 2)))
     with replying(http_reply(IDENTITY), http_reply(wrong)) as url, pytest.raises(DataError, match="gradient must be"):
         client(url).score(pictures(1).requires_grad_(), ["a"])
 
@@ -163,9 +163,9 @@ def test_what_says_nothing_of_a_reward_is_no_reward_server(content: bytes):
 
 def test_a_silent_server_is_given_up_after_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        server = Server(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.1, patience=0.2)
+        server = RewardClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout=0.1, patience=0.2)
         with pytest.raises(RetryLaterError, match="TimeoutError"):
-            server.call("POST", "/score", pack_question(Question(pictures(1), ["a"])))
+            server.call("POST", "/score", pack_request(ScoreRequest(pictures(1), ["a"])))
 
 
 def project(models: Path, folder: Path, **away: str) -> Params:

@@ -87,12 +87,12 @@ def test_a_header_and_a_body_are_waited_for_so_long_and_no_longer(sent: bytes, m
         assert client.recv(1) == b""
 
 
-LARGE = remote_protocol.Question(torch.rand(4, 3, 512, 512), ["a"] * 4, gradient=True)
+LARGE = remote_protocol.ScoreRequest(torch.rand(4, 3, 512, 512), ["a"] * 4, gradient=True)
 """Its reply does not fit into the buffers between a server and a client."""
 
 
 def test_who_does_not_fetch_his_reply_holds_no_place():
-    with running(Toy(), queue=1) as server, held(server, 1, post(remote_protocol.pack_question(LARGE))):
+    with running(Toy(), queue=1) as server, held(server, 1, post(remote_protocol.pack_request(LARGE))):
         until(server, lambda: server.reward.answered and not server.asking)
         assert server.held > 1 << 20
         assert ask(server.url, question())[0] == 200
@@ -101,7 +101,7 @@ def test_who_does_not_fetch_his_reply_holds_no_place():
 def test_who_does_not_fetch_his_reply_is_given_up(monkeypatch: pytest.MonkeyPatch):
     with running(Toy()) as server:
         server.reward.free.clear()
-        with held(server, 1, post(remote_protocol.pack_question(LARGE))) as (client,):
+        with held(server, 1, post(remote_protocol.pack_request(LARGE))) as (client,):
             until(server, lambda: server.reward.sizes)
             monkeypatch.setattr(serve_http, "TRANSFER_SECONDS", 0.05)
             monkeypatch.setattr(serve_http, "SLOWEST", 1 << 40)
@@ -228,7 +228,7 @@ def test_escape_sequences_of_a_server_are_not_echoed(status: str, error: type[Ex
 
 
 def test_escape_sequences_in_an_answer_are_not_echoed():
-    other = remote_protocol.pack_answer(remote_protocol.Answer(ESCAPES, torch.ones(1)))
+    other = remote_protocol.pack_reply(remote_protocol.ScoreReply(ESCAPES, torch.ones(1)))
     broken = b'{"scores":{"dtype":"\\u001b[2J","shape":[1],"data_offsets":[0,4]}}'
     for reply in (other, len(broken).to_bytes(8, "little") + broken + b"1234"):
         with replying(http_reply(IDENTITY), http_reply(reply)) as url, pytest.raises(DataError) as raised:

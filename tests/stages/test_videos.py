@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rats.pipeline.rewards.base import ask
+from rats.pipeline.rewards.base import call_reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
 from rats.stages.generate import encode_videos
 from rats.stages.measure.judge import Judge
 from rats.stages.measure.pictures import to_picture
-from rats.stages.rollout.scorer import judge, reward_hashes
-from rats.trainer.augment import Draws, augment
+from rats.stages.rollout.scorer import reward_hashes, score_images
+from rats.trainer.augment import RandomDraws, augment
 from rats.trainer.scoring import score
 from tests.support.project import rats, write_project
 from tests.support.tiny_wan import FRAMES, write_wan
@@ -45,7 +45,7 @@ def videos(count: int = 3, frames: int = 4) -> Tensor:
 
 def test_the_score_of_a_video_is_its_frames_mean_each_against_its_own_prompt() -> None:
     shown, prompts = videos().requires_grad_(), ["a", "bb", "ccc"]
-    scores = ask(Bright(), shown, prompts)
+    scores = call_reward(Bright(), shown, prompts)
     torch.testing.assert_close(scores, shown.mean((1, 2, 3, 4)) - torch.tensor([1.0, 2.0, 3.0]))
     (gradient,) = torch.autograd.grad(scores.sum(), shown)
     torch.testing.assert_close(gradient, torch.full_like(shown, 1 / shown[0].numel()))
@@ -53,9 +53,9 @@ def test_the_score_of_a_video_is_its_frames_mean_each_against_its_own_prompt() -
 
 def test_a_video_with_one_frame_that_a_reward_cannot_score_costs_itself_and_no_other() -> None:
     shown, prompts = videos(), ["a", "bb", "ccc"]
-    expected = ask(Bright(), shown, prompts)
+    expected = call_reward(Bright(), shown, prompts)
     shown[1, 2, 0, 0, 0] = 1
-    verdicts = judge(Bright(), shown, prompts, 3)
+    verdicts = score_images(Bright(), shown, prompts, 3)
     assert [verdict.error for verdict in verdicts] == [None, "ValueError: red", None]
     assert [verdicts[i].score for i in (0, 2)] == [float(expected[i]) for i in (0, 2)]
     trained = score(Bright(), shown, prompts)
@@ -64,12 +64,12 @@ def test_a_video_with_one_frame_that_a_reward_cannot_score_costs_itself_and_no_o
 
 def test_all_frames_of_a_video_are_moved_and_recoloured_as_one() -> None:
     still = videos(count=2, frames=1).expand(-1, 3, -1, -1, -1)
-    draws = Draws(torch.Generator().manual_seed(0))
+    draws = RandomDraws(torch.Generator().manual_seed(0))
     seen = augment(still, draws, 1.0)
     assert seen.shape == still.shape and float((seen - still).std()) > 0.15
     assert float((seen[:, 0] - seen[:, 2]).std()) < 0.05  # what is left is the noise, of 0.03 a pixel
     assert torch.equal(augment(still, draws, 0.0), still)
-    one = [augment(still[:, frame], Draws(torch.Generator().manual_seed(0)), 1.0) for frame in (0, 2)]
+    one = [augment(still[:, frame], RandomDraws(torch.Generator().manual_seed(0)), 1.0) for frame in (0, 2)]
     assert torch.equal(*one)  # pictures: as ever
 
 

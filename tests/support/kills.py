@@ -18,13 +18,13 @@ from typing import Any
 import psutil
 
 from rats.stages.rollout import worker
-from rats.stages.workers.tasks import Busy, Made
+from rats.stages.workers.tasks import ShardBusy, TaskResult
 
 COUNTER = "RATS_TEST_EXECUTIONS"
 """Names the file to which every started execution of a task adds a line."""
 
 
-def counted_task(context: worker.Context, task: worker.Task) -> Made | Busy:
+def counted_task(context: worker.RolloutModels, task: worker.RolloutTask) -> TaskResult | ShardBusy:
     """`do_task`, which first writes down that it starts: what a killed worker never reports is counted too."""
     handle = os.open(os.environ[COUNTER], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.write(handle, f"{task.shard} {os.getpid()}\n".encode())  # one write of a line: whole, whoever else writes

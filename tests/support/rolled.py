@@ -12,13 +12,13 @@ from rats.pipeline.noise import noise
 from rats.pipeline.store.embeddings import has_embedding, write_embedding
 from rats.pipeline.store.scores import record_reward, write_scores
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.store.shards import Sample, write_shard
+from rats.pipeline.store.shards import SampleArrays, write_shard
 from rats.schemas.manifest import PlannedSample, ScoreRow, ShardPlan
-from rats.stages.shards.card import Terms
+from rats.stages.shards.card import LicenseTerms
 from rats.stages.shards.exchange import export_set
 from tests.support.shards import latents, params, recipe_of, wanted
 
-TERMS = Terms(license="apache-2.0", teacher="a toy", title="Toy | trajectories")
+TERMS = LicenseTerms(license="apache-2.0", teacher="a toy", title="Toy | trajectories")
 HASHES = {"reward": "d" * 64, "vae": "b" * 64}
 
 
@@ -30,7 +30,7 @@ def arrays(shards: ShardSet, sample: PlannedSample) -> dict[str, np.ndarray]:
     return found
 
 
-def fill(shards: ShardSet, plan: ShardPlan) -> list[Sample]:
+def fill(shards: ShardSet, plan: ShardPlan) -> list[SampleArrays]:
     """A shard's samples."""
     return [(sample, arrays(shards, sample)) for sample in plan.samples]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rats.pipeline.prompts import Prompt, planned
+from rats.pipeline.prompts import Prompt, planned_samples
 from rats.pipeline.store.embeddings import has_embedding, write_embedding
 from rats.pipeline.store.scores import record_reward, write_scores
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.store.shards import Sample, read_sample, write_shard
+from rats.pipeline.store.shards import SampleArrays, read_sample, write_shard
 from rats.schemas.horizons import aligned
 from rats.schemas.manifest import IndexRow, PlannedSample, ScoreRow, ShardPlan, Snapshot
 from rats.schemas.params import Params
@@ -47,7 +47,7 @@ def recipe_of(settings: Params) -> Recipe:
 
 def wanted(prompts: int = 5, noises: int = 2) -> list[PlannedSample]:
     """Samples of prompts 0, 1, 2..."""
-    return planned([Prompt(f"a picture of thing {i}", f"thing {i}") for i in range(prompts)], noises)
+    return planned_samples([Prompt(f"a picture of thing {i}", f"thing {i}") for i in range(prompts)], noises)
 
 
 def latents(sample: PlannedSample, horizons: int) -> dict[str, np.ndarray]:
@@ -57,7 +57,7 @@ def latents(sample: PlannedSample, horizons: int) -> dict[str, np.ndarray]:
     return {"x": x, "x0": x[1:] / 2}
 
 
-def fill(shards: ShardSet, plan: ShardPlan) -> list[Sample]:
+def fill(shards: ShardSet, plan: ShardPlan) -> list[SampleArrays]:
     """What a teacher would hand to the writer."""
     return [(sample, latents(sample, len(shards.recipe.horizons))) for sample in plan.samples]
 

@@ -13,18 +13,18 @@ from rats.pipeline import solver
 from rats.pipeline.noise import noise
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.train_params import TrainParams
-from rats.trainer.checkpoint import Identity
+from rats.trainer.checkpoint import RunIdentity
 from rats.trainer.data import Sample
 from rats.trainer.distributed import Ranks
 from rats.trainer.loop import train
 from rats.trainer.methods import rats
 from rats.trainer.objective import Method, Objective, Settings
 from rats.trainer.optim import Learner
-from rats.trainer.run import Live, Run, checkpoints_in, nobody, open_run
+from rats.trainer.run import MovingTeacher, Run, checkpoints_in, no_moving_teacher, open_run
 
 TOKENS, CHANNELS, PIXELS, SAMPLES = 3, 4, 4, 12
 NFE = (2, 3)
-IDENTITY = Identity(snapshot="s" * 64, recipe="r" * 64, settings="t" * 64)
+IDENTITY = RunIdentity(snapshot="s" * 64, recipe="r" * 64, settings="t" * 64)
 
 
 def grid(steps: int) -> list[float]:
@@ -130,7 +130,10 @@ def objective(
 
 
 def run_of(
-    given: Objective, folder: Path, resume: bool = False, follower: Callable[[Learner], Live | None] = nobody
+    given: Objective,
+    folder: Path,
+    resume: bool = False,
+    follower: Callable[[Learner], MovingTeacher | None] = no_moving_teacher,
 ) -> Run:
     """A run in `folder`, from its newest checkpoint with `resume`."""
     saved = checkpoints_in(folder, given.settings.train).newest() if resume else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rats.schemas.train_params import BlackBoxParams
-from rats.trainer.black_box import estimated, gradient
+from rats.trainer.black_box import estimate_gradient, with_estimated_gradient
 from rats.trainer.scoring import Scored, score
 
 BATCH, TOKENS, CHANNELS = 3, 2, 4
@@ -47,7 +47,7 @@ def asking(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, list[str]]
 
 def estimate(function: Callable[[Tensor], Tensor], x_BTC: Tensor, pairs: int, spread: float = 0.1) -> Tensor:
     settings = BlackBoxParams(pairs=pairs, spread=spread)
-    return gradient(decode, asking(function), x_BTC.detach(), PROMPTS, settings, randoms())
+    return estimate_gradient(decode, asking(function), x_BTC.detach(), PROMPTS, settings, randoms())
 
 
 WEIGHTS = torch.linspace(-1.0, 1.0, SIZE)
@@ -68,7 +68,7 @@ def estimates(function: Callable[[Tensor], Tensor], x_TC: Tensor, spread: float)
     """`MANY` estimates (MANY, D) at one latent, a pair each."""
     given = [torch.Generator().manual_seed(100 + i) for i in range(MANY)]
     rows, settings = x_TC.expand(MANY, -1, -1), BlackBoxParams(pairs=1, spread=spread)
-    return gradient(decode, asking(function), rows, ["p"] * MANY, settings, given).flatten(1)
+    return estimate_gradient(decode, asking(function), rows, ["p"] * MANY, settings, given).flatten(1)
 
 
 @pytest.mark.parametrize("function", [linear, quadratic])
@@ -107,7 +107,7 @@ def test_a_step_function_has_no_gradient_and_its_estimate_points_uphill():
 def test_the_value_is_the_centres_and_the_gradient_the_estimate_times_what_comes_from_above():
     x_BTC, settings = latents(), BlackBoxParams(pairs=3)
     center = asking(quadratic)(decode(x_BTC), PROMPTS)
-    scored = estimated(decode, asking(quadratic), center, x_BTC, PROMPTS, settings, randoms())
+    scored = with_estimated_gradient(decode, asking(quadratic), center, x_BTC, PROMPTS, settings, randoms())
     assert torch.equal(scored.scores_B, center.scores_B)
     weights_B = torch.tensor([1.0, -2.0, 0.5])
     (found_BTC,) = torch.autograd.grad((weights_B * scored.scores_B).sum(), x_BTC)
@@ -119,7 +119,7 @@ def test_micro_batches_change_nothing():
 
     def part(rows: slice) -> Tensor:
         x, names, given = x_BTC.detach()[rows], PROMPTS[rows], randoms()[rows]
-        return gradient(decode, asking(quadratic), x, names, settings, given)
+        return estimate_gradient(decode, asking(quadratic), x, names, settings, given)
 
     assert torch.equal(torch.cat([part(slice(0, 1)), part(slice(1, 3))]), part(slice(0, 3)))
 
@@ -139,11 +139,13 @@ class Failing:
 
 def test_a_bad_half_drops_its_pair_and_no_other_samples():
     x_BTC, pairs = latents().detach(), 3
-    whole = [gradient(decode, Failing(set()), x_BTC, PROMPTS, BlackBoxParams(pairs=p), randoms()) for p in (1, 2, 3)]
+    whole = [
+        estimate_gradient(decode, Failing(set()), x_BTC, PROMPTS, BlackBoxParams(pairs=p), randoms()) for p in (1, 2, 3)
+    ]
     second = 2 * whole[1] - whole[0]  # of three pairs the second and third, alone
     third = 3 * whole[2] - 2 * whole[1]
     for call in (0, 1):  # either half of the first pair
-        found = gradient(decode, Failing({call}), x_BTC, PROMPTS, BlackBoxParams(pairs=pairs), randoms())
+        found = estimate_gradient(decode, Failing({call}), x_BTC, PROMPTS, BlackBoxParams(pairs=pairs), randoms())
         torch.testing.assert_close(found[0], (second + third)[0] / 2, rtol=1e-4, atol=1e-5)
         assert torch.equal(found[1:], whole[2][1:])
 
@@ -151,7 +153,7 @@ def test_a_bad_half_drops_its_pair_and_no_other_samples():
 def test_without_a_good_pair_a_sample_has_its_score_and_no_gradient_and_a_bad_centre_has_neither():
     x_BTC, settings = latents(), BlackBoxParams(pairs=2)
     center = Scored(torch.tensor([1.5, 2.5, 0.0]), torch.tensor([True, True, False]))
-    scored = estimated(decode, Failing({0, 1, 2, 3}), center, x_BTC, PROMPTS, settings, randoms())
+    scored = with_estimated_gradient(decode, Failing({0, 1, 2, 3}), center, x_BTC, PROMPTS, settings, randoms())
     assert scored.scores_B.tolist() == [1.5, 2.5, 0.0] and torch.equal(scored.good_B, center.good_B)
     (found_BTC,) = torch.autograd.grad(scored.scores_B.sum(), x_BTC)
     assert found_BTC.flatten(1).any(1).tolist() == [False, True, False]

@@ -12,7 +12,7 @@ import pytest
 from blake3 import blake3
 
 from rats.schemas.errors import RatsError, StorageError
-from rats.trainer.checkpoint import Checkpoints, read
+from rats.trainer.checkpoint import Checkpoints, read_checkpoint
 from tests.support.full import Disk
 from tests.support.fuzz import changed, spoiled
 from tests.support.toy import objective, run_of, settings, train_in
@@ -55,7 +55,7 @@ def open_spoiled(trained: Path, folder: Path, case, seed: int) -> None:
     case(path, random.Random(seed))
     run, started = run_of(objective(settings(ema=0.9)), folder / "run"), time.monotonic()
     try:
-        run.restore(read(path))
+        run.restore(read_checkpoint(path))
     except RatsError as error:
         assert "\n" not in str(error), seed
     assert time.monotonic() - started < 1, seed

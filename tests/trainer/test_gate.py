@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.train_params import GateParams, Ramp, TrainParams
-from rats.trainer.gate import FORMS, Part, gate, gate_all, spread, total
+from rats.trainer.gate import FORMS, WeightedReward, gate, gate_all, score_std, weighted_sum
 
 patient = settings(deadline=None, max_examples=60)
 scores = st.floats(-50, 50, width=32)
@@ -81,16 +81,16 @@ def test_an_unknown_form_is_refused_with_the_known_ones():
 
 
 def test_the_default_tau_is_the_spread_of_the_teachers_scores():
-    assert spread([1.0, 3.0]) == 1.0
+    assert score_std([1.0, 3.0]) == 1.0
 
 
 @pytest.mark.parametrize("scores", [[], [0.3], [0.3, 0.3], [0.3, float("nan")]])
 def test_scores_without_a_spread_give_no_tau(scores):
     with pytest.raises(DataError, match=r"set train\.gate\.tau"):
-        spread(scores)
+        score_std(scores)
 
 
-PARTS = (Part("hpsv2", 2.0, 0.02), Part("pickscore", 1.0, 1.5))
+PARTS = (WeightedReward("hpsv2", 2.0, 0.02), WeightedReward("pickscore", 1.0, 1.5))
 
 
 @patient
@@ -112,8 +112,8 @@ def test_a_gate_for_each_reward_is_their_weighted_mean():
 def test_a_reward_alone_is_gated_in_its_own_unit_to_the_last_bit():
     r_teacher_RB, r_student_RB = torch.randn(1, 9), torch.randn(1, 9)
     alone = gate("rats", r_teacher_RB[0], r_student_RB[0], 0.3)
-    assert torch.equal(gate_all(GateParams(), r_teacher_RB, r_student_RB, (Part(),), 0.3), alone)
-    assert torch.equal(total(r_teacher_RB, (Part(),)), r_teacher_RB[0])
+    assert torch.equal(gate_all(GateParams(), r_teacher_RB, r_student_RB, (WeightedReward(),), 0.3), alone)
+    assert torch.equal(weighted_sum(r_teacher_RB, (WeightedReward(),)), r_teacher_RB[0])
 
 
 def test_alpha_is_constant_or_by_nfe_or_moves_in_a_straight_line():

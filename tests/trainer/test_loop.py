@@ -11,8 +11,8 @@ import torch
 from blake3 import blake3
 
 from rats.schemas.errors import DataError
-from rats.stages.train.witness import WatchedStream, WatchedStudent, Witness
-from rats.trainer.checkpoint import Checkpoints, State, read
+from rats.stages.train.teacher_calls import CountedStream, CountedStudent, TeacherCallCounter
+from rats.trainer.checkpoint import Checkpoints, RunState, read_checkpoint
 from rats.trainer.loop import train
 from rats.trainer.metrics import CsvLog
 from tests.support.toy import (
@@ -101,11 +101,11 @@ def test_two_runs_are_equal_to_the_last_bit(tmp_path):
 
 
 def test_a_step_runs_the_students_n_evaluations_and_scores_no_teacher_sample(tmp_path):
-    student, reward, witness = ToyStudent(), ToyReward(), Witness()
-    given = objective(settings(augment=1.0), WatchedStudent(student, witness), reward)
+    student, reward, witness = ToyStudent(), ToyReward(), TeacherCallCounter()
+    given = objective(settings(augment=1.0), CountedStudent(student, witness), reward)
     run, finals = run_of(given, tmp_path), [stored(i).x_HTC[-1:].float() for i in range(SAMPLES)]
     with witness.watching(student.network):
-        train(given, WatchedStream(ToyStream(), witness), run)
+        train(given, CountedStream(ToyStream(), witness), run)
     assert witness.student_forwards == 3 * sum(NFE)
     assert (witness.teacher_forwards, witness.teacher_reward_calls, len(reward.seen)) == (0, 0, 2 * 6)
     decoded = {digest(student.decode(final)[0]) for final in finals}
@@ -142,7 +142,7 @@ def test_a_stop_saves_the_step_and_exits_143(tmp_path):
     run.stop_when(lambda: run.state.step == 3)
     with pytest.raises(SystemExit) as stopped:
         train_on(given, run)
-    assert stopped.value.code == 143 and read(tmp_path / "checkpoints" / "000003").state.position == 12
+    assert stopped.value.code == 143 and read_checkpoint(tmp_path / "checkpoints" / "000003").state.position == 12
 
 
 @pytest.mark.parametrize("changes", [{}, {"ema": 0.9, "augment": 1.0, "last_k": 1}], ids=["plain", "ema"])
@@ -176,7 +176,7 @@ def test_one_flipped_bit_in_a_checkpoint_is_found(tmp_path):
     data[-5] ^= 1
     (path / "network.safetensors").write_bytes(data)
     with pytest.raises(DataError, match="network.safetensors has another hash"):
-        read(path)
+        read_checkpoint(path)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
@@ -193,9 +193,9 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
 
 def test_the_state_of_the_stream_is_one_number_in_a_checkpoint(tmp_path):
     path = Checkpoints(tmp_path).save(
-        State(5, 77, 1.5, 3, 0.1), {"network": {}}, {"metrics.csv": b"step\n"}, IDENTITY, 4
+        RunState(5, 77, 1.5, 3, 0.1), {"network": {}}, {"metrics.csv": b"step\n"}, IDENTITY, 4
     )
-    saved = read(path)
+    saved = read_checkpoint(path)
     assert (saved.state.position, saved.snapshot, saved.identity) == (77, 4, IDENTITY)
     assert saved.state.gate_mean == 0.5
 

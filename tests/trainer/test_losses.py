@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rats.pipeline import solver
 from rats.trainer.losses import SPACES, compared, reward_loss, shape_loss
-from rats.trainer.sampling import rounded, sample
+from rats.trainer.sampling import rounded_as_stored, sample_trajectory
 from tests.support.toy import ToyReward, ToyStudent, grid
 
 patient = settings(deadline=None, max_examples=60)
@@ -108,14 +108,14 @@ def one_step_student_on_a_curved_flow(space: str) -> float:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        mine = sample(student, noise, [1.0, 0.0], {})
+        mine = sample_trajectory(student, noise, [1.0, 0.0], {})
         loss = shape_loss(compared(space, mine.states, mine.x0s, [1.0, 0.0]), teacher).mean()
         loss.backward()
         return loss
 
     optimizer.step(closure)
     with torch.no_grad():
-        return float((sample(student, noise, [1.0, 0.0], {}).final - states[-1]).square().mean().sqrt())
+        return float((sample_trajectory(student, noise, [1.0, 0.0], {}).final - states[-1]).square().mean().sqrt())
 
 
 @pytest.mark.parametrize("space", ["state", "velocity"])
@@ -133,8 +133,8 @@ def gradients(loss: Tensor, student: ToyStudent, **options: bool) -> list[Tensor
 
 def test_the_rewards_gradient_reaches_the_last_k_steps_and_the_shaping_loss_all_of_them():
     student, noise, conditioning = ToyStudent(), torch.randn(2, 3, 4), {"c": torch.randn(2, 4)}
-    full = sample(student, noise, grid(3), conditioning)
-    cut = sample(student, noise, grid(3), conditioning, last_k=1)
+    full = sample_trajectory(student, noise, grid(3), conditioning)
+    cut = sample_trajectory(student, noise, grid(3), conditioning, last_k=1)
     assert torch.equal(full.final, cut.final)
     shaped = [gradients(t.states[-1].square().sum(), student, retain_graph=True) for t in (full, cut)]
     torch.testing.assert_close(*shaped)
@@ -146,12 +146,12 @@ def test_the_rewards_gradient_reaches_the_last_k_steps_and_the_shaping_loss_all_
 
 
 def test_a_last_k_of_all_steps_needs_no_bridge():
-    trajectory = sample(ToyStudent(), torch.randn(1, 3, 4), grid(3), {"c": torch.zeros(1, 4)}, last_k=8)
+    trajectory = sample_trajectory(ToyStudent(), torch.randn(1, 3, 4), grid(3), {"c": torch.zeros(1, 4)}, last_k=8)
     assert trajectory.bridge is None and len(trajectory.states) == 4 and len(trajectory.x0s) == 3
 
 
 def test_the_student_is_scored_on_latents_rounded_as_the_store_rounds_them():
     x = torch.randn(2, 3, 4, requires_grad=True)
-    assert torch.equal(rounded(x), x.half().float())
-    ToyReward().score(ToyStudent().decode(rounded(x)), ["", ""]).sum().backward()
+    assert torch.equal(rounded_as_stored(x), x.half().float())
+    ToyReward().score(ToyStudent().decode(rounded_as_stored(x)), ["", ""]).sum().backward()
     assert x.grad.abs().min() > 0

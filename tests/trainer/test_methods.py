@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rats.schemas.errors import DataError
-from rats.trainer.checkpoint import read
+from rats.trainer.checkpoint import read_checkpoint
 from rats.trainer.data import Batch
 from rats.trainer.methods import METHODS
 from rats.trainer.objective import Losses, Moment, Objective
@@ -98,7 +98,7 @@ class Critic:
     """Climbs a linear judge of finals that is taught, beside the student, to tell the teacher's from the student's.
 
     So it has weights, gradients and an optimizer of its own, and is what moves beside the student
-    (`run.Live`) as well.
+    (`run.MovingTeacher`) as well.
     """
 
     in_loop = False
@@ -150,7 +150,7 @@ def test_a_method_with_a_network_and_an_optimizer_of_its_own_goes_on_to_the_last
     assert critic.network.weight.any() and all(
         torch.equal(value, resumed.tensors()[name]) for name, value in critic.tensors().items()
     )
-    saved = read(tmp_path / "cut" / "checkpoints" / "000006").tensors()["teacher"]
+    saved = read_checkpoint(tmp_path / "cut" / "checkpoints" / "000006").tensors()["teacher"]
     assert torch.equal(saved["weight.momentum"], critic.tensors()["weight.momentum"])
     assert float(rows(tmp_path / "whole")[3]["grad_reward"]) > 0
 

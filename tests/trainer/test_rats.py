@@ -7,7 +7,7 @@ import torch
 
 from rats.trainer.data import Batch, collate
 from rats.trainer.methods import rats
-from rats.trainer.objective import Losses, Moment, Objective, terms
+from rats.trainer.objective import Losses, Moment, Objective, loss_terms
 from tests.support import toy
 
 
@@ -43,7 +43,7 @@ def test_the_terms_are_those_of_the_formulas():
     torch.testing.assert_close(losses.reward_B, -0.7 * r_student_B)
     assert losses.weight == 1.5 and asked(given, nfe=2).weight == 2.5
     assert not losses.gate_B.requires_grad and losses.gate_B.std() > 0
-    climbed, shaped = terms(losses, given.settings.train)
+    climbed, shaped = loss_terms(losses, given.settings.train)
     torch.testing.assert_close(shaped, 1.5 * losses.shape_B.mean())
     torch.testing.assert_close(climbed, losses.reward_B.mean())
 

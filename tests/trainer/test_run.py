@@ -28,8 +28,8 @@ def test_a_run_is_changed_by_its_own_methods_only():
 def test_observers_are_called_in_their_order_and_within_their_block_only(tmp_path):
     given, seen = toy.objective(toy.settings(steps=4)), []
     run = toy.run_of(given, tmp_path)
-    with run.observed(lambda run, row: seen.append(f"outer {row['step']}")):
-        with run.observed(lambda run, row: seen.append(f"inner {row['step']}")):
+    with run.with_callbacks(lambda run, row: seen.append(f"outer {row['step']}")):
+        with run.with_callbacks(lambda run, row: seen.append(f"inner {row['step']}")):
             run.advance({"step": 7, "seconds": 0.5}, [0.3], 2, 4)
         run.advance({"step": 8, "seconds": 0.5}, [0.3], 2, 8)
     run.advance({"step": 9, "seconds": 0.5}, [0.3], 2, 12)

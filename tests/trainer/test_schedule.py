@@ -23,6 +23,7 @@ OTHERWISE: dict[str, Any] = {
     "guard": {"every": 4},
     "samples_every": 3,
     "trackers": ("tensorboard",),
+    "save_dtype": "model",
 }
 RESOLVED = {"gate"}
 """What it was resolved to is in the hash."""

@@ -19,7 +19,7 @@ from rats.trainer.data import Batch, collate
 from rats.trainer.objective import Settings
 from rats.trainer.optim import Learner
 from rats.trainer.run import Run
-from rats.trainer.teachers import Average, LiveTeacher
+from rats.trainer.teachers import LiveTeacher, WeightAverage
 from tests.support import tiny, toy
 
 FINE = sorted({*toy.HORIZONS, *toy.grid(60)}, reverse=True)
@@ -68,7 +68,7 @@ def test_a_live_teacher_that_never_moves_walks_the_stored_path() -> None:
 
 def test_the_average_moves_towards_the_student_by_its_decay_once_an_update() -> None:
     learner = Learner(toy.ToyStudent().network, toy.settings().train)
-    average, start = Average(learner, 0.75), learner.named["w"].detach().clone()
+    average, start = WeightAverage(learner, 0.75), learner.named["w"].detach().clone()
     for _ in range(2):
         with torch.no_grad():
             learner.named["w"].add_(1.0)
@@ -81,8 +81,11 @@ def test_a_run_with_a_live_teacher_goes_on_to_the_last_bit(tmp_path: Path) -> No
     whole = live_run(tmp_path / "whole", toy.settings())
     live_run(tmp_path / "cut", toy.settings(steps=4))
     again = live_run(tmp_path / "cut", toy.settings(), resume=True)
-    assert isinstance(whole.live, LiveTeacher) and isinstance(again.live, LiveTeacher)
-    for ours, theirs in ((whole.learner.named, again.learner.named), (whole.live.weights, again.live.weights)):
+    assert isinstance(whole.moving_teacher, LiveTeacher) and isinstance(again.moving_teacher, LiveTeacher)
+    for ours, theirs in (
+        (whole.learner.named, again.learner.named),
+        (whole.moving_teacher.weights, again.moving_teacher.weights),
+    ):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
@@ -93,9 +96,9 @@ def test_a_live_teachers_trajectories_are_always_of_this_step(tmp_path: Path) ->
 
 def test_an_average_that_is_only_kept_leaves_the_stored_batch_and_its_age(tmp_path: Path) -> None:
     given = toy.objective(toy.settings(steps=5))
-    run = toy.run_of(given, tmp_path, follower=lambda learner: Average(learner, 0.9))
-    assert run.live.trace(batch := batch_of()) is batch
-    with run.observed(lambda run, row: run.follow_generation(2) if row["step"] == 1 else None):
+    run = toy.run_of(given, tmp_path, follower=lambda learner: WeightAverage(learner, 0.9))
+    assert run.moving_teacher.trace(batch := batch_of()) is batch
+    with run.with_callbacks(lambda run, row: run.follow_generation(2) if row["step"] == 1 else None):
         toy.train_on(given, run)
     assert [row["teacher_age"] for row in rows(tmp_path)] == ["0", "1", "0", "1", "2"]
     plain = toy.train_in(tmp_path / "plain", toy.settings(steps=5))
@@ -111,7 +114,7 @@ def test_a_sample_that_a_live_teacher_gets_no_score_for_costs_itself_only(tmp_pa
 def test_another_networks_teacher_is_refused() -> None:
     learner = Learner(toy.ToyStudent().network, toy.settings().train)
     with pytest.raises(DataError, match="belongs to another network"):
-        Average(learner, 0.9).restore({})
+        WeightAverage(learner, 0.9).restore({})
 
 
 def settings_of(true_cfg_scale: float) -> TeacherParams:

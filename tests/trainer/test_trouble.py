@@ -15,7 +15,7 @@ import torch
 from rats.schemas.errors import ConfigError, DataError, RetryLaterError
 from rats.stages.train.resume import stop_flag
 from rats.trainer import randomness
-from rats.trainer.checkpoint import read
+from rats.trainer.checkpoint import read_checkpoint
 from rats.trainer.data import collate
 from rats.trainer.loop import train
 from rats.trainer.methods.rats import gap_spread
@@ -144,7 +144,7 @@ def test_the_generators_come_back_as_they_were():
 @pytest.mark.parametrize("name", ["torch", "numpy.keys", "python.words"])
 def test_a_checkpoint_without_a_generator_is_refused(tmp_path, name):
     train_in(tmp_path, settings())
-    saved = read(tmp_path / "checkpoints" / "000006")
+    saved = read_checkpoint(tmp_path / "checkpoints" / "000006")
     states = saved.tensors()["rng-00000"]
     del states[name]
     with pytest.raises(DataError, match=f"no state of the generator {name}: start over without --resume"):
@@ -153,7 +153,7 @@ def test_a_checkpoint_without_a_generator_is_refused(tmp_path, name):
 
 def test_a_checkpoint_without_the_generators_file_is_refused(tmp_path):
     run = train_in(tmp_path, settings())
-    saved = read(tmp_path / "checkpoints" / "000006")
+    saved = read_checkpoint(tmp_path / "checkpoints" / "000006")
     (saved.path / "rng-00000.safetensors").unlink()
     with pytest.raises(DataError, match="no state of the generator"):
         run.restore(saved)
@@ -166,7 +166,7 @@ def test_a_stop_abandons_the_step_under_way_and_keeps_the_one_before(tmp_path):
     run.stop_when(lambda: next(asked) >= 2)  # in the third of the first step's four micro-batches
     with pytest.raises(SystemExit) as stopped:
         train_on(given, run)
-    saved = read(tmp_path / "checkpoints" / "000000")
+    saved = read_checkpoint(tmp_path / "checkpoints" / "000000")
     assert stopped.value.code == 143 and (saved.state.step, saved.state.position) == (0, 0) and weights(run) == before
 
 
@@ -194,7 +194,7 @@ def test_a_stop_while_a_reward_server_is_away_keeps_the_steps_that_are_done(tmp_
         train_on(given, run)
     assert reward.stopping() == told
     if told:
-        assert ended.value.code == 143 and read(tmp_path / "checkpoints" / "000002").state.step == 2
+        assert ended.value.code == 143 and read_checkpoint(tmp_path / "checkpoints" / "000002").state.step == 2
     else:
         assert not (tmp_path / "checkpoints").exists()
 
@@ -212,9 +212,9 @@ def test_a_large_checkpoint_is_not_begun_when_seconds_are_left(tmp_path, monkeyp
 def test_a_run_that_an_observer_finishes_ends_as_if_it_were_at_its_last_step(tmp_path):
     given = objective(settings())
     run = run_of(given, tmp_path)
-    with run.observed(lambda run, row: run.finish("enough") if row["step"] == 2 else None):
+    with run.with_callbacks(lambda run, row: run.finish("enough") if row["step"] == 2 else None):
         train_on(given, run)
-    saved = read(tmp_path / "checkpoints" / "000003")
+    saved = read_checkpoint(tmp_path / "checkpoints" / "000003")
     assert saved.state.finished == "enough" and len(rows(tmp_path)) == 3
     resumed = run_of(given, tmp_path, resume=True)
     assert train_on(given, resumed).state.step == 3

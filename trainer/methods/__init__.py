@@ -6,7 +6,7 @@ only stored states does not pay for a path of the student.
 
 What it draws at random it draws by `randomness.generator`, keyed by the moment and a sample's place in the batch, so
 that micro-batches and a resume change nothing. A method with networks of its own, such as a critic, is an object that
-is called like a function and has the methods of `trainer.run.Live` as well. By them the run lets it make its
+is called like a function and has the methods of `trainer.run.MovingTeacher` as well. By them the run lets it make its
 own update after the student's, and keeps its state in every checkpoint.
 """
 

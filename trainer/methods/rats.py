@@ -16,14 +16,14 @@ from torch import Tensor
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.base import is_differentiable
 from rats.schemas.horizons import rows_of
-from rats.trainer.augment import Draws, augment
-from rats.trainer.black_box import estimated
+from rats.trainer.augment import RandomDraws, augment
+from rats.trainer.black_box import with_estimated_gradient
 from rats.trainer.data import Batch
-from rats.trainer.gate import Part, gate_all, spread, total
+from rats.trainer.gate import WeightedReward, gate_all, score_std, weighted_sum
 from rats.trainer.losses import compared, reward_loss, shape_loss
 from rats.trainer.objective import Losses, Moment, Objective, Settings
 from rats.trainer.randomness import generator
-from rats.trainer.sampling import Trajectory, rounded
+from rats.trainer.sampling import Trajectory, rounded_as_stored
 from rats.trainer.scoring import Scored, score
 
 
@@ -31,11 +31,11 @@ def losses(objective: Objective, batch: Batch, moment: Moment) -> Losses:
     """Both losses and the gate of one micro-batch, from one path of the student and one decoding."""
     settings, train = objective.settings, objective.settings.train
     trajectory = objective.sample(batch, moment.nfe)
-    verdicts = _verdicts(objective, batch, trajectory, moment)
+    verdicts = _reward_scores(objective, batch, trajectory, moment)
     r_student_RB = torch.stack([verdict.bare.scores_B.detach() for verdict in verdicts])
     gate_B = gate_all(train.gate, batch.r_teacher_RB, r_student_RB, settings.parts, settings.tau, settings.gate_value)
-    climbed_B = total(torch.stack([verdict.climbed.scores_B for verdict in verdicts]), settings.parts)
-    shape_NB = shape(batch, trajectory, settings)
+    climbed_B = weighted_sum(torch.stack([verdict.climbed.scores_B for verdict in verdicts]), settings.parts)
+    shape_NB = shaping_losses(batch, trajectory, settings)
     return Losses(
         reward_B=reward_loss(climbed_B, train.reward_weight, train.margin),
         shape_B=gate_B * shape_NB.mean(0),
@@ -48,16 +48,16 @@ def losses(objective: Objective, batch: Batch, moment: Moment) -> Losses:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RewardScores:
     """Scores by one reward: those for the reward loss, and R_S for the gate, which is computed as R_T was."""
 
     climbed: Scored
     bare: Scored
 
 
-def _verdicts(objective: Objective, batch: Batch, trajectory: Trajectory, moment: Moment) -> list[Verdict]:
+def _reward_scores(objective: Objective, batch: Batch, trajectory: Trajectory, moment: Moment) -> list[RewardScores]:
     """Scores by every reward. With augmentation, a reward with gradient scores twice."""
-    train, final_BTC = objective.settings.train, rounded(trajectory.final)
+    train, final_BTC = objective.settings.train, rounded_as_stored(trajectory.final)
     climbs = train.reward_weight > 0
     has_gradient = [climbs and is_differentiable(reward) for reward in objective.rewards]
     with torch.set_grad_enabled(any(has_gradient)):
@@ -72,13 +72,13 @@ def _verdicts(objective: Objective, batch: Batch, trajectory: Trajectory, moment
         else:
             bare = _bare(reward, images_B3HW, batch.prompts)
             climbed = _estimated(objective, reward, bare, final_BTC, batch, moment) if climbs else bare
-        verdicts.append(Verdict(climbed, bare))
+        verdicts.append(RewardScores(climbed, bare))
     return verdicts
 
 
 def _augmented(images_B3HW: Tensor, objective: Objective, moment: Moment) -> Tensor:
     train = objective.settings.train
-    draws = Draws(generator(train.seed, moment.step), moment.first, train.batch)
+    draws = RandomDraws(generator(train.seed, moment.step), moment.first, train.batch)
     return augment(images_B3HW, draws, train.augment)
 
 
@@ -95,10 +95,10 @@ def _estimated(
     train, places = objective.settings.train, range(moment.first, moment.first + len(batch.keys))
     randoms = [generator(train.seed, moment.step, "black box", place) for place in places]
     decode, ask = objective.student.decode, partial(score, reward)
-    return estimated(decode, ask, center, final_BTC, batch.prompts, train.black_box, randoms)
+    return with_estimated_gradient(decode, ask, center, final_BTC, batch.prompts, train.black_box, randoms)
 
 
-def _good(verdicts: Sequence[Verdict], batch: Batch) -> Tensor:
+def _good(verdicts: Sequence[RewardScores], batch: Batch) -> Tensor:
     """Samples that all rewards could score, also those of a teacher that runs in the loop."""
     answers = [scored.good_B for verdict in verdicts for scored in (verdict.climbed, verdict.bare)]
     if batch.good_B is not None:
@@ -106,7 +106,7 @@ def _good(verdicts: Sequence[Verdict], batch: Batch) -> Tensor:
     return torch.stack(answers).all(0)
 
 
-def shape(batch: Batch, trajectory: Trajectory, settings: Settings) -> Tensor:
+def shaping_losses(batch: Batch, trajectory: Trajectory, settings: Settings) -> Tensor:
     """Shaping loss (N, B) of the student's path against the stored one, at equal sigmas."""
     sigmas, space = trajectory.sigmas, settings.train.shape.space
     rows = rows_of(settings.horizons, sigmas)
@@ -115,9 +115,9 @@ def shape(batch: Batch, trajectory: Trajectory, settings: Settings) -> Tensor:
     return shape_loss(student, teacher, settings.train.shape.l2, settings.train.shape.cos)
 
 
-def _compared(r_teacher_RB: Tensor, r_student_RB: Tensor, parts: Sequence[Part]) -> dict[str, Tensor]:
+def _compared(r_teacher_RB: Tensor, r_student_RB: Tensor, parts: Sequence[WeightedReward]) -> dict[str, Tensor]:
     """The scores to log, (B,) each: weighted sums, and for several rewards also each one."""
-    r_teacher_B, r_student_B = total(r_teacher_RB, parts), total(r_student_RB, parts)
+    r_teacher_B, r_student_B = weighted_sum(r_teacher_RB, parts), weighted_sum(r_student_RB, parts)
     logged = {
         "reward_student": r_student_B,
         "reward_teacher": r_teacher_B,
@@ -135,10 +135,10 @@ def gap_spread(objective: Objective, batch: Batch) -> float:
     """Standard deviation of R_T - R_S over a batch at each NFE of the student, for `gate.tau: gap`."""
     parts, gaps = objective.settings.parts, []
     for nfe in objective.settings.train.grid:
-        images_B3HW = objective.student.decode(rounded(objective.sample(batch, nfe).final))
+        images_B3HW = objective.student.decode(rounded_as_stored(objective.sample(batch, nfe).final))
         scored = [score(reward, images_B3HW, batch.prompts) for reward in objective.rewards]
         good_B = torch.stack([one.good_B for one in scored]).all(0)
-        r_student_B = total(torch.stack([one.scores_B for one in scored]), parts)
-        gaps.append((total(batch.r_teacher_RB, parts) - r_student_B)[good_B])
+        r_student_B = weighted_sum(torch.stack([one.scores_B for one in scored]), parts)
+        gaps.append((weighted_sum(batch.r_teacher_RB, parts) - r_student_B)[good_B])
     found = objective.ranks.gather_objects(torch.cat(gaps).tolist())
-    return spread([gap for of_rank in found for gap in of_rank])
+    return score_std([gap for of_rank in found for gap in of_rank])

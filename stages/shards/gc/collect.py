@@ -32,7 +32,7 @@ from rats.schemas.errors import CannotCreateError, ConfigError, RetryLaterError
 from rats.stages.progress import progress
 from rats.stages.shards.gc.contents import Contents, Removal, read
 from rats.stages.shards.gc.contents import removals as parts_of
-from rats.stages.shards.gc.roots import Found, Held, hold, search
+from rats.stages.shards.gc.roots import References, Retained, retained, search
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ HOUR = 3600.0
 
 
 @dataclass
-class Verdict:
+class SetDecision:
     """What is deleted of one set (`going`), and why the rest is kept. `whole`: the set is deleted in one step."""
 
     name: str
@@ -71,7 +71,7 @@ def collect(store: str, roots: Sequence[Path], delete: bool = False, older_than:
     since = time.time() - older_than * HOUR
     sets = {path.name: read(path) for path in sorted(folder.iterdir()) if layout.is_fingerprint(path.name)}
     found, held = _reached(folder, roots, sets)
-    verdicts = [_verdict(name, contents, held.get(name), found, since) for name, contents in sets.items()]
+    verdicts = [_decide(name, contents, held.get(name), found, since) for name, contents in sets.items()]
     if delete:
         if verdicts and not found.params and all(verdict.whole for verdict in verdicts):
             raise ConfigError(
@@ -107,28 +107,30 @@ def _local_store(text: str) -> Path:
     return place
 
 
-def _reached(folder: Path, roots: Sequence[Path], sets: dict[str, Contents]) -> tuple[Found, dict[str, Held]]:
+def _reached(folder: Path, roots: Sequence[Path], sets: dict[str, Contents]) -> tuple[References, dict[str, Retained]]:
     recipes = {name: contents.recipe for name, contents in sets.items() if contents.recipe}
     snapshots = {name: {snapshot.hash for snapshot in sets[name].snapshots.values()} for name in recipes}
     columns = {column for name in recipes for column in sets[name].columns}
     found = search(roots, folder, {*sets, *columns, *(word for words in snapshots.values() for word in words)})
-    return found, hold(found, recipes, snapshots)
+    return found, retained(found, recipes, snapshots)
 
 
-def _verdict(name: str, contents: Contents, held: Held | None, found: Found, since: float) -> Verdict:
+def _decide(name: str, contents: Contents, held: Retained | None, found: References, since: float) -> SetDecision:
     """What is deleted of one set."""
     if held is None:
-        return Verdict(name, [], f"left alone: {contents.problem}")
+        return SetDecision(name, [], f"left alone: {contents.problem}")
     if lock := _lock_held(contents):
-        return Verdict(name, [], f"left alone: somebody works in it now ({lock})", busy=True)
+        return SetDecision(name, [], f"left alone: somebody works in it now ({lock})", busy=True)
     why = [*held.by, *(["linked from elsewhere"] if contents.linked(contents.files) else [])]
     if why:
-        return Verdict(name, parts_of(contents, held, found, since), "; ".join(why[:2]) + ("; ..." if why[2:] else ""))
+        return SetDecision(
+            name, parts_of(contents, held, found, since), "; ".join(why[:2]) + ("; ..." if why[2:] else "")
+        )
     if contents.young(contents.files, since):
-        return Verdict(name, [], "no experiment names it, but it was written to lately (--older-than)")
+        return SetDecision(name, [], "no experiment names it, but it was written to lately (--older-than)")
     files = tuple(contents.files)
     whole = Removal("the whole set", "no experiment names it", files, contents.size(files))
-    return Verdict(name, [whole], whole=True)
+    return SetDecision(name, [whole], whole=True)
 
 
 def _lock_held(contents: Contents) -> str | None:
@@ -140,7 +142,9 @@ def _lock_held(contents: Contents) -> str | None:
     return None
 
 
-def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found, since: float) -> Verdict:
+def _delete(
+    folder: Path, verdict: SetDecision, held: dict[str, Retained], found: References, since: float
+) -> SetDecision:
     """Deletes parts of one set. They are determined again under its locks, so that no plan or snapshot can be new."""
     if not verdict.going:
         return verdict
@@ -151,7 +155,7 @@ def _delete(folder: Path, verdict: Verdict, held: dict[str, Held], found: Found,
             locks.enter_context(shards.lock(name))
         contents = read(root)
         if contents.problem or (verdict.whole and contents.in_use(contents.files, since)):
-            return Verdict(verdict.name, [], "left alone: it has changed since it was looked at")
+            return SetDecision(verdict.name, [], "left alone: it has changed since it was looked at")
         if verdict.whole:
             _delete_whole(root)
         else:
@@ -169,7 +173,7 @@ def _delete_whole(root: Path) -> None:
         remove(temporary)
 
 
-def _delete_parts(shards: ShardSet, verdict: Verdict) -> bool:
+def _delete_parts(shards: ShardSet, verdict: SetDecision) -> bool:
     """Deletes the parts in order; returns whether all were. Stops at a shard that another process claims."""
     root = Path(str(shards.root))
     with progress(f"gc {verdict.name[:12]}", sum(len(part.files) for part in verdict.going), "files") as advance:
@@ -207,7 +211,12 @@ def _outside(folder: Path, since: float) -> list[Removal]:
 
 
 def _result(
-    store: str, roots: Sequence[Path], verdicts: Sequence[Verdict], outside: list[Removal], deleted: bool, hours: float
+    store: str,
+    roots: Sequence[Path],
+    verdicts: Sequence[SetDecision],
+    outside: list[Removal],
+    deleted: bool,
+    hours: float,
 ) -> dict[str, Any]:
     rows = [row for verdict in verdicts for row in _rows(verdict.name, verdict.going)] + list(_rows("", outside))
     flags = [word for root in roots for word in ("--root", str(root))] + ["--older-than", f"{hours:g}"]
@@ -232,7 +241,7 @@ def _rows(name: str, removals: Sequence[Removal]) -> Iterator[dict[str, Any]]:
         yield {"set": name, "what": what, "why": why, "files": files, "bytes": size}
 
 
-def in_words(result: dict[str, Any]) -> list[str]:
+def result_lines(result: dict[str, Any]) -> list[str]:
     """The result as lines of text."""
     gone = "deleted" if result["deleted"] else "to delete"
     lines = [

@@ -15,13 +15,13 @@ from pathlib import Path
 from rats.pipeline.files.atomic import storage_errors
 from rats.pipeline.files.leftovers import is_dead, is_temporary
 from rats.pipeline.store import layout
-from rats.pipeline.store.documents import read_sealed
+from rats.pipeline.store.documents import read_document
 from rats.pipeline.store.scores import reward_columns
 from rats.pipeline.store.shard_set import ROLLOUT, ShardSet
 from rats.schemas.errors import RatsError, remedy
 from rats.schemas.manifest import RewardRecord, ShardDone, ShardPlan, Snapshot
 from rats.schemas.recipe import Recipe
-from rats.stages.shards.gc.roots import Found, Held
+from rats.stages.shards.gc.roots import References, Retained
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,12 @@ def _read_documents(contents: Contents, shards: ShardSet) -> None:
     contents.plans = {plan.shard: plan for plan in shards.plans()}
     with remedy(ROLLOUT):
         # of a shard whose tar is gone too, so that its document can go as well
-        documents = [read_sealed(shards.root / name, ShardDone) for name in contents.of(layout.DONE)]
+        documents = [read_document(shards.root / name, ShardDone) for name in contents.of(layout.DONE)]
     contents.done = {done.shard: done for done in documents}
     contents.recipe = shards.recipe
 
 
-def removals(contents: Contents, held: Held, found: Found, since: float) -> list[Removal]:
+def removals(contents: Contents, held: Retained, found: References, since: float) -> list[Removal]:
     """The parts of a set in use that are deleted, in this order.
 
     Args:
@@ -169,7 +169,7 @@ def removals(contents: Contents, held: Held, found: Found, since: float) -> list
     ]
 
 
-def _snapshots(contents: Contents, found: Found, since: float) -> dict[int, Removal]:
+def _snapshots(contents: Contents, found: References, since: float) -> dict[int, Removal]:
     """All snapshots that nothing names, except for the newest."""
     newest, going = max(contents.snapshots, default=0), {}
     for number, snapshot in contents.snapshots.items():
@@ -198,7 +198,7 @@ def _shards(
     return going
 
 
-def _columns(contents: Contents, found: Found, since: float) -> list[Removal]:
+def _columns(contents: Contents, found: References, since: float) -> list[Removal]:
     """Columns of rewards that no parameter file has; none without parameter files, since nothing is known then."""
     if not found.params or found.unreadable:
         return []

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.prompts import planned, read_prompts
+from rats.pipeline.prompts import planned_samples, read_prompts
 from rats.pipeline.weights.hashes import NETWORK
 from rats.schemas.canonical import sha256
 from rats.schemas.errors import ConfigError, RatsError, StorageError
@@ -36,7 +36,7 @@ PARAMS_KEYS = {"model", "prompts", "train"}
 
 
 @dataclass
-class Found:
+class References:
     """What the files below the roots refer to.
 
     Attributes:
@@ -51,7 +51,7 @@ class Found:
 
 
 @dataclass
-class Held:
+class Retained:
     """Why a set is kept (`by`), and what of it: everything, or the shards with these keys."""
 
     by: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Held:
     keys: set[str] = field(default_factory=set)
 
 
-def search(roots: Sequence[Path], store: Path, wanted: Collection[str]) -> Found:
+def search(roots: Sequence[Path], store: Path, wanted: Collection[str]) -> References:
     """Reads all documents and parameter files below `roots`, except for the store itself.
 
     Args:
@@ -72,7 +72,7 @@ def search(roots: Sequence[Path], store: Path, wanted: Collection[str]) -> Found
         StorageError: something that cannot be read, and may name what would be deleted.
     """
     about = store.stat()
-    found, seen = Found(), {(about.st_dev, about.st_ino)}
+    found, seen = References(), {(about.st_dev, about.st_ino)}
     for root in roots:
         if not root.is_dir():
             raise ConfigError(f"no folder {root}: name with --root where your experiments lie")
@@ -134,13 +134,13 @@ def _names_in(path: Path) -> set[str]:
             return names | {sha256(data[:])} if is_recipe else names
 
 
-def _note(found: Found, path: Path, wanted: Collection[str], names: Iterable[str]) -> None:
+def _note(found: References, path: Path, wanted: Collection[str], names: Iterable[str]) -> None:
     for name in names:
         if name in wanted:
             found.names.setdefault(name, path)
 
 
-def _read_params(found: Found, path: Path, root: Path) -> None:
+def _read_params(found: References, path: Path, root: Path) -> None:
     """Reads a parameter file and resolves its paths. Other YAML files are ignored."""
     with _unknown_otherwise(path):
         text = path.read_bytes().decode(errors="replace")
@@ -183,7 +183,9 @@ def could_make(params: Params, recipe: Recipe) -> bool:
     return known == recipe and len(recipe.sigmas) == params.teacher.steps + 1
 
 
-def hold(found: Found, recipes: Mapping[str, Recipe], snapshots: Mapping[str, Collection[str]]) -> dict[str, Held]:
+def retained(
+    found: References, recipes: Mapping[str, Recipe], snapshots: Mapping[str, Collection[str]]
+) -> dict[str, Retained]:
     """What is kept of each set, by fingerprint.
 
     Args:
@@ -191,7 +193,7 @@ def hold(found: Found, recipes: Mapping[str, Recipe], snapshots: Mapping[str, Co
         recipes: All sets of the store.
         snapshots: Hashes of each set's snapshots, by fingerprint.
     """
-    held = {name: Held() for name in recipes}
+    held = {name: Retained() for name in recipes}
     for name, why in held.items():
         named = [found.names[word] for word in (name, *sorted(snapshots[name])) if word in found.names]
         why.by += [f"named in {path}" for path in sorted(set(named))]
@@ -202,12 +204,12 @@ def hold(found: Found, recipes: Mapping[str, Recipe], snapshots: Mapping[str, Co
     for path, params in found.params:
         candidates = [name for name, recipe in recipes.items() if could_make(params, recipe)]
         if candidates:
-            _hold_by(path, params, candidates, held, made)
+            _retain(path, params, candidates, held, made)
     return held
 
 
-def _hold_by(
-    path: Path, params: Params, candidates: Sequence[str], held: dict[str, Held], made: dict[str, str | None]
+def _retain(
+    path: Path, params: Params, candidates: Sequence[str], held: dict[str, Retained], made: dict[str, str | None]
 ) -> None:
     """Keeps what one parameter file would reuse; if that is unknown, every set that it could mean."""
     identity = json.dumps(params.model_dump(mode="json", include={"model", "teacher", "compute"}), sort_keys=True)
@@ -239,7 +241,7 @@ def _keys(params: Params) -> set[str] | None:
     if not all(Path(str(source)).exists() for source in sources):  # prompts are not downloaded either
         return None
     try:
-        parts = [planned(read_prompts(source), params.teacher.noises_per_prompt) for source in sources]
+        parts = [planned_samples(read_prompts(source), params.teacher.noises_per_prompt) for source in sources]
     except RatsError:
         return None
     return {sample.key for part in parts for sample in part}

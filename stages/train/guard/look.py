@@ -21,8 +21,8 @@ from rats.schemas.params import Params
 from rats.stages.measure.judge import Judge, diversity_by_sample, kernel, kid_by_sample, mean_off_diagonal
 from rats.stages.measure.kid import RealSet, open_real
 from rats.stages.measure.pictures import to_picture
-from rats.stages.train.guard.rules import Array, Look
-from rats.stages.train.guard.validation import Validation
+from rats.stages.train.guard.rules import Array, ValidationScores
+from rats.stages.train.guard.validation import ValidationSet
 from rats.trainer.data import Batch
 from rats.trainer.loop import Stopped
 from rats.trainer.optim import Learner
@@ -34,7 +34,7 @@ KID, DIVERSITY = "minus_kid", "diversity"
 
 
 @dataclass(frozen=True)
-class Real:
+class RealFeatures:
     """Features (M, F) of real pictures of the validation concepts, and their mean kernel with each other."""
 
     features: Array
@@ -42,14 +42,14 @@ class Real:
 
 
 @dataclass(frozen=True)
-class Eye:
+class Validator:
     """Validates a student: the same samples, rewards and judge every time."""
 
     student: Student
-    validation: Validation
+    validation: ValidationSet
     rewards: Mapping[str, Reward]
     judge: Judge | None
-    real: Real | None
+    real: RealFeatures | None
     size: int
     """Number of samples in a batch."""
 
@@ -58,7 +58,7 @@ class Eye:
         """Name of the judge's metric, if there is a judge."""
         return () if self.judge is None else (KID if self.real else DIVERSITY,)
 
-    def look(self, learner: Learner, nfe: Sequence[int], stopping: Callable[[], bool]) -> Look:
+    def look(self, learner: Learner, nfe: Sequence[int], stopping: Callable[[], bool]) -> ValidationScores:
         """Values (N, S) by metric, for the pictures of the moving average at each number of steps in `nfe`.
 
         Raises Stopped when `stopping` turns true.
@@ -72,7 +72,7 @@ class Eye:
         features: list[Tensor] = []
         for batch, images_B3HW in self.draw(learner, self.validation, steps, stopping):
             for name, reward in self.rewards.items():
-                scores[name] += answers(reward, images_B3HW, batch.prompts)
+                scores[name] += scores_or_nan(reward, images_B3HW, batch.prompts)
             if self.judge is not None:
                 features.append(self.judge.features(images_B3HW))
         values = {name: np.array(column) for name, column in scores.items()}
@@ -86,7 +86,7 @@ class Eye:
         return {KID: -kid_by_sample(features_SF, self.real.features, self.real.own)}
 
     def draw(
-        self, learner: Learner, samples: Validation, steps: int, stopping: Callable[[], bool]
+        self, learner: Learner, samples: ValidationSet, steps: int, stopping: Callable[[], bool]
     ) -> Iterator[tuple[Batch, Tensor]]:
         """Batches with their images (B, 3, H, W) in [0, 1]."""
         device, sample = next(learner.network.parameters()).device, few_steps(self.student, steps)
@@ -107,7 +107,7 @@ class Eye:
         return Image.fromarray(np.concatenate(columns, axis=1))
 
 
-def answers(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> list[float]:
+def scores_or_nan(reward: Reward, images_B3HW: Tensor, prompts: Sequence[str]) -> list[float]:
     """Scores of pictures without augmentation; NaN where the reward failed."""
     found = score(reward, images_B3HW, prompts)
     return torch.where(found.good_B, found.scores_B.double(), torch.nan).cpu().tolist()
@@ -126,7 +126,7 @@ def averaged(learner: Learner) -> Iterator[None]:
             module.training = training
 
 
-def open_judge(params: Params, concepts: Sequence[str], device: str) -> tuple[Judge | None, Real | None]:
+def open_judge(params: Params, concepts: Sequence[str], device: str) -> tuple[Judge | None, RealFeatures | None]:
     """The judge of `evaluate`, and the features of the real pictures that it compares with, if there are any."""
     if params.evaluate.judge is None:
         return None, None
@@ -137,4 +137,4 @@ def open_judge(params: Params, concepts: Sequence[str], device: str) -> tuple[Ju
     kept_MF = RealSet(features_MF, labels, concepts).features
     if len(kept_MF) < 2:
         raise ConfigError(f"{params.evaluate.real_features} has {len(kept_MF)} pictures: KID needs two")
-    return judge, Real(kept_MF, mean_off_diagonal(kernel(kept_MF, kept_MF)))
+    return judge, RealFeatures(kept_MF, mean_off_diagonal(kernel(kept_MF, kept_MF)))

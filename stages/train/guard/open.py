@@ -12,11 +12,11 @@ from rats.pipeline.rewards.open import open_reward
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params
 from rats.schemas.train_params import TrainParams
-from rats.stages.train.guard.look import DIVERSITY, KID, Eye, open_judge
-from rats.stages.train.guard.panel import PANEL, VALUES, Panel
+from rats.stages.train.guard.look import DIVERSITY, KID, Validator, open_judge
+from rats.stages.train.guard.panel import PANEL_FILE, PANEL_SAMPLES_FILE, Panel
 from rats.stages.train.guard.rules import Roles
-from rats.stages.train.guard.validation import open_validation
-from rats.trainer.checkpoint import Saved
+from rats.stages.train.guard.validation import open_validation_set
+from rats.trainer.checkpoint import SavedCheckpoint
 from rats.trainer.distributed import Ranks
 
 
@@ -26,7 +26,7 @@ def open_panel(
     chosen: TrainParams,
     student: FamilyStudent,
     out: Path,
-    saved: Saved | None,
+    saved: SavedCheckpoint | None,
     rewards: Mapping[str, Reward],
     ranks: Ranks | None = None,
 ) -> Panel | None:
@@ -43,8 +43,8 @@ def open_panel(
     roles = roles_of(params, chosen)
     ranks = ranks or Ranks()
     looks = ranks.is_main or ranks.is_sharded
-    eye = _open_eye(params, model, chosen, student, out, saved is not None, rewards, roles) if looks else None
-    kept = {name: saved.log(name) if saved else None for name in (PANEL, VALUES)}
+    eye = _open_validator(params, model, chosen, student, out, saved is not None, rewards, roles) if looks else None
+    kept = {name: saved.log(name) if saved else None for name in (PANEL_FILE, PANEL_SAMPLES_FILE)}
     return Panel(chosen, roles, out, eye, kept)
 
 
@@ -74,7 +74,7 @@ def roles_of(params: Params, chosen: TrainParams) -> Roles:
     return Roles(chosen.reward_weights, held_out + judged)
 
 
-def _open_eye(
+def _open_validator(
     params: Params,
     model: Model,
     chosen: TrainParams,
@@ -83,13 +83,13 @@ def _open_eye(
     again: bool,
     rewards: Mapping[str, Reward],
     roles: Roles,
-) -> Eye:
+) -> Validator:
     count = chosen.guard.prompts
-    validation = open_validation(params, model, count, student.latent_shape(), out, again)
+    validation = open_validation_set(params, model, count, student.latent_shape(), out, again)
     size = params.compute.micro_batch
     if chosen.guard.every is None:
-        return Eye(student, validation, {}, None, None, size)
+        return Validator(student, validation, {}, None, None, size)
     device = str(next(student.network.parameters()).device)
     held_out = {r.name: open_reward(r, device) for r in params.rewards if r.name in roles.panel}
     judge, real = open_judge(params, validation.concepts, device)
-    return Eye(student, validation, {**rewards, **held_out}, judge, real, size)
+    return Validator(student, validation, {**rewards, **held_out}, judge, real, size)

@@ -18,16 +18,25 @@ import numpy as np
 from rats.pipeline.files.atomic import atomic_write
 from rats.schemas.errors import DataError
 from rats.schemas.train_params import TrainParams
-from rats.stages.measure.pictures import encode
-from rats.stages.train.guard.look import Eye
-from rats.stages.train.guard.rules import Look, Roles, alarms_in_a_row, best_step, columns, fallen, panel_row, spread
+from rats.stages.measure.pictures import encode_image
+from rats.stages.train.guard.look import Validator
+from rats.stages.train.guard.rules import (
+    Roles,
+    ValidationScores,
+    alarms_in_a_row,
+    best_step,
+    fallen_metrics,
+    panel_columns,
+    panel_row,
+    sample_std,
+)
 from rats.trainer.loop import Stopped
-from rats.trainer.metrics import CsvLog, Row
+from rats.trainer.metrics import CsvLog, MetricsRow
 from rats.trainer.run import Run
 
 log = logging.getLogger(__name__)
 
-PANEL, VALUES, SHEETS = "panel.csv", "panel_samples.csv", "samples"
+PANEL_FILE, PANEL_SAMPLES_FILE, SHEETS = "panel.csv", "panel_samples.csv", "samples"
 SHOWN = 8
 """Prompts on a sheet."""
 
@@ -44,10 +53,10 @@ class Panel:
     chosen: TrainParams
     roles: Roles
     out: Path
-    eye: Eye | None
+    validator: Validator | None
     kept: Mapping[str, bytes | None]
     """The logs of the checkpoint that the run resumes from."""
-    looks: dict[int, Look] = field(default_factory=dict)
+    looks: dict[int, ValidationScores] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
     @property
@@ -62,27 +71,29 @@ class Panel:
             DataError: the run began with other validation prompts or metrics; a metric that tells no pictures apart.
             SystemExit: 143 after SIGTERM.
         """
-        self.seen = set(steps_in(self.kept.get(PANEL)))
-        if run.ranks.is_main and self.eye is not None:
-            self._open_logs(run, self.eye)
+        self.seen = set(steps_in(self.kept.get(PANEL_FILE)))
+        if run.ranks.is_main and self.validator is not None:
+            self._open_logs(run, self.validator)
         try:
             self._see(run)
         except Stopped:
             raise SystemExit(143) from None
 
-    def _open_logs(self, run: Run, eye: Eye) -> None:
+    def _open_logs(self, run: Run, eye: Validator) -> None:
         for stale in (self.out / SHEETS).glob("[0-9]*.png"):
             if int(stale.stem) > run.state.step or run.state.step == 0:
                 stale.unlink()
         if self.chosen.guard.every is None:
             return
         values = ["step", "nfe", "key", "concept", *self.roles.metrics]
-        for name, header in ((PANEL, columns(self.roles, self.nfe)), (VALUES, values)):
+        for name, header in ((PANEL_FILE, panel_columns(self.roles, self.nfe)), (PANEL_SAMPLES_FILE, values)):
             run.open_log(CsvLog(self.out / name, header, self.kept.get(name)))
-        self.looks = read_looks(run.logs[VALUES].rows(), eye.validation.keys, self.roles.metrics)
+        self.looks = read_validation_scores(
+            run.logs[PANEL_SAMPLES_FILE].rows(), eye.validation.keys, self.roles.metrics
+        )
         self._keep(run)
 
-    def __call__(self, run: Run, row: Row) -> None:
+    def __call__(self, run: Run, row: MetricsRow) -> None:
         """After a step: validates and draws a sheet if they are due. Raises Stopped if the run must stop."""
         self._see(run)
 
@@ -101,7 +112,7 @@ class Panel:
         """Gives all ranks the main rank's result of `act`. With a sharded network all ranks run `act`."""
         ranks, answer, stopped = run.ranks, None, False
         try:
-            if self.eye is not None:
+            if self.validator is not None:
                 answer = act(run, (lambda: ranks.any(run.stopping())) if ranks.is_sharded else run.stopping)
         except Stopped:
             stopped = True
@@ -111,17 +122,17 @@ class Panel:
 
     def _look(self, run: Run, stopping: Callable[[], bool]) -> str | None:
         """Validates once. Returns the reason if the run must end now."""
-        assert self.eye is not None
-        step, look = run.state.step, self.eye.look(run.learner, self.nfe, stopping)
+        assert self.validator is not None
+        step, look = run.state.step, self.validator.look(run.learner, self.nfe, stopping)
         if not self.seen:
             for metric in self.roles.metrics:
-                spread(metric, look[metric])
+                sample_std(metric, look[metric])
         if not run.ranks.is_main:
             return None
         self.looks[step] = look
-        for row in value_rows(step, look, self.nfe, self.eye.validation.keys, self.eye.validation.concepts):
-            run.logs[VALUES].append(row)
-        panel, concepts = run.logs[PANEL], self.eye.validation.concepts
+        for row in value_rows(step, look, self.nfe, self.validator.validation.keys, self.validator.validation.concepts):
+            run.logs[PANEL_SAMPLES_FILE].append(row)
+        panel, concepts = run.logs[PANEL_FILE], self.validator.validation.concepts
         before = best_step(panel.rows())
         against = step if before is None else before
         panel.append(panel_row(step, self.looks, against, self.roles, self.nfe, concepts))
@@ -130,31 +141,31 @@ class Panel:
 
     def _judge(self, rows: Sequence[Mapping[str, str]]) -> str | None:
         row, guard, count = rows[-1], self.chosen.guard, alarms_in_a_row(rows)
-        log.info("step %s: %s", row["step"], told(row, "", "since the first look"))
+        log.info("step %s: %s", row["step"], changes_text(row, "", "since the first look"))
         if count == 0:
             return None
-        down = fallen({name: float(value) for name, value in row.items() if value}, self.roles)
+        down = fallen_metrics({name: float(value) for name, value in row.items() if value}, self.roles)
         log.warning(
             "step %s: alarm %d: %s; down beyond noise: %s. The student learns what the reward cannot see: lower "
             "train.lr or train.reward_weight, raise train.alpha, or train on several rewards; best look: step %s",
-            *(row["step"], count, told(row, "_since", f"since step {row['against']}"), ", ".join(down)),
+            *(row["step"], count, changes_text(row, "_since", f"since step {row['against']}"), ", ".join(down)),
             best_step(rows),
         )
         stop = guard.stop and count >= guard.patience
         return f"guard: {count} alarms in a row, the last at step {row['step']}" if stop else None
 
     def _draw_sheet(self, run: Run, stopping: Callable[[], bool]) -> None:
-        assert self.eye is not None
-        sheet = self.eye.sheet(run.learner, self.chosen.grid, SHOWN, stopping)
+        assert self.validator is not None
+        sheet = self.validator.sheet(run.learner, self.chosen.grid, SHOWN, stopping)
         if run.ranks.is_main:
-            atomic_write(self._sheet_path(run.state.step), encode(sheet, ".png"))
+            atomic_write(self._sheet_path(run.state.step), encode_image(sheet, ".png"))
 
     def _sheet_path(self, step: int) -> Path:
         return self.out / SHEETS / f"{step:06d}.png"
 
     def _keep(self, run: Run) -> None:
         """Keeps the best checkpoint from being pruned. (The current step's is saved after its validation.)"""
-        rows = run.logs[PANEL].rows()
+        rows = run.logs[PANEL_FILE].rows()
         steps = [int(row["step"]) for row in rows]
         saved = [step for step in steps if step > 0 and step % self.chosen.checkpoint_every == 0]
         run.checkpoints.never_drop(best_step(rows, saved))
@@ -170,14 +181,14 @@ class Panel:
         log.info("the student is that of step %d, where the panel was best", best)
 
     def _best(self, run: Run) -> int | None:
-        rows = run.logs[PANEL].rows()
+        rows = run.logs[PANEL_FILE].rows()
         if best_step(rows) == int(rows[0]["step"]):
             log.warning("no look had a better panel than the first: the student as it started was the best one")
         steps = [int(row["step"]) for row in rows]
         return best_step(rows, [step for step in steps if run.checkpoints.path(step).is_dir()])
 
 
-def told(row: Mapping[str, str], name: str, since: str) -> str:
+def changes_text(row: Mapping[str, str], name: str, since: str) -> str:
     """The changes in a row as text."""
     trained, panel = (
         f"{float(row[which + name]):+.2f} +- {float(row[f'{which}{name}_noise']):.2f}" for which in ("trained", "panel")
@@ -191,7 +202,7 @@ def steps_in(kept: bytes | None) -> list[int]:
 
 
 def value_rows(
-    step: int, look: Look, nfe: Sequence[int], keys: Sequence[str], concepts: Sequence[str]
+    step: int, look: ValidationScores, nfe: Sequence[int], keys: Sequence[str], concepts: Sequence[str]
 ) -> list[dict[str, float | int | str | None]]:
     """Rows of panel_samples.csv: one for each sample and number of steps, with its score by each metric, or empty."""
     rows: list[dict[str, float | int | str | None]] = []
@@ -203,7 +214,9 @@ def value_rows(
     return rows
 
 
-def read_looks(rows: Sequence[Mapping[str, str]], keys: Sequence[str], metrics: Sequence[str]) -> dict[int, Look]:
+def read_validation_scores(
+    rows: Sequence[Mapping[str, str]], keys: Sequence[str], metrics: Sequence[str]
+) -> dict[int, ValidationScores]:
     """Reads what `value_rows` wrote, by step. Raises DataError if it is of other validation prompts."""
     by_step: dict[int, list[Mapping[str, str]]] = {}
     for row in rows:

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from rats.schemas.errors import DataError
 
 Array = NDArray[np.float64]
-Look = Mapping[str, Array]
-Row = Mapping[str, str]
+ValidationScores = Mapping[str, Array]
+PanelRow = Mapping[str, str]
 """A row of panel.csv as text, as it is read."""
 
-NOISE = 2.0
+PANEL_THRESHOLD = 2.0
 """Standard errors by which the panel must fall for an alarm. docs/guard.md says how often chance does that."""
-ALONE = 3.0
+METRIC_THRESHOLD = 3.0
 """Standard errors by which a single metric of the panel must fall for an alarm. Similar rewards are fooled together,
 and their mean with the judge hides the one that falls."""
 
@@ -31,7 +31,7 @@ CHANGES = ("mean", "delta", "se", "since", "since_se")
 SINCE = ("trained_since", "trained_since_noise", "panel_since", "panel_since_noise", "alarm")
 
 
-class Change(NamedTuple):
+class MeanChange(NamedTuple):
     """A mean over samples, and its standard error."""
 
     mean: float
@@ -54,7 +54,7 @@ class Roles(NamedTuple):
         return [*self.trained, *self.panel]
 
 
-def columns(roles: Roles, nfe: Sequence[int]) -> list[str]:
+def panel_columns(roles: Roles, nfe: Sequence[int]) -> list[str]:
     """Header of panel.csv.
 
     `trained` and `panel` are changes since the first look, in standard deviations. `*_since` are changes since the look
@@ -65,27 +65,29 @@ def columns(roles: Roles, nfe: Sequence[int]) -> list[str]:
     return [*OWN, *SINCE, *(name for part in parts for name in part)]
 
 
-def change(values_S: Array, concepts: Sequence[str]) -> Change:
+def mean_change(values_S: Array, concepts: Sequence[str]) -> MeanChange:
     """Mean of (S,) paired differences without NaN. Its error is clustered: samples of one concept are one draw."""
     keep = np.isfinite(values_S)
     values, labels = values_S[keep], np.asarray(concepts)[keep]
     if len(set(labels)) < 2:  # with a single concept, each prompt is its own cluster
         labels = np.arange(len(values))
     if len(values) < 2:
-        return Change(float("nan"), float("nan"))
+        return MeanChange(float("nan"), float("nan"))
     _, rows = np.unique(labels, return_inverse=True)
     sums = np.bincount(rows, weights=values - values.mean())
     clusters = len(sums)
-    return Change(float(values.mean()), float(np.sqrt(clusters / (clusters - 1) * (sums**2).sum()) / len(values)))
+    return MeanChange(float(values.mean()), float(np.sqrt(clusters / (clusters - 1) * (sums**2).sum()) / len(values)))
 
 
-def relative(now: Look, then: Look, first: Look, weights: Mapping[str, float]) -> Array:
+def relative_change(
+    now: ValidationScores, then: ValidationScores, first: ValidationScores, weights: Mapping[str, float]
+) -> Array:
     """Change between two looks, (S,), in spreads: the weighted mean over metrics, the mean over numbers of steps."""
-    parts = [w * ((now[m] - then[m]) / spread(m, first[m])).mean(0) for m, w in weights.items()]
+    parts = [w * ((now[m] - then[m]) / sample_std(m, first[m])).mean(0) for m, w in weights.items()]
     return np.asarray(sum(parts) / sum(weights.values()), np.float64)
 
 
-def spread(metric: str, values_NS: Array) -> Array:
+def sample_std(metric: str, values_NS: Array) -> Array:
     """Standard deviation over samples, (N, 1). Raises DataError if it is 0, as for a constant."""
     found = [row[np.isfinite(row)] for row in values_NS]
     spreads = np.array([[row.std() if len(row) > 1 else 0.0] for row in found])
@@ -98,7 +100,12 @@ def spread(metric: str, values_NS: Array) -> Array:
 
 
 def panel_row(
-    step: int, looks: Mapping[int, Look], against: int, roles: Roles, nfe: Sequence[int], concepts: Sequence[str]
+    step: int,
+    looks: Mapping[int, ValidationScores],
+    against: int,
+    roles: Roles,
+    nfe: Sequence[int],
+    concepts: Sequence[str],
 ) -> dict[str, float | int]:
     """The row of panel.csv for the look at `step`. `looks` has it, the first one, and the one to compare with."""
     now, then, first = looks[step], looks[against], looks[min(looks)]
@@ -106,34 +113,36 @@ def panel_row(
     row: dict[str, float | int] = {"step": step, "against": against}
     for name, before in (("", first), ("_since", then)):
         for which, weights in (("trained", roles.trained), ("panel", panel)):
-            found = change(relative(now, before, first, weights), concepts)
+            found = mean_change(relative_change(now, before, first, weights), concepts)
             row |= {f"{which}{name}": found.mean, f"{which}{name}_noise": found.noise}
     for metric in roles.metrics:
         row |= _of_metric(metric, now[metric], (first[metric], then[metric]), nfe, concepts)
-    row["alarm"] = int(bool(fallen(row, roles)) and row["trained_since"] > 0)
+    row["alarm"] = int(bool(fallen_metrics(row, roles)) and row["trained_since"] > 0)
     return row
 
 
-def fallen(row: Mapping[str, float | int], roles: Roles) -> list[str]:
+def fallen_metrics(row: Mapping[str, float | int], roles: Roles) -> list[str]:
     """What has fallen significantly since the best look: "the panel", or single metrics of it.
 
     That is an alarm unless the trained reward has fallen too. Such a run diverges, which its metrics show.
     """
-    panel = Change(row["panel_since"], row["panel_since_noise"])
-    alone = {m: Change(row[f"{m}_since"], row[f"{m}_since_se"]) for m in roles.panel}
-    return (["the panel"] if panel.is_down(NOISE) else []) + [m for m, one in alone.items() if one.is_down(ALONE)]
+    panel = MeanChange(row["panel_since"], row["panel_since_noise"])
+    alone = {m: MeanChange(row[f"{m}_since"], row[f"{m}_since_se"]) for m in roles.panel}
+    return (["the panel"] if panel.is_down(PANEL_THRESHOLD) else []) + [
+        m for m, one in alone.items() if one.is_down(METRIC_THRESHOLD)
+    ]
 
 
 def _of_metric(
     metric: str, now_NS: Array, before: Sequence[Array], nfe: Sequence[int], concepts: Sequence[str]
 ) -> dict[str, float]:
-    delta, since = (change((now_NS - then_NS).mean(0), concepts) for then_NS in before)
-    means = {f"{metric}_{n}": change(values_S, concepts).mean for n, values_S in zip(nfe, now_NS, strict=True)}
-    found = (change(now_NS.mean(0), concepts).mean, *delta, *since)
+    delta, since = (mean_change((now_NS - then_NS).mean(0), concepts) for then_NS in before)
+    means = {f"{metric}_{n}": mean_change(values_S, concepts).mean for n, values_S in zip(nfe, now_NS, strict=True)}
+    found = (mean_change(now_NS.mean(0), concepts).mean, *delta, *since)
     return dict(zip((f"{metric}_{name}" for name in CHANGES), found, strict=True)) | means
 
 
-def best_step(rows: Sequence[Row], steps: Sequence[int] | None = None) -> int | None:
+def best_step(rows: Sequence[PanelRow], steps: Sequence[int] | None = None) -> int | None:
     """The step of the look with the best panel, the earliest of equal ones; only those at `steps`, if given."""
     known = [row for row in rows if steps is None or int(row["step"]) in steps]
     panels = {int(row["step"]): float(row["panel"]) for row in known}
@@ -141,7 +150,7 @@ def best_step(rows: Sequence[Row], steps: Sequence[int] | None = None) -> int | 
     return max(finite, key=lambda step: finite[step]) if finite else None
 
 
-def alarms_in_a_row(rows: Sequence[Row]) -> int:
+def alarms_in_a_row(rows: Sequence[PanelRow]) -> int:
     """How many looks at the end raised the alarm one after the other."""
     count = 0
     for row in reversed(rows):

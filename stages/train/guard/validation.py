@@ -19,7 +19,7 @@ from torch import Tensor
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.noise import noise
-from rats.pipeline.prompts import Prompt, planned, read_prompts
+from rats.pipeline.prompts import Prompt, planned_samples, read_prompts
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.store.shards import as_stored
 from rats.schemas.errors import ConfigError
@@ -34,7 +34,7 @@ EMBEDDINGS = "validation.safetensors"
 
 
 @dataclass(frozen=True)
-class Validation:
+class ValidationSet:
     """One noise for each of S prompts, and their embeddings (S first)."""
 
     prompts: list[Prompt]
@@ -44,17 +44,17 @@ class Validation:
     @property
     def keys(self) -> list[str]:
         """The samples' keys, as in a rollout of these prompts."""
-        return [sample.key for sample in planned(self.prompts, 1)]
+        return [sample.key for sample in planned_samples(self.prompts, 1)]
 
     @property
     def concepts(self) -> list[str]:
         """The concept of each sample."""
         return [prompt.concept for prompt in self.prompts]
 
-    def first(self, count: int) -> Validation:
+    def first(self, count: int) -> ValidationSet:
         """The first `count` samples."""
         rows = {name: value[:count] for name, value in self.conditioning.items()}
-        return Validation(self.prompts[:count], self.noise_STC[:count], rows)
+        return ValidationSet(self.prompts[:count], self.noise_STC[:count], rows)
 
     def batches(self, size: int, device: torch.device) -> Iterator[Batch]:
         """Batches in order. Of their trajectories they have only the noise."""
@@ -66,9 +66,9 @@ class Validation:
             yield collate(samples[start : start + size], device)
 
 
-def open_validation(
+def open_validation_set(
     params: Params, model: Model, count: int, shape: tuple[int, ...], folder: Path, again: bool
-) -> Validation:
+) -> ValidationSet:
     """`count` prompts of the validation split, spread over its concepts, drawn by lot (`evaluate.seed`).
 
     The noise is the one that a store would hold for them (rounded, index 0). If `again`, for a resumed run, the
@@ -88,7 +88,7 @@ def open_validation(
     chosen = choose([prompt.concept for prompt in prompts], [prompt.id for prompt in prompts], count, seed).side
     prompts = [prompts[i] for i in chosen]
     starts = [as_stored(noise(params.teacher.seed, prompt.id, 0, shape)) for prompt in prompts]
-    return Validation(prompts, torch.stack(starts), _embeddings(model, prompts, folder / EMBEDDINGS, again))
+    return ValidationSet(prompts, torch.stack(starts), _embeddings(model, prompts, folder / EMBEDDINGS, again))
 
 
 def _embeddings(model: Model, prompts: list[Prompt], path: Path, again: bool) -> Conditioning:

@@ -14,7 +14,7 @@ from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEul
 from transformers import UMT5Config, UMT5EncoderModel
 
 from mini.tokenizers import t5_tokenizer
-from rats.schemas.plugins import FAMILIES, found
+from rats.schemas.plugins import FAMILIES, plugins_in
 from tests.support.agreement import NEGATIVE, PROMPTS, assert_latents, assert_pictures, noise, ours, plain, teacher_of
 from tests.support.project import ROOT
 from tests.support.tiny import LENGTH, vae
@@ -32,10 +32,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     (about / "entry_points.txt").write_text(f"[{group}]\n{point.replace(chr(34), '')}\n")
     (tmp_path / "site" / "rats_auraflow.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path / "site")
-    found.cache_clear()
-    assert importlib.metadata.version("rats-auraflow") == "0.1" and "auraflow" in found(FAMILIES)
+    plugins_in.cache_clear()
+    assert importlib.metadata.version("rats-auraflow") == "0.1" and "auraflow" in plugins_in(FAMILIES)
     yield
-    found.cache_clear()
+    plugins_in.cache_clear()
 
 
 def write_auraflow(folder: Path) -> Path:

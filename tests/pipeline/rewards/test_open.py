@@ -18,7 +18,7 @@ from rats.pipeline.rewards.open import open_reward, pin_reward, reward_fingerpri
 from rats.schemas import plugins
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params, RewardParams
-from rats.stages.rollout.rollout import absolute
+from rats.stages.rollout.rollout import pin_params
 from tests.pipeline.rewards.test_rewards import PROMPTS, pictures
 from tests.support.project import ROOT, settings
 
@@ -48,9 +48,9 @@ def somebodys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     (about / "entry_points.txt").write_text("\n".join(["[rats.rewards]", *lines]))
     (tmp_path / "gain.txt").write_text("2.0")
     monkeypatch.syspath_prepend(str(site))
-    plugins.found.cache_clear()
+    plugins.plugins_in.cache_clear()
     yield tmp_path / "gain.txt"
-    plugins.found.cache_clear()
+    plugins.plugins_in.cache_clear()
 
 
 def test_a_reward_of_somebody_s_own_package_is_found_by_its_entry_point(somebodys: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_driver_pins_a_hub_s_reward_to_its_commit_so_that_workers_read_one_c
     publish(hub, "someone/pick", COMMIT, models / "pickscore")
     reward = {"name": "pick", "adapter": "pickscore", "path": "someone/pick"}
     local = {"name": "hpsv2", "adapter": "hpsv2", "path": str(models / "hpsv2"), "revision": "v1"}
-    params, _ = absolute(Params.model_validate(settings(models, hub, rewards=[local, reward])))
+    params, _ = pin_params(Params.model_validate(settings(models, hub, rewards=[local, reward])))
     assert [one.revision for one in params.rewards] == ["v1", COMMIT]
     publish(hub, "someone/pick", LATER, models / "pickscore")
     (hub / "models--someone--pick" / "snapshots" / LATER / "config.json").write_text("{}")

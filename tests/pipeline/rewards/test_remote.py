@@ -16,7 +16,7 @@ from torch import Tensor
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards import remote
 from rats.pipeline.rewards.open import open_reward, reward_fingerprint
-from rats.pipeline.rewards.remote import Server, UrlReward
+from rats.pipeline.rewards.remote import RewardClient, UrlReward
 from rats.schemas.errors import ConfigError, DataError, NoWorkerError, RetryLaterError
 from rats.schemas.params import RewardParams
 from rats.stages.serve import CallableReward, RewardServer, open_callable
@@ -278,4 +278,4 @@ def test_requests_in_the_queue_are_answered_before_the_server_ends():
 
 def test_a_path_before_the_endpoints_is_kept():
     with running(Toy()) as server, pytest.raises(ConfigError, match="refuses: 404 no /deep/identity"):
-        Server(f"{server.url}/deep/").call("GET", "/identity")
+        RewardClient(f"{server.url}/deep/").call("GET", "/identity")

@@ -24,7 +24,7 @@ from rats.pipeline.rewards.open import open_reward, reward_fingerprint
 from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, resize_normalise
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import RewardParams
-from rats.trainer.augment import Draws, augment
+from rats.trainer.augment import RandomDraws, augment
 from tests.support import tiny
 
 WRITERS = {
@@ -256,15 +256,15 @@ def test_image_reward_s_settings_must_fit_its_tensors(folders: dict[str, Path], 
 
 def test_augmentation_of_strength_zero_is_the_identity_and_otherwise_follows_its_generator() -> None:
     images = pictures(4, 16, 16)
-    assert augment(images, Draws(torch.Generator()), 0.0) is images
-    one, again, other = (augment(images, Draws(torch.Generator().manual_seed(s)), 1.0) for s in (1, 1, 2))
+    assert augment(images, RandomDraws(torch.Generator()), 0.0) is images
+    one, again, other = (augment(images, RandomDraws(torch.Generator().manual_seed(s)), 1.0) for s in (1, 1, 2))
     assert torch.equal(one, again) and not torch.equal(one, other)
     assert one.shape == images.shape and float(one.min()) >= 0 and float(one.max()) <= 1
-    weak = augment(images, Draws(torch.Generator().manual_seed(1)), 0.01)
+    weak = augment(images, RandomDraws(torch.Generator().manual_seed(1)), 0.01)
     assert float((weak - images).abs().mean()) < 0.1 * float((one - images).abs().mean())
 
 
 def test_augmentation_passes_gradients_to_the_pixels() -> None:
     images = (0.3 + 0.4 * pictures(2, 16, 16)).requires_grad_()
-    augment(images, Draws(torch.Generator().manual_seed(0)), 1.0).sum().backward()
+    augment(images, RandomDraws(torch.Generator().manual_seed(0)), 1.0).sum().backward()
     assert images.grad is not None and float((images.grad.abs() > 0).float().mean()) > 0.5

@@ -14,7 +14,7 @@ import torch
 
 from rats.pipeline.files.local import LocalPlace
 from rats.pipeline.files.reading import hash_bytes
-from rats.pipeline.store.documents import read_sealed
+from rats.pipeline.store.documents import read_document
 from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.scores import read_scores, reward_column, score_rows
 from rats.pipeline.store.shard_set import ShardSet
@@ -199,7 +199,7 @@ def test_another_major_version_is_refused_by_both_numbers(tmp_path: Path, name: 
     del content["seal"]
     path.write_bytes(canonical_json(content | {"seal": hash_bytes(canonical_json(content))}))
     with pytest.raises(DataError, match=f"format version {version!r}, this rats reads 1; update rats") as caught:
-        read_sealed(LocalPlace(path), DOCUMENTS[name])
+        read_document(LocalPlace(path), DOCUMENTS[name])
     assert caught.value.exit_code == 65 and FORMAT_VERSION == 1
 
 

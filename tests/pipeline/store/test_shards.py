@@ -27,7 +27,7 @@ from rats.pipeline.store.scores import (
     write_scores,
 )
 from rats.pipeline.store.shard_set import ShardSet
-from rats.pipeline.store.shards import Sample, read_sample, verify_shard, write_shard
+from rats.pipeline.store.shards import SampleArrays, read_sample, verify_shard, write_shard
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.identity import KEY_PATTERN
 from rats.schemas.manifest import PlannedSample, ScoreRow
@@ -127,7 +127,7 @@ def test_of_two_writers_of_one_shard_the_first_wins_and_both_agree(tmp_path: Pat
     plan = shards.plan(wanted(1), 4)[0]
     first = []
 
-    def slow() -> Iterator[Sample]:
+    def slow() -> Iterator[SampleArrays]:
         first.append(write_shard(shards, plan, fill(shards, plan)))
         for sample, arrays in fill(shards, plan):
             yield sample, {name: -array for name, array in arrays.items()}

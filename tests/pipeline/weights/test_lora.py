@@ -67,7 +67,7 @@ def saved(base: Path, learner: Learner, folder: Path, dtype: str = "float32") ->
             "train": learner.settings,
         }
     )
-    return save_student(learner, folder, Model.of(params), learner.settings)
+    return save_student(learner, folder, Model.of(params), learner.settings).folder
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ COMMANDS = {
     "shards gc": {"store", "root", "older_than", "delete", "json_"},
     "shards diff": {"a", "b", "snapshot_a", "snapshot_b", "json_"},
     "plan": {"split", "experiments", "price", "workers", "rate"} | COMMON,
-    "init": {"folder", "model", "family", "prompts", "reward", "force", "dvc", "json_"},
+    "init": {"folder", "model", "family", "prompts", "column", "field", "reward", "force", "dvc", "json_"},
     "generate": {"prompt", "nfe", "run", "out", "count", "seed"} | COMMON,
     "export": {"run", "out", "merged", "evaluation", "dry_run"} | COMMON,
     "serve": {"name", "host", "port", "max_batch", "queue", "token_file", "callable_"} | COMMON,
@@ -67,6 +68,13 @@ def test_help_loads_no_torch_and_takes_less_than_half_a_second(tmp_path: Path):
     assert "generate" in done.stdout
     # processor time: what the machine's other work does to the clock is not ours
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize("name", ["rats", "rats.stages.cli.main"])
+def test_the_version_is_said_by_every_way_to_start(tmp_path: Path, name: str):
+    line = [command()[0], "-m", name, "--version"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
+    assert done.stdout == f"rats {version('rats')}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["stage", "--help"], ["stage", "rollout", "--help"]])

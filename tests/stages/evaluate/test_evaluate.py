@@ -25,7 +25,7 @@ from rats.schemas.reports import Cell, EvaluateReport
 from rats.stages.evaluate.evaluate import evaluate_stage
 from rats.stages.evaluate.systems import open_samples, systems
 from rats.stages.generate import generate
-from rats.stages.measure.bootstrap import paired
+from rats.stages.measure.bootstrap import paired_bootstrap
 from rats.stages.measure.kid import open_real, write_real
 from rats.stages.measure.pictures import load_pictures
 from rats.stages.measure.values import read_values
@@ -61,7 +61,8 @@ def write_student(folder: Path, network: torch.nn.Module) -> None:
     run = folder / "runs/rats"
     network.save_pretrained(run / "student")
     recipe = ShardSet.open(folder / "shards").fingerprint
-    write_run(run, 1.0, nfe=NFE, recipe=recipe, student=hash_path(run / "student"))
+    record = {"recipe": recipe, "student": hash_path(run / "student"), "vae": hash_path(folder / "teacher/vae")}
+    write_run(run, 1.0, nfe=NFE, **record)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,9 @@ def test_the_teachers_values_are_the_stored_scores(world: Path):
 def test_the_cells_follow_from_the_values(world: Path):
     values = read_values(world / "reports/values.csv")
     own, teacher = values.scores["rats-3", "pickscore"], values.scores["teacher", "pickscore"]
-    expected = paired(list(own.values()), [teacher[k] for k in own], [values.concepts[k] for k in own], 200, 0)
+    expected = paired_bootstrap(
+        list(own.values()), [teacher[k] for k in own], [values.concepts[k] for k in own], 200, 0
+    )
     cell = next(c for c in cells(world) if (c.variant, c.nfe, c.metric) == ("rats", 3, "pickscore"))
     assert (cell.mean, cell.delta_vs_teacher) == pytest.approx((expected.mean, expected.delta))
     assert (cell.delta_ci_low, cell.delta_ci_high) == pytest.approx(expected.delta_ci)

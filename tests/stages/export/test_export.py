@@ -8,9 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,63 +21,11 @@ from safetensors.torch import load_file
 from rats.pipeline.families.open import Model
 from rats.pipeline.weights.hashes import hash_path
 from rats.pipeline.weights.lora import WEIGHTS
-from rats.schemas.params import Params, load_params
 from rats.schemas.reports import Cell, EvaluateReport
 from rats.stages.evaluate.evaluate import evaluate_stage
-from rats.stages.generate import open_pipeline
-from rats.stages.rollout.rollout import rollout_stage
-from rats.stages.train.train import train_stage
 from tests.support import tiny
-from tests.support.project import rats, tree, write_project
-
-PROMPT = "a red fox"
-LORA = {"rank": 2, "alpha": 5.0}
-SHORT = {"steps": 3, "lr": 0.02, "warmup": 0, "checkpoint_every": 3, "ema": 0.5}
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with a trained run of adapters, runs/lora, and one of the whole network, runs/full."""
-    folder = tmp_path_factory.mktemp("home")
-    tiny.write_flux(folder / "models/flux", guidance_embeds=True)
-    tiny.write_hpsv2(folder / "models/hpsv2")
-    variants = {"lora": {"lora": LORA}, "full": {}}
-    changes = {"train": SHORT, "variants": variants, "teacher": {"guidance_scale": 2.5}}
-    write_project(folder / "models", folder, evaluate={"variants": ["lora"]}, **changes)
-    (folder / "prompts.txt").write_text("\n".join(tiny.PROMPTS[:2]))
-    rollout_stage(params(folder), "train", folder / "shards")
-    for name in variants:
-        train_stage(params(folder), name, folder / "shards", folder / "runs" / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def exported(home: Path) -> Path:
-    """All of the adapters' run."""
-    assert export(home, "lora", home / "exported")["parts"] == ["lora", "pipeline", "README.md", "call.json"]
-    return home / "exported"
-
-
-def params(home: Path, *overrides: str) -> Params:
-    return load_params(home / "params.yaml", overrides)
-
-
-def export(home: Path, run: str, out: Path, *flags: str, code: int = 0) -> Any:
-    said = rats(home, "export", f"runs/{run}", "--out", str(out), "--json", *flags, code=code)
-    return said.stderr if code else json.loads(said.stdout)
-
-
-def drawn(pipeline: Any, call: dict[str, Any]) -> np.ndarray:
-    pipeline.set_progress_bar_config(disable=True)
-    noise = torch.Generator().manual_seed(4)
-    return pipeline(PROMPT, num_inference_steps=3, generator=noise, output_type="np", **call).images[0]
-
-
-@cache
-def ours(home: Path, run: str | None) -> np.ndarray:
-    """What `rats generate` draws, before it is rounded to a picture."""
-    model = Model.of(params(home))
-    return drawn(open_pipeline(model, home / "runs" / run if run else None), model.call())
+from tests.support.exporting import PROMPT, drawn, export, ours, params
+from tests.support.project import rats, tree
 
 
 def test_a_run_with_adapters_leaves_them_alone_and_trains_nothing_else(home: Path) -> None:
@@ -99,9 +45,11 @@ def open_student_of(home: Path, folder: Path | None) -> torch.nn.Module:
 
 def test_the_merged_pipeline_and_the_base_with_the_adapters_draw_what_generate_draws(home: Path, exported: Path):
     call, expected = json.loads((exported / "call.json").read_text()), ours(home, "lora")
+    sigmas = call.pop("sigmas")
     assert call == {"height": 16, "width": 16, "max_sequence_length": 8, "guidance_scale": 2.5}
     merged = DiffusionPipeline.from_pretrained(exported / "pipeline")
     assert np.abs(drawn(merged, call) - expected).max() <= 1e-4 and not hasattr(merged.transformer, "peft_config")
+    assert set(sigmas) == {"2", "3"} and sigmas["3"] == merged.scheduler.sigmas.tolist()
     base = DiffusionPipeline.from_pretrained(home / "models/flux")
     assert np.abs(drawn(base, call) - expected).max() > 1e-3
     base.load_lora_weights(exported / "lora", weight_name=WEIGHTS)

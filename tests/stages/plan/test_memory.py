@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from rats.pipeline.families.open import Model
 from rats.schemas.params import Params
 from rats.stages.plan.memory import rollout_memory, train_memory
-from rats.stages.plan.meta import META, AsOnGpu, Live, held, tensors_of, transient
+from rats.stages.plan.meta import META, AsOnGpu, LiveBytes, module_bytes, tensors_of, transient_bytes
 from rats.stages.plan.result import Memory
 from tests.support.project import settings
 
@@ -23,7 +23,7 @@ MIB = 2**20
 
 
 def test_what_is_alive_is_counted_and_what_is_gone_is_not() -> None:
-    with Live() as live:
+    with LiveBytes() as live:
         a = torch.empty(MIB)
         b = a + 1
         view = b[:10]
@@ -41,7 +41,7 @@ def test_the_graph_keeps_what_the_backward_pass_needs_and_a_checkpoint_does_not(
     x = torch.empty(1024, 256, device=META, requires_grad=True)
 
     def kept(through: Any) -> int:
-        with Live([*tensors_of(layers), x]) as live:
+        with LiveBytes([*tensors_of(layers), x]) as live:
             before = live.now
             y = through(x)
             after = live.now - before
@@ -63,7 +63,7 @@ def test_attention_is_counted_as_one_kernel_also_when_it_is_recomputed() -> None
     module, x = Attention(), torch.empty(1, 2, 4096, 64, device=META, requires_grad=True)
     scores = 2 * 4096 * 4096 * 4
     AsOnGpu(module)
-    with Live([x]) as live:
+    with LiveBytes([x]) as live:
         checkpoint(module, x, use_reentrant=False).sum().backward()
     assert live.peak < scores / 2
 
@@ -136,7 +136,7 @@ def test_a_rollout_worker_holds_the_text_encoders_and_every_reward(models: Path,
 
 def test_nothing_that_was_counted_stays(models: Path, tmp_path: Path) -> None:
     """The hooks that count are on modules of their own, and let go of with them."""
-    with Live() as live:
+    with LiveBytes() as live:
         memory(models, tmp_path)
         gc.collect()
     assert live.now < MIB
@@ -144,7 +144,7 @@ def test_nothing_that_was_counted_stays(models: Path, tmp_path: Path) -> None:
 
 def test_held_counts_shared_weights_once() -> None:
     module = nn.ModuleList([nn.Linear(4, 4, bias=False)] * 2)
-    assert held(module) == 64 and transient(lambda: torch.empty(16), module) == 64
+    assert module_bytes(module) == 64 and transient_bytes(lambda: torch.empty(16), module) == 64
 
 
 @pytest.mark.slow

@@ -22,11 +22,11 @@ from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import ScoreRow
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams, load_params
 from rats.stages.plan.flops import measured_rate
-from rats.stages.plan.plan import compare, pays_from, plan_stage
+from rats.stages.plan.plan import compare_costs, pays_from, plan_stage
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.stages.plan.text import clock, flop, plan_rows, size
 from rats.stages.rollout.rollout import rollout_stage
-from rats.stages.workers.run import Where
+from rats.stages.workers.run import WorkerTarget
 from tests.support.project import PROMPTS, ROOT, rats, tree, write_project
 from tests.support.shards import params as params_of
 from tests.support.shards import recipe_of, wanted
@@ -92,7 +92,7 @@ def paper(samples_a_step: int = 8) -> Params:
 
 def test_at_the_papers_sizes_stored_trajectories_pay_from_the_second_experiment_on() -> None:
     for count, ratio in ((1, 1), (2, 2), (3, 3)):
-        found = compare(paper(), 400 * 8, count, seconds_per_evaluation=21.5e12 / 310e12, price=2.0)
+        found = compare_costs(paper(), 400 * 8, count, seconds_per_evaluation=21.5e12 / 310e12, price=2.0)
         assert found.live.worker_seconds == pytest.approx(ratio * found.stored.worker_seconds)
         assert (found.live.evaluations, found.pays_from) == (count * 400 * 8 * 50, 2)
     assert found.live.usd == pytest.approx(found.live.worker_seconds / 1800)
@@ -104,7 +104,7 @@ def test_the_first_experiment_pays_for_a_set_that_is_smaller_than_a_training() -
 
 def test_classifier_free_guidance_doubles_both_sides() -> None:
     guided = paper().model_copy(update={"teacher": TeacherParams(true_cfg_scale=2.0)})
-    one, two = compare(paper(), 10, 1, 1.0), compare(guided, 10, 1, 1.0)
+    one, two = compare_costs(paper(), 10, 1, 1.0), compare_costs(guided, 10, 1, 1.0)
     assert (two.stored.evaluations, two.live.evaluations) == (2 * one.stored.evaluations, 2 * one.live.evaluations)
 
 
@@ -169,7 +169,7 @@ def test_the_predicted_time_of_the_miniature_is_the_measured_one(tmp_path: Path,
     changes = [f"store.path={tmp_path / 'store'}", f"prompts.train={tmp_path / 'few.csv'}", "rewards=[]"]
     params = load_params(ROOT / "params.yaml", changes)
     first, start = plan_stage(params, "train"), time.monotonic()
-    rollout_stage(params, "train", None, Where(workers=0))
+    rollout_stage(params, "train", None, WorkerTarget(workers=0))
     seconds = time.monotonic() - start
     rate = (first.rate + plan_stage(params, "train").rate) / 2
     # 0.97 to 1.08 when it was written; other work on the machine moves both

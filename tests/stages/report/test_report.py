@@ -14,8 +14,8 @@ from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import Params
 from rats.schemas.reports import Cell, EvaluateReport
 from rats.schemas.run import RunRecord
-from rats.stages.measure.bootstrap import paired
-from rats.stages.measure.pictures import Column, Pictures, choose, load_pictures, save_pictures, to_picture
+from rats.stages.measure.bootstrap import paired_bootstrap
+from rats.stages.measure.pictures import Pictures, SystemLabel, choose, load_pictures, save_pictures, to_picture
 from rats.stages.measure.values import VALUE_COLUMNS
 from rats.stages.report import figures, tables
 from rats.stages.report.cost import duration
@@ -42,14 +42,14 @@ def params(folder: Path) -> Params:
     )
 
 
-def columns() -> list[Column]:
+def columns() -> list[SystemLabel]:
     base = [
-        Column(f"{system}-{nfe}", system, "", nfe, nfe * cost)
+        SystemLabel(f"{system}-{nfe}", system, "", nfe, nfe * cost)
         for nfe in (3, 5)
         for system, cost in (("base_guided", 2), ("base_unguided", 1))
     ]
-    students = [Column(f"{v}-{nfe}", "student", v, nfe, nfe) for v in ("rats", "constant") for nfe in (3, 5)]
-    return [Column("teacher", "teacher", "", 50, 100), *base, *students]
+    students = [SystemLabel(f"{v}-{nfe}", "student", v, nfe, nfe) for v in ("rats", "constant") for nfe in (3, 5)]
+    return [SystemLabel("teacher", "teacher", "", 50, 100), *base, *students]
 
 
 def write_values(path: Path, keys: list[str]) -> dict[tuple[str, str], list[float]]:
@@ -74,7 +74,7 @@ def make_cells(values: dict[tuple[str, str], list[float]]) -> list[Cell]:
         for metric, role in (*SCORES.items(), ("kid", "judge")):
             own = values.get((column.id, metric), values[column.id, "hpsv2"])
             other = values.get(("teacher", metric), values["teacher", "hpsv2"])
-            result = paired(own, other, concepts, 200, 0)
+            result = paired_bootstrap(own, other, concepts, 200, 0)
             delta = (None, None, None) if column.id == "teacher" else (result.delta, *result.delta_ci)
             made.append(
                 Cell(
@@ -91,7 +91,7 @@ def make_cells(values: dict[tuple[str, str], list[float]]) -> list[Cell]:
 def write_run(run: Path, lift: float, **changes: object) -> None:
     run.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
-    file = metrics.CsvLog(run / "metrics.csv", metrics.columns(5))
+    file = metrics.CsvLog(run / "metrics.csv", metrics.metrics_columns(5))
     for step in range(40):
         nfe = (3, 5)[step % 2]
         row = {"step": step, "nfe": nfe, "reward_teacher": 1 + 0.1 * rng.normal(), "gate_std": 0.1}

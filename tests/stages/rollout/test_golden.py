@@ -20,7 +20,7 @@ from rats.pipeline.store.shards import read_sample
 from rats.schemas.params import Params
 from rats.schemas.recipe import SOLVER_VERSION
 from rats.stages.rollout.rollout import rollout_stage
-from rats.stages.workers.run import Where
+from rats.stages.workers.run import WorkerTarget
 from tests.support.project import ROOT
 
 FIXTURE = ROOT / "tests" / "fixtures" / "golden-latents.json"
@@ -55,7 +55,7 @@ def rolled_out(folder: Path) -> ShardSet:
         "store": {"path": str(folder / "store")},
         "train": {"reward": "none", "nfe": [3]},
     }
-    report = rollout_stage(Params.model_validate(values), "train", where=Where(workers=0))
+    report = rollout_stage(Params.model_validate(values), "train", where=WorkerTarget(workers=0))
     return ShardSet.open(folder / "store" / report.fingerprint)
 
 

@@ -19,7 +19,7 @@ from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.params import Params
 from rats.stages.rollout import rollout
 from rats.stages.rollout.rollout import rollout_stage
-from rats.stages.workers.target import Where
+from rats.stages.workers.target import WorkerTarget
 from tests.stages.rollout.test_rollout import wait_for
 from tests.stages.test_dvc import commit, dvc_line, git
 from tests.support.kills import COUNTER, counted_task, executions, kill_tree, kill_workers, tree_of
@@ -74,7 +74,7 @@ def test_twenty_killed_workers_lose_nothing_and_cost_at_most_half_the_work_again
     killer = threading.Thread(target=lambda: killed.append(kill_workers(counter, KILLS, seed, over=ended.is_set)))
     killer.start()
     try:
-        report = rollout_stage(params, "train", tmp_path / "data", Where(workers=2))
+        report = rollout_stage(params, "train", tmp_path / "data", WorkerTarget(workers=2))
     finally:
         ended.set()
         killer.join()

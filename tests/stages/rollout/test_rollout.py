@@ -27,7 +27,7 @@ from rats.schemas.errors import DataError
 from rats.schemas.horizons import rows_of
 from rats.schemas.params import Params
 from rats.stages.rollout.rollout import rollout_stage
-from rats.stages.rollout.worker import Context
+from rats.stages.rollout.worker import RolloutModels
 from tests.support.project import PROMPTS, command, environment, settings, tree, write_project
 
 STEPS, SAMPLES, SHARDS = 6, 6, 3
@@ -228,6 +228,6 @@ def kill_a_worker(process: subprocess.Popen[str]) -> bool:
 
 def test_the_context_loads_no_model_before_a_task_needs_one(rolled: tuple[Params, Path]):
     params, folder = rolled
-    context = Context(params, ShardSet.open(folder / "data"))
+    context = RolloutModels(params, ShardSet.open(folder / "data"))
     assert "teacher" not in context.__dict__ and "decoder" not in context.__dict__
     assert context.decoder is not None and "teacher" not in context.__dict__

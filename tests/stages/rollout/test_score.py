@@ -22,8 +22,8 @@ from rats.schemas.params import Params
 from rats.stages.rollout.columns import check_share
 from rats.stages.rollout.rollout import rollout_stage
 from rats.stages.rollout.score import plan_score, score_stage
-from rats.stages.rollout.scorer import Scorer, judge
-from rats.stages.workers.target import Where
+from rats.stages.rollout.scorer import Scorer, score_images
+from rats.stages.workers.target import WorkerTarget
 from tests.support import tiny
 from tests.support.project import PROMPTS, rats, settings, tree, write_project
 
@@ -159,8 +159,8 @@ ERRORS = {
 
 def test_an_exception_costs_only_the_sample_that_raises_it():
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    whole = judge(Toy(), images, ["a", "b", "c", "d"], 4)
-    verdicts = judge(Toy(), images, ["a", "raise", "nan", "d"], 3)
+    whole = score_images(Toy(), images, ["a", "b", "c", "d"], 4)
+    verdicts = score_images(Toy(), images, ["a", "raise", "nan", "d"], 3)
     assert [verdict.score for verdict in verdicts] == [whole[0].score, None, None]
     assert [verdict.error for verdict in verdicts] == [
         None,
@@ -172,7 +172,7 @@ def test_an_exception_costs_only_the_sample_that_raises_it():
 @pytest.mark.parametrize("word", ["memory", "device", "ours"])
 def test_an_error_that_is_not_the_samples_fault_goes_through(word: str):
     with pytest.raises(type(ERRORS[word])):
-        judge(Toy(), torch.rand(2, 3, 8, 8), ["a", word], 2)
+        score_images(Toy(), torch.rand(2, 3, 8, 8), ["a", word], 2)
 
 
 def test_scores_of_another_shape_are_failures_and_not_somebody_elses_scores():
@@ -180,7 +180,7 @@ def test_scores_of_another_shape_are_failures_and_not_somebody_elses_scores():
         def score(self, images_B3HW: Tensor, prompts: list[str]) -> Tensor:
             return super().score(images_B3HW, prompts).mean()[None]
 
-    assert {verdict.score for verdict in judge(Mean(), torch.rand(3, 3, 8, 8), ["a", "b", "c"], 3)} == {None}
+    assert {verdict.score for verdict in score_images(Mean(), torch.rand(3, 3, 8, 8), ["a", "b", "c"], 3)} == {None}
 
 
 @pytest.mark.parametrize(("bad", "most", "ok"), [(1, 0.1, True), (2, 0.1, False), (1, 0.0, False), (10, 1.0, True)])
@@ -197,7 +197,7 @@ def test_a_failing_reward_is_rows_with_an_error_capped_and_scored_again_when_it_
     both: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # the project's second reward, as a user's own class that refuses one of the six prompts
-    monkeypatch.setitem(plugins.found(plugins.REWARDS), "pickscore", PICKY)
+    monkeypatch.setitem(plugins.plugins_in(plugins.REWARDS), "pickscore", PICKY)
     shutil.copytree(models / "pickscore", tmp_path / "picky")
     (tmp_path / "picky" / "broken").touch()
     rewards = [two(models)[0], two(models)[1] | {"path": str(tmp_path / "picky")}]
@@ -250,6 +250,6 @@ def test_a_model_without_a_decoder_is_refused(both: Path, models: Path, tmp_path
 @pytest.mark.slow
 def test_workers_score_to_the_same_bytes(both: Path, models: Path, tmp_path: Path):
     params = project(both, tmp_path, models)
-    report = score_stage(params, "train", where=Where(workers=2), out=tmp_path / "data")
+    report = score_stage(params, "train", where=WorkerTarget(workers=2), out=tmp_path / "data")
     assert (report.scored, report.teacher_forwards) == (2 * SAMPLES, 0)
     assert tree(tmp_path / "data") == tree(both / "data")

@@ -16,7 +16,7 @@ from rats.pipeline.store.shards import write_shard
 from rats.schemas.errors import DataError
 from rats.schemas.manifest import ScoreRow
 from rats.schemas.recipe import ComputeRecipe, Recipe
-from rats.stages.shards.diff import compare, in_words, recipe_differences
+from rats.stages.shards.diff import compare_sets, diff_lines, recipe_differences
 from tests.support.project import rats
 from tests.support.shards import fill, params, recipe_of, score, wanted, write_samples, write_set
 
@@ -75,23 +75,23 @@ def test_a_difference_reads_as_a_person_would_say_it(change: dict[str, Any], wor
 def test_a_published_folder_and_its_set_are_the_same(tmp_path: Path) -> None:
     shards = write_set(tmp_path / "store")
     publish(shards, shards.snapshot(), tmp_path / "out", [score(shards)])
-    result = compare(shards.root, tmp_path / "out")
+    result = compare_sets(shards.root, tmp_path / "out")
     assert result["same"] and result["differences"] == [] and result["samples_in_both"] == 10
-    assert "they are the same" in in_words(result)[-1]
+    assert "they are the same" in diff_lines(result)[-1]
 
 
 def test_growth_is_said_in_samples_prompts_and_noises(tmp_path: Path) -> None:
     shards = write_set(tmp_path, wanted(prompts=2, noises=2))
     write_samples(shards, wanted(prompts=3, noises=3))
-    result = compare(shards.root, shards.root, 1, 2)
+    result = compare_sets(shards.root, shards.root, 1, 2)
     assert not result["same"] and result["samples_in_both"] == 4
-    _, _, *lines = in_words(result)
+    _, _, *lines = diff_lines(result)
     assert lines[0] == "one recipe"
     assert lines[1].startswith("5 samples only in B: ") and lines[1].endswith(" and 2 more")
     assert lines[2:] == ["1 prompts only in B: 'a picture of thing 2'", "noises: 0 to 1 in A, 0 to 2 in B"]
     only = next(part for part in result["differences"] if part["field"] == "samples")
     assert only["a"] == [] and len(only["b"]) == 5
-    back = compare(shards.root, shards.root, 2, 1)
+    back = compare_sets(shards.root, shards.root, 2, 1)
     assert any(part["words"].startswith("5 samples only in A: ") for part in back["differences"])
 
 
@@ -103,7 +103,7 @@ def test_samples_of_one_key_with_other_bytes_are_found(tmp_path: Path) -> None:
     samples[1][1]["x"][0, 0, 0] += np.float16(1)
     write_shard(two, plan, samples)
     two.write_snapshot(sample.key for sample in wanted(2))
-    result = compare(one.root, two.root)
+    result = compare_sets(one.root, two.root)
     (found,) = result["differences"]
     assert found["words"] == f"1 of the 4 samples in both have other bytes: {plan.samples[1].key}"
     assert found["a"][0]["blake3"] != found["b"][0]["blake3"]
@@ -115,7 +115,7 @@ def test_columns_of_scores_say_which_of_their_hashes_differ(tmp_path: Path) -> N
     for name, hashes in (("hps", {"reward": "d" * 64, "vae": "e" * 64}), ("pick", {"reward": "d" * 64})):
         column = record_reward(two, name, hashes)
         write_scores(two, column, "rollout-000000", [ScoreRow(key=s.key, score=0.0) for s in wanted(1)])
-    words = [part["words"] for part in compare(one.root, two.root)["differences"]]
+    words = [part["words"] for part in compare_sets(one.root, two.root)["differences"]]
     assert [line.partition(" (")[0] for line in words] == ["scores by hps", "scores by hps", "scores by pick"]
     assert words[0].endswith(") only in A: vae bbbbbbbbbbbb, there eeeeeeeeeeee")
     assert words[1].endswith(") only in B: vae eeeeeeeeeeee, there bbbbbbbbbbbb") and words[2].endswith("only in B")
@@ -124,10 +124,10 @@ def test_columns_of_scores_say_which_of_their_hashes_differ(tmp_path: Path) -> N
 def test_a_set_without_a_snapshot_is_compared_by_its_recipe(tmp_path: Path) -> None:
     one = write_set(tmp_path, wanted(1))
     two = ShardSet.open_or_create(tmp_path, recipe_of(params(seed=1)))
-    words = [part["words"] for part in compare(one.root, two.root)["differences"]]
+    words = [part["words"] for part in compare_sets(one.root, two.root)["differences"]]
     assert words[:2] == ["seed: 0 in A, 1 in B", "B has no snapshot yet"]
     with pytest.raises(DataError, match=r"0009\.json is missing"):
-        compare(one.root, one.root, 9)
+        compare_sets(one.root, one.root, 9)
 
 
 def test_the_command_prints_words_or_data_and_exits_0_either_way(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from rats.pipeline.store.shards import read_sample, verify_shard, write_shard
 from rats.schemas.errors import CannotCreateError, ConfigError, DataError
 from rats.schemas.manifest import ShardPlan
 from rats.stages.shards import take_in
-from rats.stages.shards.card import Terms, size_category
+from rats.stages.shards.card import LicenseTerms, size_category
 from rats.stages.shards.exchange import export_set, import_set
-from rats.stages.shards.untrusted import examine
+from rats.stages.shards.untrusted import verify_untrusted
 from rats.stages.shards.verify import verify
 from rats.stages.templates.render import code
 from tests.support.project import rats, tree, write_project
@@ -108,13 +108,13 @@ def test_the_cards_way_to_the_scores_works(exported: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("terms", "hint"),
     [
-        (Terms(""), "--license ID"),
-        (Terms("MIT"), "identifier"),
-        (Terms("other"), "--license-link"),
-        (Terms("other", "my terms", "https://example.org"), "spaces"),
+        (LicenseTerms(""), "--license ID"),
+        (LicenseTerms("MIT"), "identifier"),
+        (LicenseTerms("other"), "--license-link"),
+        (LicenseTerms("other", "my terms", "https://example.org"), "spaces"),
     ],
 )
-def test_without_clear_terms_nothing_is_exported(exported: Path, tmp_path: Path, terms: Terms, hint: str):
+def test_without_clear_terms_nothing_is_exported(exported: Path, tmp_path: Path, terms: LicenseTerms, hint: str):
     with pytest.raises(ConfigError, match=hint):
         export_set(exported, tmp_path / "new", terms)
     assert list(tmp_path.iterdir()) == []
@@ -219,7 +219,7 @@ def test_other_bytes_of_one_recipe_are_an_error_that_names_the_sample(exported: 
     assert tree(tmp_path / "store") == before
 
 
-@pytest.mark.parametrize("stop", ["_copy", "write_sealed", "_take_scores"])
+@pytest.mark.parametrize("stop", ["_copy", "write_document", "_take_scores"])
 def test_an_import_that_was_killed_goes_on(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str):
     import_set(exported, tmp_path / "undisturbed")
     real, calls = getattr(take_in, stop), []
@@ -244,7 +244,7 @@ def test_an_import_that_was_killed_goes_on(exported: Path, tmp_path: Path, monke
 
 def test_a_file_that_changes_between_the_look_and_the_copy_is_refused(tmp_path: Path):
     folder = export(tmp_path, wanted(2))
-    foreign = examine(folder)
+    foreign = verify_untrusted(folder)
     tar = folder / "shards" / "rollout-000000.tar"
     data = bytearray(tar.read_bytes())
     data[700] ^= 1
@@ -256,7 +256,7 @@ def test_a_file_that_changes_between_the_look_and_the_copy_is_refused(tmp_path: 
 
 
 def test_plans_keep_free_names_and_never_give_one_away_twice(exported: Path):
-    parts = examine(exported).parts
+    parts = verify_untrusted(exported).parts
     plan = ShardPlan(shard="rollout-000001", samples=tuple(wanted(9)[16:]))
     names, new = take_in.choose_names(parts, [plan], ["rollout-000002.tar"])
     assert names == {

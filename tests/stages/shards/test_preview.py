@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rats.pipeline.prompts import Prompt, planned
+from rats.pipeline.prompts import Prompt, planned_samples
 from rats.pipeline.store.scores import record_reward, write_scores
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import write_shard
@@ -50,7 +50,7 @@ def recipe(folder: Path) -> Recipe:
 
 def named(prompt: str) -> list[PlannedSample]:
     """One sample of a prompt."""
-    return planned([Prompt(prompt, prompt)], 1)
+    return planned_samples([Prompt(prompt, prompt)], 1)
 
 
 def arrays(sample: PlannedSample) -> dict[str, np.ndarray]:

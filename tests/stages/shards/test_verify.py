@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rats.pipeline.files.places import open_place
-from rats.pipeline.store.documents import read_sealed, write_sealed
+from rats.pipeline.store.documents import read_document, write_document
 from rats.pipeline.store.embeddings import read_embedding, verify_embedding
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import reward_columns
@@ -120,10 +120,10 @@ def test_a_shard_made_again_differently_is_found_by_the_documents_that_name_it(
     other = store.done("rollout-000001")
     assert other is not None
     rows = tuple(row.model_copy(update={"blake3": "0" * 64}) for row in other.rows)
-    write_sealed(store.done_path("rollout-000001"), other.model_copy(update={"rows": rows}))
+    write_document(store.done_path("rollout-000001"), other.model_copy(update={"rows": rows}))
     with pytest.raises(DataError, match="damaged at sample"):
         verify(store.root)
-    write_sealed(store.done_path("rollout-000001"), other.model_copy(update={"rows": other.rows[:1]}))
+    write_document(store.done_path("rollout-000001"), other.model_copy(update={"rows": other.rows[:1]}))
     with pytest.raises(DataError), caplog.at_level(logging.ERROR, logger="rats"):
         verify(store.root)
     for text in ("holds other samples than", "0001.parquet has 1 samples that no shard has", "scores another"):
@@ -132,11 +132,11 @@ def test_a_shard_made_again_differently_is_found_by_the_documents_that_name_it(
 
 def test_a_document_under_another_documents_name_is_found(store: ShardSet, caplog: pytest.LogCaptureFixture) -> None:
     plan = store.plan_path("rollout-000000")
-    write_sealed(plan, read_sealed(store.plan_path("rollout-000001"), ShardPlan))
+    write_document(plan, read_document(store.plan_path("rollout-000001"), ShardPlan))
     manifests = store.root / "manifests"
     shutil.copy(manifests / "0001.json", manifests / "0003.json")
-    first, second = read_sealed(manifests / "0001.json", Snapshot), next(iter(store.snapshot(2).shards))
-    write_sealed(manifests / "0002.json", first.model_copy(update={"number": 2, "shards": {second: "0" * 64}}))
+    first, second = read_document(manifests / "0001.json", Snapshot), next(iter(store.snapshot(2).shards))
+    write_document(manifests / "0002.json", first.model_copy(update={"number": 2, "shards": {second: "0" * 64}}))
     with pytest.raises(DataError), caplog.at_level(logging.ERROR, logger="rats"):
         verify(store.root)
     for text in ("plans rollout-000001", "is snapshot 1, not", f"names another {second}"):

@@ -10,7 +10,7 @@ from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from rats.schemas.errors import ConfigError
-from rats.stages.train.guard.panel import PANEL
+from rats.stages.train.guard.panel import PANEL_FILE
 from rats.stages.train.trackers import check_trackers, flat, open_trackers, settings_of
 from rats.trainer.metrics import CsvLog
 from tests.support import toy
@@ -39,13 +39,13 @@ def tracked(out: Path, steps: int, resume: bool = False) -> list[dict[str, str]]
     chosen = toy.settings(**(TENSORBOARD | {"steps": steps}))
     given = toy.objective(chosen)
     run = toy.run_of(given, out, resume)
-    run.open_log(CsvLog(out / PANEL, ["step", "panel", "alarm"]))
+    run.open_log(CsvLog(out / PANEL_FILE, ["step", "panel", "alarm"]))
     for step in (0, 2):
-        run.logs[PANEL].append({"step": step, "panel": -0.5 * step, "alarm": int(step > 0)})
+        run.logs[PANEL_FILE].append({"step": step, "panel": -0.5 * step, "alarm": int(step > 0)})
         (out / "samples").mkdir(exist_ok=True)
         Image.new("RGB", (8, 4)).save(out / "samples" / f"{step:06d}.png")
     trackers = open_trackers(chosen.train, out, {"lr": 0.1, "nfe": (2, 3)}, run.state.step)
-    with run.observed(trackers):
+    with run.with_callbacks(trackers):
         toy.train_on(given, run)
     trackers.close()
     return run.logs["metrics.csv"].rows()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from rats.stages.train.witness import PENDING, WatchedStream, WatchedStudent, Witness, fingerprints
+from rats.stages.train.teacher_calls import PENDING, CountedStream, CountedStudent, TeacherCallCounter, fingerprints
 from tests.support.toy import Network, ToyStream, ToyStudent
 
 NOTHING = {"c": torch.zeros(1, 4)}
@@ -22,7 +22,7 @@ class Sharded(Network):
 
 
 def test_the_witness_tells_the_students_evaluations_from_another_networks_of_its_class():
-    witness, student, teacher, sharded = Witness(), ToyStudent(), ToyStudent(seed=7), ToyStudent(seed=8)
+    witness, student, teacher, sharded = TeacherCallCounter(), ToyStudent(), ToyStudent(seed=7), ToyStudent(seed=8)
     sharded.network.__class__ = Sharded
     with witness.watching(student.network):
         for asked in (student, teacher, student, student, sharded, teacher):
@@ -34,7 +34,7 @@ def test_the_witness_tells_the_students_evaluations_from_another_networks_of_its
 
 
 def test_a_whole_teacher_of_a_sharded_student_is_seen():
-    witness, student, teacher = Witness(), ToyStudent(), ToyStudent(seed=7)
+    witness, student, teacher = TeacherCallCounter(), ToyStudent(), ToyStudent(seed=7)
     student.network.__class__ = Sharded
     with witness.watching(student.network):
         ask(student), ask(teacher), ask(teacher)
@@ -42,7 +42,7 @@ def test_a_whole_teacher_of_a_sharded_student_is_seen():
 
 
 def test_no_other_class_is_hooked_and_the_networks_own_is_as_it_was_afterwards():
-    witness, student, other = Witness(), ToyStudent(), nn.Linear(2, 3)
+    witness, student, other = TeacherCallCounter(), ToyStudent(), nn.Linear(2, 3)
     plain, before = nn.Module.__call__, dict(vars(Network))
     assert "__call__" not in before
     with pytest.raises(ZeroDivisionError), witness.watching(student.network):
@@ -53,7 +53,7 @@ def test_no_other_class_is_hooked_and_the_networks_own_is_as_it_was_afterwards()
 
 
 def test_two_witnesses_of_one_class_count_each_for_itself():
-    outer, inner, student, teacher = Witness(), Witness(), ToyStudent(), ToyStudent(seed=7)
+    outer, inner, student, teacher = TeacherCallCounter(), TeacherCallCounter(), ToyStudent(), ToyStudent(seed=7)
     with outer.watching(student.network):
         with inner.watching(teacher.network):
             ask(student), ask(teacher), ask(teacher)
@@ -63,16 +63,16 @@ def test_two_witnesses_of_one_class_count_each_for_itself():
 
 
 def test_the_witness_sees_a_teacher_sample_that_is_scored():
-    witness = Witness()
-    student, stream = WatchedStudent(ToyStudent(), witness), WatchedStream(ToyStream(), witness)
+    witness = TeacherCallCounter()
+    student, stream = CountedStudent(ToyStudent(), witness), CountedStream(ToyStream(), witness)
     sample = stream.take()[2]
     student.decode(torch.stack([sample.x_HTC[-1].float(), sample.x_HTC[0].float()]))
     assert witness.teacher_reward_calls == 1
 
 
 def test_every_scored_teacher_sample_is_counted_however_many_there_are():
-    witness = Witness()
-    student, stream = WatchedStudent(ToyStudent(), witness), WatchedStream(ToyStream(), witness)
+    witness = TeacherCallCounter()
+    student, stream = CountedStudent(ToyStudent(), witness), CountedStream(ToyStream(), witness)
     finals_BTC = torch.stack([sample.x_HTC[-1] for sample in stream.take()])
     for _ in range(PENDING + 3):
         student.decode(torch.cat([finals_BTC[:2].float(), torch.randn(1, 3, 4)]))

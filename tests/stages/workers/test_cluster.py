@@ -13,7 +13,7 @@ import pytest
 from distributed import LocalCluster, Security
 
 from rats.schemas.errors import ConfigError, NoWorkerError
-from rats.stages.workers.run import Tls, Where, run
+from rats.stages.workers.run import Tls, WorkerTarget, run
 from tests.support import cluster
 from tests.support.cluster import add, note, notes, nothing
 
@@ -27,9 +27,9 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tls]]:
         yield address, files
 
 
-def where(cluster_and_files: tuple[str, Tls], /, **changes: Any) -> Where:
+def where(cluster_and_files: tuple[str, Tls], /, **changes: Any) -> WorkerTarget:
     address, files = cluster_and_files
-    return replace(Where(scheduler_address=address, tls=files, wait_seconds=10), **changes)
+    return replace(WorkerTarget(scheduler_address=address, tls=files, wait_seconds=10), **changes)
 
 
 def test_an_encrypted_scheduler_takes_tasks_that_need_what_its_worker_offers(tls: tuple[str, Tls]):
@@ -93,7 +93,7 @@ def together(context: list[int], task: int) -> int:
 def test_a_worker_of_many_threads_does_one_task_at_a_time():
     options = {"processes": False, "protocol": "tcp://", "dashboard_address": "127.0.0.1:0", "host": "127.0.0.1"}
     with LocalCluster(n_workers=1, threads_per_worker=4, **options) as four:
-        seen = list(run(together, range(6), list, Where(scheduler_address=four.scheduler_address)))
+        seen = list(run(together, range(6), list, WorkerTarget(scheduler_address=four.scheduler_address)))
     assert seen == [1] * 6
 
 
@@ -113,7 +113,7 @@ def test_workers_that_come_later_get_tasks_too():
         "threads_per_worker": 1,
     }
     with LocalCluster(n_workers=1, **options) as growing:
-        results = run(worker_of, range(40), nothing, Where(scheduler_address=growing.scheduler_address))
+        results = run(worker_of, range(40), nothing, WorkerTarget(scheduler_address=growing.scheduler_address))
         assert len({next(results) for _ in range(3)}) == 1
         growing.scale(3)
         assert len(set(results)) == 3
@@ -123,19 +123,19 @@ def test_workers_that_come_later_get_tasks_too():
 def test_a_missing_extra_is_named_with_its_install_line(monkeypatch: pytest.MonkeyPatch, name: str):
     monkeypatch.setitem(sys.modules, {"slurm": "dask_jobqueue", "cuda": "dask_cuda"}[name], None)
     with pytest.raises(ConfigError, match=rf"pip install 'rats\[{name}\]'"):
-        list(run(add, [1], nothing, Where(workers=1, cluster=name)))
+        list(run(add, [1], nothing, WorkerTarget(workers=1, cluster=name)))
 
 
 def test_a_performance_report_without_bokeh_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "bokeh", None)
     with pytest.raises(ConfigError, match=r"rats\[dashboard\]"):
-        list(run(add, [1], nothing, Where(workers=1, performance_report=tmp_path / "x.html")))
+        list(run(add, [1], nothing, WorkerTarget(workers=1, performance_report=tmp_path / "x.html")))
 
 
 def test_a_machine_without_the_batch_system_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="no sbatch here"):
-        list(run(add, [1], nothing, Where(workers=1, cluster="slurm")))
+        list(run(add, [1], nothing, WorkerTarget(workers=1, cluster="slurm")))
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_kills_lose_no_task_and_a_lost_scheduler_is_exit_code_69_with_the_result
 ):
     monkeypatch.setenv("DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD", "forkserver")
     with cluster.scheduler(tmp_path) as (process, address):
-        there = Where(scheduler_address=address, resources={"GPU": 1}, wait_seconds=20)
+        there = WorkerTarget(scheduler_address=address, resources={"GPU": 1}, wait_seconds=20)
         with pytest.raises(NoWorkerError, match="no Dask worker for 1 s"):
             list(run(note, [], nothing, replace(there, wait_seconds=1)))
         with cluster.workers(address, 2, "--resources", "GPU=1"):

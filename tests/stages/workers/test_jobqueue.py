@@ -15,7 +15,7 @@ import yaml
 
 from rats.schemas.errors import ConfigError
 from rats.stages.workers import run as executor
-from rats.stages.workers.run import Where, run
+from rats.stages.workers.run import WorkerTarget, run
 from tests.support.cluster import add, note, notes, nothing
 
 ROOT = Path(__file__).parents[3]
@@ -57,7 +57,7 @@ def install(folder: Path, **scripts: str) -> None:
 def test_what_the_batch_system_refuses_is_one_line_with_its_reason(tools: Path):
     install(tools, sbatch=REFUSING, scancel=SCANCEL)
     with pytest.raises(ConfigError, match="sbatch took no job: .*invalid partition specified: gpu") as caught:
-        list(run(add, [1], nothing, Where(workers=1, cluster="slurm")))
+        list(run(add, [1], nothing, WorkerTarget(workers=1, cluster="slurm")))
     assert "\n" not in str(caught.value)
 
 
@@ -67,7 +67,7 @@ def test_a_job_without_a_size_names_where_to_write_it(tools: Path):
         dask.config.set({"jobqueue.slurm.cores": None}),
         pytest.raises(ConfigError, match="how much cores and memory.*jobqueue.slurm in Dask's configuration"),
     ):
-        list(run(add, [1], nothing, Where(workers=1, cluster="slurm")))
+        list(run(add, [1], nothing, WorkerTarget(workers=1, cluster="slurm")))
 
 
 def test_the_jobqueue_yaml_of_the_docs_makes_the_job_that_it_describes(tmp_path: Path, monkeypatch: Any):
@@ -94,7 +94,7 @@ def test_jobs_do_the_work_over_tls_and_a_job_that_ends_is_submitted_again(
     monkeypatch.setattr(executor, "RESUBMIT_SECONDS", 2.0)
     done = []
     with dask.config.set({"distributed.deploy.lost-worker-timeout": "1s"}):
-        where = Where(workers=1, cluster="slurm", resources={"GPU": 1}, wait_seconds=60)
+        where = WorkerTarget(workers=1, cluster="slurm", resources={"GPU": 1}, wait_seconds=60)
         for number in run(note, [(str(log), number, 0.2) for number in range(20)], nothing, where):
             done.append(number)
             if len(done) == 3:

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from rats.schemas.errors import ConfigError
-from rats.stages.workers.target import Tls, Where, able, address_in, checked_address, nobody, parse_resources
+from rats.stages.workers.target import (
+    Tls,
+    WorkerTarget,
+    able_workers,
+    address_in,
+    checked_address,
+    no_worker_text,
+    parse_resources,
+)
 from tests.support import tiny
 from tests.support.project import rats, write_project
 
@@ -24,17 +32,17 @@ WORKERS = {
     [({}, {"a", "b", "c"}), ({"GPU": 1}, {"a", "c"}), ({"GPU": 2, "DISK": 1}, {"c"}), ({"GPU": 3}, set())],
 )
 def test_only_workers_that_are_up_and_offer_what_a_task_needs_count(needs: dict[str, float], found: set[str]):
-    assert able(WORKERS, needs) == found
+    assert able_workers(WORKERS, needs) == found
 
 
 def test_the_error_names_what_is_needed_and_what_is_offered():
-    text = nobody({name: WORKERS[name] for name in "abc"}, {"GPU": 3}, 120)
+    text = no_worker_text({name: WORKERS[name] for name in "abc"}, {"GPU": 3}, 120)
     assert "no Dask worker offers GPU=3 for 120 s: 3 are there and offer DISK=5, GPU=2 or GPU=1 or nothing" in text
 
 
 def test_workers_that_hang_in_their_start_and_no_workers_have_another_text():
-    assert "do not get past their start" in nobody({"d": WORKERS["d"]}, {}, 5)
-    assert "no Dask worker for 5 s" in nobody({}, {"GPU": 1}, 5)
+    assert "do not get past their start" in no_worker_text({"d": WORKERS["d"]}, {}, 5)
+    assert "no Dask worker for 5 s" in no_worker_text({}, {"GPU": 1}, 5)
 
 
 def test_resources_are_names_and_positive_numbers():
@@ -55,6 +63,27 @@ def test_a_scheduler_elsewhere_needs_tls():
             checked_address(address)
 
 
+@pytest.mark.parametrize(
+    ("address", "hint"),
+    [
+        ("http://127.0.0.1:8787/status", "that of its page"),
+        ("https://node7:8787", "that of its page"),
+        ("ftp://node7:8786", "speaks no ftp"),
+        ("tls://node7", "has no port"),
+        ("localhost", "has no port"),
+        ("tcp://:8786", "has no host"),
+        ("tcp://127.0.0.1:eight", "is no address of a scheduler"),
+        ("tcp://127.0.0.1:99999", "is no address of a scheduler"),
+        ("tcp://[::1:8786", "is no address of a scheduler"),
+        ("", "has no host"),
+    ],
+)
+def test_what_is_no_address_of_a_scheduler_is_said_before_anything_runs(address: str, hint: str):
+    for refused in (lambda: checked_address(address), lambda: WorkerTarget(scheduler_address=address)):
+        with pytest.raises(ConfigError, match=f"{hint}.*tls://HOST:8786"):
+            refused()
+
+
 def test_tls_files_for_an_address_without_tls_are_refused():
     file = Path(__file__)
     with pytest.raises(ConfigError, match="not encrypted"):
@@ -71,9 +100,9 @@ def test_the_scheduler_file_must_be_one(tmp_path: Path):
 
 
 def test_a_batch_queue_is_waited_for_longer_than_workers_of_our_own():
-    assert Where().patience == 120
-    assert Where(workers=2, cluster="slurm").patience == 86400
-    assert Where(workers=2, cluster="slurm", wait_seconds=5).patience == 5
+    assert WorkerTarget().patience == 120
+    assert WorkerTarget(workers=2, cluster="slurm").patience == 86400
+    assert WorkerTarget(workers=2, cluster="slurm", wait_seconds=5).patience == 5
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.prompts import planned, read_prompts
+from rats.pipeline.prompts import planned_samples, read_prompts
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import read_scores, reward_column, reward_columns
 from rats.pipeline.store.shard_set import ShardSet
@@ -150,7 +150,7 @@ def test_a_parameter_file_holds_the_samples_it_asks_for_of_the_set_that_its_mode
         params = load_params(Path("params.yaml"))
         recipe = read_recipe(params, Model.of(params))
     mine = ShardSet.open_or_create(tmp_path / "store", recipe)
-    asked = planned(read_prompts(tmp_path / "work" / "prompts.txt"), 1)
+    asked = planned_samples(read_prompts(tmp_path / "work" / "prompts.txt"), 1)
     write_samples(mine, asked, shard_samples=2)
     write_samples(mine, wanted(2), shard_samples=2)
     (tmp_path / "work" / "prompts.txt").write_text(asked[0].prompt)

@@ -13,9 +13,9 @@ import torch
 
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import Params
-from rats.stages.train.guard.panel import PANEL, VALUES, Panel
-from rats.stages.train.guard.rules import Look, Roles
-from rats.stages.train.observers import check_observers
+from rats.stages.train.callbacks import check_callbacks
+from rats.stages.train.guard.panel import PANEL_FILE, PANEL_SAMPLES_FILE, Panel
+from rats.stages.train.guard.rules import Roles, ValidationScores
 from rats.trainer.loop import Stopped
 from rats.trainer.run import Run
 from tests.support import toy
@@ -33,7 +33,7 @@ class Eyes:
         self.course = iter(course)
         self.validation = SimpleNamespace(keys=list(keys), concepts=list(keys))
 
-    def look(self, learner: Any, nfe: Sequence[int], stopping: Any) -> Look:
+    def look(self, learner: Any, nfe: Sequence[int], stopping: Any) -> ValidationScores:
         if stopping():
             raise Stopped
         shape = (len(nfe), len(KEYS))
@@ -48,17 +48,17 @@ def watched(folder: Path, course: Sequence[tuple[float, float]], resume: bool = 
     given = toy.objective(chosen)
     run = toy.run_of(given, folder, resume)
     saved = run.checkpoints.newest() if resume else None
-    kept = {name: saved.log(name) if saved else None for name in (PANEL, VALUES)}
+    kept = {name: saved.log(name) if saved else None for name in (PANEL_FILE, PANEL_SAMPLES_FILE)}
     panel = Panel(chosen.train, ROLES, folder, Eyes(course), kept)  # type: ignore[arg-type]
     panel.start(run)
-    with run.observed(panel):
+    with run.with_callbacks(panel):
         toy.train_on(given, run)
     panel.leave_best(run)
     return run
 
 
 def alarms(run: Run) -> str:
-    return "".join(row["alarm"] for row in run.logs[PANEL].rows())
+    return "".join(row["alarm"] for row in run.logs[PANEL_FILE].rows())
 
 
 def checkpoints(run: Run) -> list[str]:
@@ -102,10 +102,10 @@ def test_only_a_look_that_has_a_checkpoint_is_kept(tmp_path):
 def test_a_run_that_goes_on_counts_its_alarms_from_the_log_alone(tmp_path):
     whole = watched(tmp_path / "whole", HACK, guard={"stop": True, "patience": 3})
     cut = watched(tmp_path / "cut", HACK, steps=4)
-    cut.logs[PANEL].path.unlink()
+    cut.logs[PANEL_FILE].path.unlink()
     went_on = watched(tmp_path / "cut", HACK[5:], resume=True, guard={"stop": True, "patience": 3})
     assert went_on.state.step == 5 and went_on.state.finished == whole.state.finished
-    for name in (PANEL, VALUES):
+    for name in (PANEL_FILE, PANEL_SAMPLES_FILE):
         assert went_on.logs[name].content() == whole.logs[name].content()
     assert checkpoints(went_on) == checkpoints(whole) == ["000002", "000005"]
 
@@ -119,18 +119,18 @@ def test_a_run_that_is_asked_to_stop_while_it_looks_makes_that_look_when_it_goes
     with pytest.raises(Stopped):
         panel(run, {})
     run.save()
-    kept = {name: run.checkpoints.newest().log(name) for name in (PANEL, VALUES)}
+    kept = {name: run.checkpoints.newest().log(name) for name in (PANEL_FILE, PANEL_SAMPLES_FILE)}
     again = Panel(panel.chosen, ROLES, tmp_path, Eyes(HACK[1:]), kept)  # type: ignore[arg-type]
     with pytest.raises(SystemExit, match="143"):
         again.start(run)
     run.stop_when(lambda: False)
     again.start(run)
-    assert [row["step"] for row in run.logs[PANEL].rows()] == ["0", "1"]
+    assert [row["step"] for row in run.logs[PANEL_FILE].rows()] == ["0", "1"]
 
 
 def test_a_run_that_goes_on_with_other_validation_prompts_is_refused(tmp_path):
     run = watched(tmp_path, HACK)
-    kept = {name: run.logs[name].content() for name in (PANEL, VALUES)}
+    kept = {name: run.logs[name].content() for name in (PANEL_FILE, PANEL_SAMPLES_FILE)}
     other = Panel(toy.settings(guard={"every": 1}).train, ROLES, tmp_path, Eyes([], KEYS[:6]), kept)  # type: ignore[arg-type]
     with pytest.raises(DataError, match="other validation prompts"):
         other.start(run)
@@ -157,4 +157,4 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(train, rewards, m
         }
     )
     with pytest.raises(ConfigError, match=message):
-        check_observers(params, params.train)
+        check_callbacks(params, params.train)

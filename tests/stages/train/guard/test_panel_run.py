@@ -20,7 +20,7 @@ from rats.schemas.params import Params
 from rats.stages.rollout.rollout import rollout_stage
 from rats.stages.train.guard import open as panel_open
 from rats.stages.train.guard import validation
-from rats.stages.train.guard.look import Eye
+from rats.stages.train.guard.look import Validator
 from rats.stages.train.train import train_stage
 from rats.trainer.sampling import few_steps
 from tests.support import tiny
@@ -98,7 +98,7 @@ def test_there_is_a_look_at_the_start_every_so_often_and_at_the_end(guarded):
 def test_a_look_sees_what_the_student_that_is_left_draws(home, guarded):
     params = params_of(home)
     student = Model.of(params).open_student(transformer=guarded / "student")
-    samples = validation.open_validation(params, Model.of(params), 5, student.latent_shape(), guarded, again=True)
+    samples = validation.open_validation_set(params, Model.of(params), 5, student.latent_shape(), guarded, again=True)
     reward = open_reward(params.rewards[1])
     with torch.no_grad():
         batch = next(samples.batches(5, torch.device("cpu")))
@@ -164,13 +164,13 @@ def test_a_hack_is_warned_of_stops_the_run_and_leaves_the_best_student(home, hac
 @pytest.mark.slow
 def test_a_look_that_sigterm_cuts_short_is_made_when_the_run_goes_on(home, guarded, tmp_path, monkeypatch):
     seen = []
-    values = Eye._values
+    values = Validator._values
 
     def cut(self, learner, steps, stopping):
         seen.append(steps)
         return values(self, learner, steps, stopping if len(seen) != 4 else lambda: True)
 
-    monkeypatch.setattr(Eye, "_values", cut)  # the second number of steps of the look at step 2
+    monkeypatch.setattr(Validator, "_values", cut)  # the second number of steps of the look at step 2
     with pytest.raises(SystemExit) as ended:
         train_stage(params_of(home, **GUARDED), "rats", home / "shards", tmp_path)
     assert ended.value.code == 143 and [row["step"] for row in rows(tmp_path / "panel.csv")] == ["0"]

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from rats.schemas.errors import DataError
 from rats.stages.measure.judge import diversity, diversity_by_sample, kernel, kid, kid_by_sample, mean_off_diagonal
 from rats.stages.train.guard.rules import (
-    Look,
     Roles,
+    ValidationScores,
     alarms_in_a_row,
     best_step,
-    change,
-    columns,
+    mean_change,
+    panel_columns,
     panel_row,
-    relative,
-    spread,
+    relative_change,
+    sample_std,
 )
 
 NFE = (3, 8)
@@ -26,7 +26,7 @@ CONCEPTS = [f"concept {i // 2}" for i in range(24)]
 ROLES = Roles({"trained": 1.0}, ("held out", "judge"))
 
 
-def look(trained: float, held_out: float, judge: float, noise: float = 0.1, seed: int = 0) -> Look:
+def look(trained: float, held_out: float, judge: float, noise: float = 0.1, seed: int = 0) -> ValidationScores:
     """Samples of spread about 1, moved by so many spreads with a little noise of their own."""
     base, moved = np.random.default_rng(7), np.random.default_rng(seed)
     shape = (len(NFE), len(CONCEPTS))
@@ -38,14 +38,14 @@ def look(trained: float, held_out: float, judge: float, noise: float = 0.1, seed
     }
 
 
-def course(*looks: Look) -> list[dict[str, str]]:
+def course(*looks: ValidationScores) -> list[dict[str, str]]:
     """Rows as panel.csv gives them back, one look every 10 steps, each held against the best before it."""
     known, rows = {}, []
     for i, found in enumerate(looks):
         known[10 * i] = found
         best = best_step(rows)
         row = panel_row(10 * i, known, 10 * i if best is None else best, ROLES, NFE, CONCEPTS)
-        assert set(row) == set(columns(ROLES, NFE))
+        assert set(row) == set(panel_columns(ROLES, NFE))
         rows.append({name: repr(value) for name, value in row.items()})
     return rows
 
@@ -95,19 +95,19 @@ def test_changes_are_in_spreads_so_that_no_metric_outweighs_another_by_its_scale
 def test_several_trained_rewards_count_by_their_weights():
     now = {"a": START["trained"] + 0.01 * np.ones((2, 24)), "b": START["judge"]}
     first = {"a": START["trained"], "b": START["judge"]}
-    whole = relative(now, first, first, {"a": 1.0, "b": 1.0})
-    assert relative(now, first, first, {"a": 3.0, "b": 1.0}) == pytest.approx(1.5 * whole)
+    whole = relative_change(now, first, first, {"a": 1.0, "b": 1.0})
+    assert relative_change(now, first, first, {"a": 3.0, "b": 1.0}) == pytest.approx(1.5 * whole)
 
 
 def test_the_noise_of_prompts_that_stand_alone_is_the_standard_error_of_the_mean():
     values = np.random.default_rng(0).normal(size=50)
-    found = change(values, [str(i) for i in range(50)])
+    found = mean_change(values, [str(i) for i in range(50)])
     assert found == pytest.approx((values.mean(), values.std(ddof=1) / np.sqrt(50)))
 
 
 def test_prompts_of_one_concept_that_move_together_count_once():
     values, concepts = np.random.default_rng(0).normal(size=10), [str(i) for i in range(10)]
-    once, copied = change(values, concepts), change(np.repeat(values, 4), np.repeat(concepts, 4).tolist())
+    once, copied = mean_change(values, concepts), mean_change(np.repeat(values, 4), np.repeat(concepts, 4).tolist())
     assert copied == pytest.approx(once)
 
 
@@ -115,21 +115,21 @@ def test_prompts_of_one_concept_that_move_together_count_once():
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20), st.floats(0.1, 100))
 def test_a_change_scales_with_its_values(values, factor):
     concepts = [str(i % 3) for i in range(len(values))]
-    one, many = change(np.array(values), concepts), change(factor * np.array(values), concepts)
+    one, many = mean_change(np.array(values), concepts), mean_change(factor * np.array(values), concepts)
     assert many == pytest.approx((factor * one.mean, factor * one.noise), rel=1e-6, abs=1e-6)
 
 
 def test_a_sample_without_a_score_is_left_out_and_two_are_needed():
     values = np.array([1.0, np.nan, 3.0])
-    assert change(values, ["a", "b", "c"]) == change(values[[0, 2]], ["a", "c"])
-    assert np.isnan(change(np.array([1.0, np.nan]), ["a", "b"])).all()
+    assert mean_change(values, ["a", "b", "c"]) == mean_change(values[[0, 2]], ["a", "c"])
+    assert np.isnan(mean_change(np.array([1.0, np.nan]), ["a", "b"])).all()
 
 
 def test_a_metric_that_tells_no_pictures_apart_is_refused_before_training():
     with pytest.raises(DataError, match="held out tells the validation pictures .* not apart.*train.guard.prompts"):
-        spread("held out", np.ones((2, 5)))
+        sample_std("held out", np.ones((2, 5)))
     with pytest.raises(DataError, match="not apart"):
-        spread("held out", np.full((1, 5), np.nan))
+        sample_std("held out", np.full((1, 5), np.nan))
 
 
 def test_the_best_look_is_the_earliest_with_the_highest_panel_among_those_that_are_asked_for():

@@ -1,4 +1,4 @@
-"""Prompts out of `datasets`: own files in its formats, folders, the hub's benchmark layout, and what is refused."""
+"""Prompts drawn from tables: own files, folders, the hub's benchmark layout, and what is refused."""
 
 from __future__ import annotations
 
@@ -116,11 +116,14 @@ def test_a_damaged_table_is_one_line(tmp_path: Path) -> None:
         drawn(tmp_path / "p.parquet")
 
 
-def test_without_datasets_the_way_to_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_repository_of_the_hub_takes_datasets_and_a_file_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_parquet(tmp_path / "p.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
+    assert sorted(drawn(tmp_path / "p.parquet", column="caption")) == sorted(PROMPTS)
     with pytest.raises(ConfigError, match=r"pip install 'rats\[datasets\]'"):
-        drawn(tmp_path / "p.parquet")
+        drawn(Path("org/prompts"), revision="0" * 40)
 
 
 def test_params_name_a_table_and_say_what_is_wrong_with_it(models: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rats.pipeline.prompts import Prompt, planned, read_prompts
+from rats.pipeline.prompts import Prompt, planned_samples, read_prompts
 from rats.schemas.errors import ConfigError
 from rats.schemas.identity import prompt_id
 
@@ -61,7 +61,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_prompt_gets_every_noise_index(tmp_path: Path) -> None:
-    samples = planned([Prompt("a cat", "cat"), Prompt("a dog", "dog")], 3)
+    samples = planned_samples([Prompt("a cat", "cat"), Prompt("a dog", "dog")], 3)
     assert [sample.noise_index for sample in samples] == [0, 1, 2, 0, 1, 2]
     assert len({sample.key for sample in samples}) == 6
     assert samples[0].key == f"{prompt_id('a cat')[:24]}-0000"

@@ -21,7 +21,7 @@ PENDING = 64
 """Batches of fingerprints that stay on the device until they are compared: to fetch each one would stall it."""
 
 
-class Witness:
+class TeacherCallCounter:
     """Counts network evaluations by a hook on the network's class, and compares what is scored with what is stored.
 
     `student_forwards`: evaluations of the student's network. `teacher_forwards`: of any other network of its class.
@@ -102,10 +102,10 @@ def _factors(count: int, device: torch.device) -> Tensor:
     return torch.empty(count, dtype=torch.int64).random_(generator=draw).to(device)
 
 
-class WatchedStream:
+class CountedStream:
     """A stream that passes its stored final latents to the witness."""
 
-    def __init__(self, stream: SampleStream, witness: Witness) -> None:
+    def __init__(self, stream: SampleStream, witness: TeacherCallCounter) -> None:
         """Gives the samples of `stream`."""
         self._stream, self._witness = stream, witness
 
@@ -121,10 +121,10 @@ class WatchedStream:
         return samples
 
 
-class WatchedStudent:
+class CountedStudent:
     """A student that passes its decoded latents to the witness."""
 
-    def __init__(self, student: Student, witness: Witness) -> None:
+    def __init__(self, student: Student, witness: TeacherCallCounter) -> None:
         """Does what `student` does."""
         self._student, self._witness = student, witness
         self.network = student.network

@@ -14,26 +14,26 @@ from rats.schemas.train_params import TrainParams
 from rats.stages.train.guard.open import check_guard, open_panel
 from rats.stages.train.trackers import check_trackers, open_trackers
 from rats.trainer import randomness
-from rats.trainer.checkpoint import Saved
-from rats.trainer.metrics import Row
-from rats.trainer.run import Observer, Run
+from rats.trainer.checkpoint import SavedCheckpoint
+from rats.trainer.metrics import MetricsRow
+from rats.trainer.run import Callback, Run
 
 
-def check_observers(params: Params, chosen: TrainParams) -> None:
+def check_callbacks(params: Params, chosen: TrainParams) -> None:
     """Raise ConfigError for settings of the guard or the trackers that cannot work, before anything is loaded."""
     check_guard(params, chosen)
     check_trackers(chosen)
 
 
 @contextmanager
-def looking_on(
+def training_callbacks(
     params: Params,
     model: Model,
     chosen: TrainParams,
     student: FamilyStudent,
     rewards: Mapping[str, Reward],
     run: Run,
-    saved: Saved | None,
+    saved: SavedCheckpoint | None,
     out: Path,
 ) -> Iterator[None]:
     """Adds guard and trackers to a run. Train inside this block; after it, the learner has the weights to save.
@@ -41,31 +41,31 @@ def looking_on(
     The guard comes before the trackers, which log its results.
     """
     config = params.model_dump(mode="json") | {"train": chosen.model_dump(mode="json")}
-    with undisturbed():
+    with rng_kept():
         panel = open_panel(params, model, chosen, student, out, saved, rewards, run.ranks)
         trackers = open_trackers(chosen, out, config, run.state.step, run.ranks.is_main)
     with closing(trackers) if trackers else nullcontext():
         if panel is not None:
-            with undisturbed():
+            with rng_kept():
                 panel.start(run)
-        with run.observed(*(quietly(observer) for observer in (panel, trackers) if observer is not None)):
+        with run.with_callbacks(*(keeping_rng(observer) for observer in (panel, trackers) if observer is not None)):
             yield
         if panel is not None:
             panel.leave_best(run)
 
 
-def quietly(observer: Observer) -> Observer:
+def keeping_rng(observer: Callback) -> Callback:
     """Wraps the observer so that it does not change the global random generators."""
 
-    def call(run: Run, row: Row) -> None:
-        with undisturbed():
+    def call(run: Run, row: MetricsRow) -> None:
+        with rng_kept():
             observer(run, row)
 
     return call
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def rng_kept() -> Iterator[None]:
     """Restores the global random generators after the block. In it, models are initialised and rewards may draw."""
     before = randomness.capture()
     try:
