@@ -50,8 +50,8 @@ class TrainReport(Record):
 
     snapshot: str
     steps: int
-    teacher_forwards: int
-    teacher_reward_calls: int
+    teacher_forwards: int | None
+    teacher_reward_calls: int | None
     seconds: float
     checkpoint: str
 

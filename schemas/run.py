@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rats.schemas.manifest import Record
 from rats.schemas.reports import TrainReport
 
@@ -24,13 +26,32 @@ class Generation(Record):
     network_bytes: int
 
 
+class SettingChange(Record):
+    """A setting that another took the place of when the run went on from `step`, by `--force`."""
+
+    step: int
+    field: str
+    was: Any
+    now: Any
+
+
+class Owner(Record):
+    """`owner.json`: the process that trains in the folder; `parent` ends it by ending, None: it outlives everybody."""
+
+    process: int
+    host: str
+    since: str
+    parent: int | None
+    token: str
+
+
 class RunRecord(TrainReport):
     """The result of `rats stage train`, with the hashes of everything that went into it.
 
     `recipe` is the fingerprint of the shards, `reward_column` the address of the teacher's scores, `base` the hash of
     the transformer that the student started from, `student` of the folder that it was saved to. `call` is what its
-    pipeline is called with. `seconds` counts the steps of all resumes; the forwards and calls are those of the last
-    process.
+    pipeline is called with. `settings_values` are what `settings` is the hash of. `seconds`, forwards and calls are
+    those of all steps, over all resumes; None where an older rats, which did not keep them, made some of the steps.
     """
 
     variant: str
@@ -50,7 +71,7 @@ class RunRecord(TrainReport):
     gate_mean: float | None
     gate_value: float | None
     tau: float
-    student_forwards: int
+    student_forwards: int | None
     seconds_per_step: float
     threads: int
     call: dict[str, int | float] | None = None
@@ -71,3 +92,5 @@ class RunRecord(TrainReport):
     teacher_mode: str = "frozen"
     """`live-ema` runs a teacher in every step: `teacher_forwards` and `teacher_reward_calls` are its own."""
     generations: tuple[Generation, ...] = ()
+    settings_values: dict[str, Any] | None = None
+    changes: tuple[SettingChange, ...] = ()

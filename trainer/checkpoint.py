@@ -10,8 +10,9 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from blake3 import blake3
 from pydantic import TypeAdapter
@@ -30,12 +31,25 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Change:
+    """A setting that another took the place of when the run went on from `step`, by `--force`."""
+
+    step: int
+    field: str
+    was: Any
+    now: Any
+
+
+@dataclass(frozen=True)
 class RunState:
     """The state of a run. `seconds` is the time of all its steps so far, over all resumes.
 
-    `position` is that of the stream, in the shards of `generation` (0: the teacher's own). Rewards failed on `bad` of
-    `asked` samples. `micro_batch` is the size that fits after running out of memory, `tau` was measured at the start.
-    `finished` is the reason if the run ended before its last step.
+    `position` is the stream's, in the shards of `generation` (0: the teacher's own). Of `asked` samples a reward failed
+    on `bad`. `micro_batch` is what was found to fit after running out of memory, `tau` what was measured at the start.
+    `finished` says why a run has ended before its last step.
+
+    The network evaluations and reward calls are those of all steps so far; None: an older rats, which forgot them at
+    each resume, has made some of the steps.
     """
 
     step: int = 0
@@ -49,6 +63,10 @@ class RunState:
     micro_batch: int | None = None
     tau: float | None = None
     finished: str | None = None
+    student_forwards: int | None = 0
+    teacher_forwards: int | None = 0
+    teacher_reward_calls: int | None = 0
+    changes: tuple[Change, ...] = ()
 
     @property
     def gate_mean(self) -> float | None:
@@ -68,14 +86,26 @@ class RunState:
             bad=self.bad + bad,
         )
 
+    def counted(self, more: Mapping[str, int]) -> RunState:
+        """With so many more of each counter; what is unknown stays so."""
+        known = {name: value for name in more if (value := getattr(self, name)) is not None}
+        return replace(self, **{name: value + more[name] for name, value in known.items()})
+
+
+COUNTERS = ("student_forwards", "teacher_forwards", "teacher_reward_calls")
+
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """Hashes of the data of a checkpoint: snapshot, recipe of the shards, settings."""
+    """What a checkpoint belongs to: hashes of the snapshot that is read, the shards' recipe, the settings.
+
+    `values`: the settings that `settings` is the hash of; None in checkpoints of an older rats.
+    """
 
     snapshot: str
     recipe: str
     settings: str
+    values: Mapping[str, Any] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -137,7 +167,7 @@ class Checkpoints:
             for name, data in files.items():
                 (temporary / name).write_bytes(data)
             (temporary / STATE_FILE).write_text(json.dumps(record, sort_keys=True, indent=1))
-        for old in self._paths()[self.limit :]:
+        for old in self.paths()[self.limit :]:
             if int(old.name) != self.keep:
                 shutil.rmtree(old)
         return path
@@ -146,8 +176,8 @@ class Checkpoints:
         """The path of the checkpoint after `step` steps, whether or not it exists."""
         return self.folder / f"{step:06d}"
 
-    def _paths(self) -> list[Path]:
-        """Newest first. Folders with other names (a temporary one of a killed process) are ignored."""
+    def paths(self) -> list[Path]:
+        """Newest first; anything not named like a checkpoint (a temporary folder of a killed save) is passed over."""
         found = [path for path in self.folder.glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
         return sorted(found, key=lambda path: int(path.name), reverse=True)
 
@@ -156,7 +186,7 @@ class Checkpoints:
 
         Damaged ones are skipped with a warning.
         """
-        for path in self._paths():
+        for path in self.paths():
             if at_most is not None and int(path.name) > at_most:
                 continue
             try:
@@ -165,11 +195,9 @@ class Checkpoints:
                 log.warning("%s; the one before it is used", error)
         return None
 
-    def keep_until(self, step: int) -> None:
-        """Removes the checkpoints after `step`, since this run will make its own."""
-        for path in self._paths():
-            if int(path.name) > step or step == 0:
-                shutil.rmtree(path)
+    def after(self, step: int) -> list[Path]:
+        """The checkpoints of more than `step` steps; all of them where it is 0."""
+        return [path for path in self.paths() if int(path.name) > step or step == 0]
 
 
 _STATE, _IDENTITY = TypeAdapter(RunState), TypeAdapter(RunIdentity)
@@ -180,8 +208,8 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
     try:
         record = json.loads((path / STATE_FILE).read_text())
         _verify(path, record)
-        state, identity = _STATE.validate_python(record["state"]), _IDENTITY.validate_python(record["identity"])
-        return SavedCheckpoint(path, state, int(record["snapshot"]), identity)
+        state = _STATE.validate_python(dict.fromkeys(COUNTERS) | record["state"])
+        return SavedCheckpoint(path, state, int(record["snapshot"]), _IDENTITY.validate_python(record["identity"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"checkpoint {path} is damaged ({one_line(error)}): delete it, use --resume latest") from error
 
@@ -189,8 +217,8 @@ def read_checkpoint(path: Path) -> SavedCheckpoint:
 def _verify(path: Path, record: dict) -> None:
     if record["format"] != FORMAT:
         raise DataError(
-            f"checkpoint {path} has format {record['format']}, this program reads {FORMAT}: start over without "
-            "--resume, or go on with the release that wrote it"
+            f"checkpoint {path} has format {record['format']}, this program reads {FORMAT}: start over with "
+            "--force, or go on with the release that wrote it"
         )
     for name, digest in record["files"].items():
         if Path(name).name != name or not name.endswith((".safetensors", ".csv")):

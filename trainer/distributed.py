@@ -156,6 +156,6 @@ def copy_into(found: Mapping[str, Tensor], places: Mapping[str, Tensor], what: s
     """
     same_names = found.keys() == places.keys()
     if not same_names or any(found[name].shape != place.shape for name, place in places.items()):
-        raise DataError(f"the checkpoint's {what} belongs to another network: train again without --resume")
+        raise DataError(f"the checkpoint's {what} belongs to another network: train again with --force")
     for name, place in places.items():
         place.copy_(sharded_like(found[name], place))

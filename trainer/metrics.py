@@ -40,27 +40,53 @@ def metrics_columns(horizons: int, rewards: Sequence[str] = ("",)) -> list[str]:
 class CsvLog:
     """Appends rows to a CSV file. Each checkpoint holds a copy, and a resumed run starts with that copy.
 
-    So the file always ends at the checkpoint's step, whatever happened to it since: more steps, a half-written line, or
-    its deletion (`dvc repro` deletes outputs before it runs a stage).
+    So the file is cut back to the checkpoint's step by construction, whatever became of it since: a step too many, a
+    half-written line, or gone (`dvc repro` deletes outs before it runs a stage).
+
+    It appends only to the file that it made, under no other name: DVC's cache keeps the file of a stage by a hardlink,
+    and an orphan must not write into it. Where the file is another one, all rows so far are written anew.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], kept: bytes | None = None) -> None:
         """`kept`: the checkpoint's copy; None starts a new file."""
         self.path, self.columns = path, list(columns)
         if kept is not None and not kept.startswith(_text([self.columns]).encode()):
-            raise DataError(f"the checkpoint's {path.name} has other columns: start over without --resume")
-        # replaced, never cut in place: the old file may be a hardlink into DVC's cache
-        atomic_write(path, _text([self.columns]).encode() if kept is None else kept)
+            raise DataError(f"the checkpoint's {path.name} has other columns: start over with --force")
+        self._rows = bytearray(_text([self.columns]).encode() if kept is None else kept)
+        self._write_anew()
 
     def append(self, row: MetricsRow) -> None:
         """Writes one row. Numbers are in full precision, so that runs can be compared bit by bit."""
         values = [row.get(name) for name in self.columns]
-        with storage_errors(self.path), self.path.open("a", newline="") as file:
-            file.write(_text([[_cell(value) for value in values]]))
+        line = _text([[_cell(value) for value in values]]).encode()
+        is_ours = self._is_ours()
+        self._rows += line
+        if not is_ours:
+            self._write_anew()
+            return
+        with storage_errors(self.path), self.path.open("ab") as file:
+            file.write(line)
+
+    def _write_anew(self) -> None:
+        # replaced, never cut in place: the old file may be a hardlink into DVC's cache
+        atomic_write(self.path, bytes(self._rows))
+        self._made = self._file()
+
+    def _is_ours(self) -> bool:
+        # the number of a file that is gone may come back, so the size has to fit too
+        return self._file() == self._made and self.path.stat().st_size == len(self._rows)
+
+    def _file(self) -> tuple[int, int, int] | None:
+        """Device and number of the file, and how many names it has."""
+        try:
+            about = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return about.st_dev, about.st_ino, about.st_nlink
 
     def content(self) -> bytes:
         """All rows so far, as bytes."""
-        return self.path.read_bytes()
+        return bytes(self._rows)
 
     def rows(self) -> list[dict[str, str]]:
         """All rows so far, by column."""

@@ -47,12 +47,12 @@ def restore(states: Mapping[str, Tensor]) -> None:
     """Restores what `capture` gave. Raises DataError if the state of a generator is missing or damaged."""
     missing = sorted(capture().keys() - states.keys())
     if missing:
-        raise DataError(f"the checkpoint has no state of the generator {missing[0]}: start over without --resume")
+        raise DataError(f"the checkpoint has no state of the generator {missing[0]}: start over with --force")
     try:
         _put(states)
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise DataError(
-            f"the checkpoint's generators are damaged ({reason(error)}): start over without --resume"
+            f"the checkpoint's generators are damaged ({reason(error)}): start over with --force"
         ) from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,12 +16,13 @@ from torch import Tensor
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.train_params import TrainParams
 from rats.trainer import randomness
-from rats.trainer.checkpoint import RNG, Checkpoints, RunIdentity, RunState, SavedCheckpoint, read_checkpoint
+from rats.trainer.checkpoint import RNG, Change, Checkpoints, RunIdentity, RunState, SavedCheckpoint, read_checkpoint
 from rats.trainer.data import Batch
 from rats.trainer.distributed import Ranks
 from rats.trainer.metrics import CsvLog, MetricsRow, metrics_columns
 from rats.trainer.objective import Objective
 from rats.trainer.optim import Learner
+from rats.trainer.replaced import set_aside
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class Run:
     student_step: int | None = None
     stopping: Callable[[], bool] = lambda: False
     callbacks: list[Callback] = field(default_factory=list)
+    counts: Callable[[], Mapping[str, int]] = dict
+    check_owner: Callable[[], None] = lambda: None
     recent: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=BAD_SHARE_STEPS))
     """Numbers of bad and of all samples in each of the last steps."""
 
@@ -95,6 +98,14 @@ class Run:
         """Makes the run stop in the middle of a step as soon as `stopping` returns true."""
         self.stopping = stopping
 
+    def counted_by(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        """Keep the counters of `RunState` by what `counts` says was done since it was asked last."""
+        self.counts = counts
+
+    def owned_by(self, check: Callable[[], None]) -> None:
+        """Call `check` before each write; it raises where the folder belongs to somebody else."""
+        self.check_owner = check
+
     @contextmanager
     def with_callbacks(self, *observers: Callback) -> Iterator[None]:
         """In this block, calls `observers` after each step, in order, on every rank, before a checkpoint is saved."""
@@ -108,11 +119,13 @@ class Run:
     def advance(self, row: dict[str, float | int | None], gates: list[float], bad: int, position: int) -> None:
         """Writes the step's row, updates the state, and calls the observers."""
         if self.ranks.is_main:
+            self.check_owner()
             self.logs[METRICS].append(row)
-        self.state = self.state.after(position, gates, bad, float(row["seconds"] or 0.0))
+        self.state = self.state.after(position, gates, bad, float(row["seconds"] or 0.0)).counted(self.counts())
         self.recent.append((bad, len(gates) + bad))
         for observer in self.callbacks:
             observer(self, row)
+        self.state = self.state.counted(self.counts())  # what the observers have evaluated
 
     def follow_generation(self, step: int) -> None:
         """Continues with the shards of the generation of `step`, from their first sample."""
@@ -121,6 +134,10 @@ class Run:
     def keep_tau(self, tau: float) -> None:
         """Stores the measured tau for resumed runs."""
         self.state = replace(self.state, tau=tau)
+
+    def keep_changes(self, changes: tuple[Change, ...]) -> None:
+        """Settings that differ from here on."""
+        self.state = replace(self.state, changes=self.state.changes + changes)
 
     def finish(self, reason: str) -> None:
         """End the run after this step, as if it were the last."""
@@ -164,6 +181,7 @@ class Run:
         for rank, states in enumerate(self.ranks.gather_objects(randomness.capture())):
             tensors[RNG.format(rank=rank)] = states
         if self.ranks.is_main:
+            self.check_owner()
             logs = {name: file.content() for name, file in self.logs.items()}
             self.checkpoints.save(self.state, tensors, logs, self.identity, self.snapshot)
         self.ranks.wait()
@@ -206,7 +224,7 @@ def open_run(
     state: RunState | None = None,
     follower: Callable[[Learner], MovingTeacher | None] = no_moving_teacher,
 ) -> Run:
-    """A run of `objective` in the folder `out`. Files of an earlier run after its step are removed.
+    """A run of `objective` in the folder `out`; later checkpoints of an earlier run are set aside.
 
     All ranks must call this. The run resumes from the checkpoint `saved`; without one it starts at `state` (None: at
     the first step). `follower` makes the teacher that follows the student.
@@ -220,9 +238,9 @@ def open_run(
     if saved:
         run.restore(saved)
         log.info("going on from %s", saved.path)
-    ranks.wait()  # nobody reads any more what is removed now
+    ranks.wait()  # nobody reads any more what is moved now
     if ranks.is_main:
         header = metrics_columns(max(train.nfe), [part.name for part in objective.settings.parts])
         run.open_log(CsvLog(out / METRICS, header, saved.log(METRICS) if saved else None))
-        checkpoints.keep_until(run.state.step)
+        set_aside(out, checkpoints.after(run.state.step))
     return run

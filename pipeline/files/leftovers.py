@@ -32,7 +32,7 @@ def is_temporary(name: str) -> bool:
 def is_abandoned(name: str) -> bool:
     """Whether it is a temporary name whose writer ran on this machine and is gone."""
     match = _NAME.fullmatch(name)
-    return match is not None and _is_of_this_machine(match["what"]) and not _is_alive(int(match["process"]))
+    return match is not None and _is_of_this_machine(match["what"]) and not is_alive(int(match["process"]))
 
 
 def is_dead(name: str, written: float, since: float) -> bool:
@@ -53,7 +53,8 @@ def _is_of_this_machine(what: str) -> bool:
     return what.endswith(f".{socket.gethostname()}")
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether this machine has a process of that number."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -120,6 +120,10 @@ def train(
     variant: Annotated[str, typer.Option(metavar="NAME", help="A name under `variants`.")] = "rats",
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run [default: runs/VARIANT].")] = None,
     resume: Annotated[str | None, typer.Option(metavar="latest", help="Continue from the newest checkpoint.")] = None,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Start over, or go on with other settings; what is there moves to RUN/replaced."),
+    ] = False,
     checkpoints_total_limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Checkpoints kept; train.checkpoints_total_limit.")
     ] = None,
@@ -149,7 +153,7 @@ def train(
         return
     from rats.stages.train.train import train_stage
 
-    print_result(train_stage(values, variant, place(shards), out, resume).model_dump(), json_)
+    print_result(train_stage(values, variant, place(shards), out, resume, force).model_dump(), json_)
 
 
 @stage.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rats.schemas.params import Params, with_variant
 from rats.schemas.run import RunRecord
@@ -19,14 +19,20 @@ def cost_block(params: Params, records: Mapping[str, RunRecord], rollouts: Mappi
 
 def _summary(params: Params, records: Mapping[str, RunRecord]) -> str:
     drawn = sum(_read(params, name, record) for name, record in records.items())
-    forwards = sum(record.teacher_forwards for record in records.values())
-    scored = sum(record.teacher_reward_calls for record in records.values())
+    forwards = _total(record.teacher_forwards for record in records.values())
+    scored = _total(record.teacher_reward_calls for record in records.values())
     live = drawn * params.teacher.evaluations
     return (
         f"{len(records)} training runs read {drawn:,} teacher trajectories from the same shards. During training the "
-        f"teacher ran {forwards:,} times and {scored:,} of its samples were scored, as measured in the runs. With a "
+        f"teacher ran {forwards} times and {scored} of its samples were scored, as measured in the runs. With a "
         f"live teacher the same training would have taken {live:,} teacher evaluations more."
     )
+
+
+def _total(counts: Iterable[int | None]) -> str:
+    """Their sum; "?" where an older rats, which did not keep them, has trained a run in part."""
+    known = list(counts)
+    return "?" if None in known else f"{sum(filter(None, known)):,}"
 
 
 def _read(params: Params, name: str, record: RunRecord) -> int:
@@ -59,8 +65,8 @@ def _runs(params: Params, records: Mapping[str, RunRecord]) -> PageData:
             _gate(record),
             record.steps,
             f"{_read(params, name, record):,}",
-            record.teacher_forwards,
-            record.teacher_reward_calls,
+            _total([record.teacher_forwards]),
+            _total([record.teacher_reward_calls]),
             f"{record.seconds_per_step:.2f} s",
             duration(record.seconds),
         ]

@@ -248,6 +248,4 @@ def _read(path: Path) -> Generation:
     try:
         return Generation.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
-        raise DataError(
-            f"{path} is no record of a generation ({reason(error)}): train again without --resume"
-        ) from None
+        raise DataError(f"{path} is no record of a generation ({reason(error)}): train again with --force") from None

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -22,24 +23,28 @@ from rats.schemas.params import Params
 from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import TrainParams
 from rats.stages.rollout.columns import ColumnAddress, check_recipe, find_column
+from rats.trainer.checkpoint import RunIdentity
 from rats.trainer.gate import WeightedReward, score_std, weighted_sum
 from rats.trainer.objective import Settings
 
 Scores = dict[str, tuple[float, ...]]
 
-NOT_IN_SETTINGS: dict[str, bool | set[str]] = {
-    "steps": True,
-    "checkpoint_every": True,
-    "checkpoints_total_limit": True,
-    "max_bad": True,
-    "loader_workers": True,
-    "guard": True,
-    "samples_every": True,
-    "trackers": True,
-    "save_dtype": True,
-    "gate": {"tau", "value", "value_from"},
-}
-"""Fields that may differ when a run resumes, since they change no step. Those of the gate enter as their results."""
+NOT_IN_SETTINGS = (
+    *("steps", "checkpoint_every", "checkpoints_total_limit", "log_gradients_every", "max_bad"),
+    *("micro_batch", "gradient_checkpointing", "compile", "fsdp", "loader_workers"),
+    *("guard", "samples_every", "trackers", "save_dtype"),
+)
+"""Fields that may differ when a run goes on: they do not change the mathematics of a step."""
+ROUNDING = ("micro_batch", "log_gradients_every", "compile", "fsdp")
+"""Those of them that change the order of a sum, and so its last bits."""
+RESOLVED = ("tau", "value", "value_from")
+"""Fields of the gate that count by what they were resolved to."""
+OLDER = (
+    *("nfe", "batch", "micro_batch", "lr", "warmup", "alpha", "reward", "reward_weight", "margin", "last_k", "augment"),
+    *("clip_norm", "ema", "seed", "log_gradients_every", "gate", "shape", "teacher", "lora", "black_box"),
+    *("mixed_precision", "gradient_checkpointing", "compile", "fsdp"),
+)
+"""What rats 0.1 hashed, whose checkpoints do not hold the settings themselves."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,29 @@ def gate_value(chosen: TrainParams) -> float | None:
         raise ConfigError(f"gate.value_from: {path} gives no gate_mean ({reason}): train that run first") from None
 
 
-def settings_hash(settings: Settings, columns: Mapping[str, ColumnAddress]) -> str:
-    """Hash of everything that must be equal for a run to resume from a checkpoint."""
-    parts = settings.train.model_dump(mode="json", exclude=NOT_IN_SETTINGS)
-    tau = "gap" if settings.train.gate.tau == "gap" else settings.tau
-    parts |= {"tau": tau, "gate_value": settings.gate_value, "horizons": settings.horizons}
+def identify(settings: Settings, source: Source) -> RunIdentity:
+    """What two runs must share for one to go on where the other stopped."""
+    values = settings_values(settings, source.columns)
+    hashed = sha256(canonical_json(values))
+    # as it comes back from a checkpoint: lists for tuples, names for numbers
+    return RunIdentity(source.snapshot.hash, source.shards.fingerprint, hashed, json.loads(canonical_json(values)))
+
+
+def settings_values(settings: Settings, columns: Mapping[str, ColumnAddress]) -> dict[str, Any]:
+    """What decides a step, by the names of `params.yaml`; the gate's tau and value as they were resolved."""
+    train = settings.train.model_dump(mode="json", exclude=set(NOT_IN_SETTINGS))
+    train["gate"] |= {"tau": _tau(settings), "value": settings.gate_value}
+    del train["gate"]["value_from"]
+    addresses = {name: column.address for name, column in columns.items()}
+    return {"train": train, "horizons": settings.horizons, "scores": addresses}
+
+
+def older_hash(settings: Settings, columns: Mapping[str, ColumnAddress]) -> str:
+    """The hash that rats 0.1 gave these settings."""
+    parts = settings.train.model_dump(mode="json", include=set(OLDER), exclude={"gate": set(RESOLVED)})
+    parts |= {"tau": _tau(settings), "gate_value": settings.gate_value, "horizons": settings.horizons}
     return sha256(canonical_json(parts | {"columns": {name: column.address for name, column in columns.items()}}))
+
+
+def _tau(settings: Settings) -> float | str:
+    return "gap" if settings.train.gate.tau == "gap" else settings.tau

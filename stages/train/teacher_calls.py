@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rats.pipeline.protocols import Conditioning, Student
 from rats.pipeline.store.shards import as_stored
+from rats.trainer.checkpoint import COUNTERS
 from rats.trainer.data import Sample, SampleStream
 
 PENDING = 64
@@ -32,6 +33,7 @@ class TeacherCallCounter:
         self.student_forwards = 0
         self.teacher_forwards = 0
         self._found = 0
+        self._told: dict[str, int] = {}
         self._finals: set[int] = set()
         self._pending: list[Tensor] = []
 
@@ -63,6 +65,13 @@ class TeacherCallCounter:
         """Number of decoded latents that equal, to the bit, a stored final latent from the stream."""
         self._compare()
         return self._found
+
+    def taken(self) -> dict[str, int]:
+        """What was counted since this was asked last."""
+        counts = {name: getattr(self, name) for name in COUNTERS}
+        more = {name: count - self._told.get(name, 0) for name, count in counts.items()}
+        self._told = counts
+        return more
 
     def stored(self, x_BTC: Tensor) -> None:
         """Remember stored final latents."""

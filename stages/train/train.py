@@ -10,38 +10,36 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers.training_utils import cast_training_params
-from torch import Tensor
 
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
-from rats.pipeline.files.atomic import atomic_folder, atomic_write, remove
+from rats.pipeline.files.atomic import atomic_write, remove
 from rats.pipeline.files.places import Place
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.weights.hashes import hash_path
-from rats.pipeline.weights.loading import save_component
-from rats.pipeline.weights.lora import save_lora
-from rats.pipeline.weights.movement import share_kept
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params, with_variant
 from rats.schemas.reports import TrainReport
-from rats.schemas.run import RunRecord
+from rats.schemas.run import RunRecord, SettingChange
 from rats.schemas.train_params import TrainParams
 from rats.stages.progress import progress
 from rats.stages.rollout.columns import reward_params
 from rats.stages.train.callbacks import check_callbacks, training_callbacks
 from rats.stages.train.generations import list_generations, open_moving_teacher, training_segments
-from rats.stages.train.resume import matching_checkpoint, requested_checkpoint, stop_flag
-from rats.stages.train.source import Source, open_source, read_settings, settings_hash
+from rats.stages.train.owner import owned
+from rats.stages.train.record import read_record
+from rats.stages.train.resume import OWN, Begin, Request, decide, is_of, requested_checkpoint, stop_flag
+from rats.stages.train.source import Source, identify, older_hash, open_source, read_settings
 from rats.stages.train.teacher_calls import CountedStream, CountedStudent, TeacherCallCounter
-from rats.trainer.checkpoint import RunIdentity
+from rats.trainer.checkpoint import Checkpoints, RunIdentity, SavedCheckpoint
 from rats.trainer.data import StoredSamples, collate
 from rats.trainer.distributed import Accelerated, Ranks
 from rats.trainer.loop import train
@@ -51,35 +49,53 @@ from rats.trainer.metrics import MetricsRow
 from rats.trainer.objective import Objective, Settings
 from rats.trainer.optim import Learner
 from rats.trainer.randomness import seed_all
+from rats.trainer.replaced import set_aside
 from rats.trainer.run import MovingTeacher, Run, checkpoints_in, open_run
+from rats.trainer.saving import SavedAs, save_student
 
 log = logging.getLogger(__name__)
 
 
-def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: str | None = None) -> TrainReport:
-    """Trains the student of `variant` from the shards in the folder `shards`, and writes everything into `out`.
+def train_stage(
+    params: Params, variant: str, shards: Place, out: Path, resume: str | None = None, force: bool = False
+) -> TrainReport:
+    """Train `variant`'s student from the shards in the folder `shards`; everything it leaves is in `out`.
 
     `out` holds metrics.csv, checkpoints/, and at the end student/ (a diffusers transformer folder, or adapters) and
     run.json. Under torchrun or accelerate all ranks call it, and the first one writes.
-    `resume`: "latest" resumes from the newest whole checkpoint of the same shards and settings, or starts over if there
-    is none. The folder of a checkpoint resumes from that one. None starts over.
+    `resume`: "latest" goes on from the newest whole checkpoint of the same shards and settings, and starts where there
+    is none; a checkpoint's folder goes on from that one; None starts.
+    `force`: start over where a run is; with `resume`, go on with other settings, or from a checkpoint before later
+    ones. What has to make room moves to `out`/replaced.
 
     Raises:
-        ConfigError: a variant, reward or gate value that is not there.
+        ConfigError: a variant, reward or gate value that is not there; a run in `out` that would have to make room.
         DataError: shards, weights, rewards or checkpoints that are damaged or do not belong together; a number that
             is not finite.
-        SystemExit: 143 after SIGTERM. The current step is abandoned; the one before it is saved.
+        RetryLaterError: another process trains in `out`.
+        SystemExit: 143 after SIGTERM, or when the process that started this one has gone; the step under way is
+            abandoned, the one before it saved.
     """
     chosen = with_variant(params, variant)
     check_callbacks(params, chosen)
     ranks = Accelerated(params.compute.device, autocast_dtype(params, chosen), chosen.fsdp)
+    with owned(out, force, ranks.is_main) as check_owner:
+        return _train_owned(params, variant, chosen, ranks, shards, Request(out, resume, force), check_owner)
+
+
+def _train_owned(
+    params: Params,
+    variant: str,
+    chosen: TrainParams,
+    ranks: Ranks,
+    shards: Place,
+    request: Request,
+    check_owner: Callable[[], None],
+) -> TrainReport:
     seed_all(chosen.seed + ranks.rank)
-    saved = requested_checkpoint(resume, checkpoints_in(out, chosen), chosen.steps)
-    model = Model.of(params)
-    source = open_source(params, model, chosen, shards, saved.snapshot if saved else None)
-    settings = read_settings(chosen, source)
-    identity = RunIdentity(source.snapshot.hash, source.shards.fingerprint, settings_hash(settings, source.columns))
-    saved = matching_checkpoint(saved, identity, resume)
+    model, out = Model.of(params), request.out
+    source, settings, identity, begin = _begin(params, model, chosen, shards, request)
+    saved = begin.saved
     student, rewards = open_trainable(model, chosen, ranks), open_rewards(params, chosen, ranks)
     objective, witness = Objective(student, rewards, settings, ranks, METHODS["rats"]), TeacherCallCounter()
     watched = CountedStudent(student, witness)
@@ -87,20 +103,45 @@ def train_stage(params: Params, variant: str, shards: Place, out: Path, resume: 
     def follower(learner: Learner) -> MovingTeacher | None:
         return open_moving_teacher(model, chosen, student, learner, source, rewards, watched.decode_teachers)
 
+    _make_room(out, saved, checkpoints_in(out, chosen), ranks)
     run = open_run(objective, out, identity, source.snapshot.number, saved, follower=follower)
-    _remove_results(out, ranks)
+    run.owned_by(check_owner)
+    run.counted_by(witness.taken)
+    run.keep_changes(begin.changes)
     objective = _with_tau(objective, source, run)
     settings = objective.settings
     by_name = dict(zip(chosen.reward_weights, rewards, strict=True))
     with training_callbacks(params, model, chosen, student, by_name, run, saved, out):
         for part, followed in training_segments(params, model, settings, source, run, out):
             _train(replace(objective, student=watched, settings=part), followed, run, witness)
-    saved_as = save_student(run.learner, out / "student", model, chosen)
-    record = _record(model, variant, settings, source, run, witness, saved_as, out)
-    if ranks.is_main:
-        atomic_write(out / "run.json", json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True).encode())
+    _leave(model, variant, settings, source, run, out)
+    return TrainReport(**{name: getattr(read_record(out), name) for name in TrainReport.model_fields})
+
+
+def _begin(
+    params: Params, model: Model, chosen: TrainParams, shards: Place, request: Request
+) -> tuple[Source, Settings, RunIdentity, Begin]:
+    """What is read, and where the run begins."""
+
+    def opened(snapshot: int | None) -> tuple[Source, Settings, RunIdentity]:
+        source = open_source(params, model, chosen, shards, snapshot)
+        settings = read_settings(chosen, source)
+        return source, settings, identify(settings, source)
+
+    saved = requested_checkpoint(request, checkpoints_in(request.out, chosen), chosen.steps)
+    source, settings, identity = opened(saved.snapshot if saved else None)
+    begin = decide(saved, identity, older_hash(settings, source.columns), request)
+    if saved is not None and begin.saved is None:  # not the old run's snapshot, but the newest
+        source, settings, identity = opened(None)
+    return source, settings, identity, begin
+
+
+def _make_room(out: Path, saved: SavedCheckpoint | None, checkpoints: Checkpoints, ranks: Ranks) -> None:
+    """Set aside what an earlier run has left, unless this one goes on from it."""
+    ranks.wait()  # nobody reads any more what is moved now
+    if ranks.is_main and (saved is None or not is_of(saved, checkpoints)):
+        set_aside(out, [out / name for name in OWN])
     ranks.wait()
-    return TrainReport(**{name: getattr(record, name) for name in TrainReport.model_fields})
 
 
 def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
@@ -126,11 +167,17 @@ def open_rewards(params: Params, chosen: TrainParams, ranks: Ranks) -> list[Rewa
     return [open_reward(reward_params(params, name), str(ranks.device)) for name in chosen.reward_weights]
 
 
-def _remove_results(out: Path, ranks: Ranks) -> None:
-    """Removes what an earlier run wrote at its end, which is no longer valid."""
+def _leave(model: Model, variant: str, settings: Settings, source: Source, run: Run, out: Path) -> None:
+    """The student and the record. Those of an earlier run are true until then."""
+    ranks = run.ranks
     if ranks.is_main:
-        for stale in ("student", "run.json"):
-            remove(out / stale)
+        run.check_owner()
+        remove(out / "run.json")
+    saved_as = save_student(run.learner, out / "student", model, settings.train)
+    if ranks.is_main:
+        record = _record(model, variant, settings, source, run, saved_as, out)
+        atomic_write(out / "run.json", json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True).encode())
+    ranks.wait()
 
 
 def _train(objective: Objective, source: Source, run: Run, witness: TeacherCallCounter) -> None:
@@ -179,53 +226,12 @@ def _with_tau(objective: Objective, source: Source, run: Run) -> Objective:
     return replace(objective, settings=replace(settings, tau=tau))
 
 
-@dataclass(frozen=True)
-class SavedAs:
-    """The student's folder, its dtype, and the share of what training moved that this dtype keeps."""
-
-    folder: Path
-    dtype: str
-    kept: float = 1.0
-
-
-def save_student(learner: Learner, folder: Path, model: Model, chosen: TrainParams) -> SavedAs:
-    """The trained network, or its adapters, as a folder that diffusers loads.
-
-    The weights are those of the moving average, if one is kept. All ranks must call, the main one writes.
-    """
-    weights = learner.weights()
-    saved_as = SavedAs(folder, model.params.dtype if chosen.save_dtype == "model" and not chosen.lora else "float32")
-    if learner.ranks.is_main:
-        with atomic_folder(folder) as temporary:
-            if chosen.lora:
-                save_lora(model.rebuilt_network(weights, chosen.lora), temporary)
-            else:
-                saved_as = replace(saved_as, kept=_save_network(model, weights, saved_as.dtype, temporary))
-        if saved_as.kept < 0.5:
-            log.warning(
-                "saved in %s, the student keeps %.2g of what training moved: set train.save_dtype: float32",
-                *(saved_as.dtype, saved_as.kept),
-            )
-    learner.ranks.wait()
-    return saved_as
-
-
-def _save_network(model: Model, weights: dict[str, Tensor], dtype: str, folder: Path) -> float:
-    """The share of what training moved that the files keep."""
-    network = model.base_network(dtype)
-    kept = share_kept(network.state_dict(), weights.items())
-    network.load_state_dict(weights)
-    save_component(network, folder)
-    return kept
-
-
 def _record(
     model: Model,
     variant: str,
     settings: Settings,
     source: Source,
     run: Run,
-    witness: TeacherCallCounter,
     saved_as: SavedAs,
     out: Path,
 ) -> RunRecord:
@@ -234,8 +240,8 @@ def _record(
     return RunRecord(
         snapshot=snapshot.hash,
         steps=state.step,
-        teacher_forwards=witness.teacher_forwards,
-        teacher_reward_calls=witness.teacher_reward_calls,
+        teacher_forwards=state.teacher_forwards,
+        teacher_reward_calls=state.teacher_reward_calls,
         seconds=state.seconds,
         checkpoint=str(run.checkpoints.path(state.step)),
         variant=variant,
@@ -260,7 +266,7 @@ def _record(
         gate_mean=state.gate_mean,
         gate_value=settings.gate_value,
         tau=settings.tau,
-        student_forwards=witness.student_forwards,
+        student_forwards=state.student_forwards,
         seconds_per_step=state.seconds / max(1, state.step),
         threads=torch.get_num_threads(),
         ranks=run.ranks.world,
@@ -271,4 +277,6 @@ def _record(
         student_step=state.step if run.student_step is None else run.student_step,
         teacher_mode=settings.train.teacher.mode,
         generations=list_generations(source, settings, out),
+        settings_values=dict(run.identity.values or {}),
+        changes=tuple(SettingChange(**asdict(change)) for change in state.changes),
     )

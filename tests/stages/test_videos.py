@@ -131,7 +131,7 @@ def test_videos_are_rolled_out_and_scored_again(project: Path) -> None:
 def test_a_step_is_trained_on_videos_and_the_student_draws_one(project: Path) -> None:
     said = json.loads(rats(project, "stage", "train", "--shards", "shards", "--out", "runs/rats", "--json").stdout)
     assert said["steps"] == 1 and said["teacher_forwards"] == 0
-    other = ["--set", "teacher.scored_frames=4"]
+    other = ["--set", "teacher.scored_frames=4", "--out", "runs/other"]
     assert "another scored_frames" in rats(project, "stage", "train", "--shards", "shards", *other, code=65).stderr
     rats(project, "generate", "a red fox", "--nfe", "2", "--count", "2", "--out", "a.webp")
     with Image.open(project / "a.webp") as drawn:
@@ -146,7 +146,7 @@ def test_a_step_is_trained_on_videos_and_the_student_draws_one(project: Path) ->
 def test_videos_are_compared_reported_previewed_and_watched_in_training(project: Path, models: Path) -> None:
     sets = ["--set", f"prompts.validation={project / 'prompts.txt'}", "--set", "train.samples_every=1"]
     guard = ["--set", "train.guard.every=1", "--set", "train.guard.prompts=2"]
-    rats(project, "stage", "train", "--shards", "shards", "--out", "runs/rats", *sets, *guard)
+    rats(project, "stage", "train", "--shards", "shards", "--out", "runs/rats", "--force", *sets, *guard)
     with Image.open(next((project / "runs" / "rats").rglob("*.png"))) as sheet:
         assert sheet.size[0] == 2 * 16  # a strip of two frames, one number of steps
     rats(project, "stage", "evaluate", "--shards", "shards", "--set", "evaluate.bootstrap=20")

@@ -6,6 +6,11 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from rats.trainer.loop import Stopped
+from rats.trainer.metrics import MetricsRow
+from rats.trainer.run import Run
 from tests.support import toy
 
 ROOT = Path(__file__).parents[2]
@@ -35,3 +40,17 @@ def test_observers_are_called_in_their_order_and_within_their_block_only(tmp_pat
     run.advance({"step": 9, "seconds": 0.5}, [0.3], 2, 12)
     assert seen == ["outer 7", "inner 7", "outer 8"]
     assert (run.state.position, run.state.bad, run.state.asked, run.state.seconds) == (12, 6, 9, 1.5)
+
+
+def test_a_step_is_counted_though_an_observer_stops_in_its_look(tmp_path):
+    run, made = toy.run_of(toy.objective(toy.settings()), tmp_path), {"student_forwards": 3, "teacher_forwards": 5}
+    run.counted_by(lambda: made)
+
+    def stops(run: Run, row: MetricsRow) -> None:
+        raise Stopped
+
+    with pytest.raises(Stopped), run.with_callbacks(stops):
+        run.advance({"step": 7, "seconds": 0.5}, [0.3], 2, 4)
+    assert (run.state.student_forwards, run.state.teacher_forwards, run.state.teacher_reward_calls) == (3, 5, 0)
+    run.advance({"step": 8, "seconds": 0.5}, [0.3], 2, 8)
+    assert run.state.student_forwards == 3 + 2 * 3  # the step's, and the observers'

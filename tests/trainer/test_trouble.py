@@ -147,7 +147,7 @@ def test_a_checkpoint_without_a_generator_is_refused(tmp_path, name):
     saved = read_checkpoint(tmp_path / "checkpoints" / "000006")
     states = saved.tensors()["rng-00000"]
     del states[name]
-    with pytest.raises(DataError, match=f"no state of the generator {name}: start over without --resume"):
+    with pytest.raises(DataError, match=f"no state of the generator {name}: start over with --force"):
         randomness.restore(states)
 
 

@@ -225,7 +225,7 @@ def read_validation_scores(
         if [row["key"] for row in found] != list(keys) * (len(found) // len(keys)):
             raise DataError(
                 "the run began with other validation prompts than prompts.validation and train.guard.prompts give "
-                "now: restore them, or start over without --resume"
+                "now: restore them, or start over with --force"
             )
     return {
         step: {m: np.array([float(row[m] or "nan") for row in found]).reshape(-1, len(keys)) for m in metrics}

@@ -29,7 +29,8 @@ COMMANDS = {
     | {"out", "report_path", "max_bad", "seed", "dry_run"}
     | COMMON
     | WHERE,
-    "stage train": {"shards", "variant", "out", "resume", "checkpoints_total_limit", "max_bad", "seed", "dry_run"}
+    "stage train": {"shards", "variant", "out", "resume", "force", "checkpoints_total_limit"}
+    | {"max_bad", "seed", "dry_run"}
     | COMMON,
     "stage evaluate": {"shards", "runs", "out", "seed", "dry_run"} | COMMON,
     "stage report": {"runs", "evaluation", "out", "dry_run"} | COMMON,

@@ -18,8 +18,9 @@ from rats.stages.measure.bootstrap import paired_bootstrap
 from rats.stages.measure.pictures import Pictures, SystemLabel, choose, load_pictures, save_pictures, to_picture
 from rats.stages.measure.values import VALUE_COLUMNS
 from rats.stages.report import figures, tables
-from rats.stages.report.cost import duration
+from rats.stages.report.cost import cost_block, duration
 from rats.stages.report.report import report_stage
+from rats.stages.train.record import read_record
 from rats.trainer import metrics
 
 CONCEPTS = ["cat", "dog", "owl", "crab", "star", "boat"]
@@ -193,6 +194,12 @@ def test_the_cost_counts_what_a_live_teacher_would_have_run(page: str):
     text = " ".join(" ".join(outline(page).text).split())
     assert "2 training runs read 640 teacher trajectories" in text
     assert "ran 0 times" in text and "64,000 teacher evaluations more" in text
+
+
+def test_the_cost_says_where_a_run_does_not_know_its_own(tmp_path: Path):
+    write_record(tmp_path, teacher_forwards=None, teacher_reward_calls=12)
+    block = cost_block(params(tmp_path), {"rats": read_record(tmp_path)}, {})
+    assert "the teacher ran ? times and 12 of its samples" in block["summary"]
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, page: str):

@@ -169,23 +169,6 @@ def test_a_finished_run_that_is_resumed_trains_no_step_and_leaves_the_same_stude
     assert report.steps == 4 and (tmp_path / "run" / weights).read_bytes() == (finished / weights).read_bytes()
 
 
-def test_other_settings_start_over_with_latest_and_are_refused_by_name(home, finished, tmp_path, caplog):
-    shutil.copytree(finished, tmp_path / "run")
-    changed, named = params_of(home, alpha=2.0), str(tmp_path / "run" / "checkpoints" / "000002")
-    with pytest.raises(DataError, match="of another settings .* start over without --resume"):
-        train_stage(changed, "rats", home / "shards", tmp_path / "run", resume=named)
-    train_stage(changed, "rats", home / "shards", tmp_path / "run", resume="latest")
-    assert "starting over" in caplog.text and len(rows(tmp_path / "run")) == 4
-
-
-def test_a_run_made_shorter_ends_at_its_last_step(home, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    report = train_stage(params_of(home, steps=3), "rats", home / "shards", tmp_path / "run", resume="latest")
-    assert report.steps == 3 and rows(tmp_path / "run") == rows(finished)[:3]
-    with pytest.raises(ConfigError, match="raise train.steps"):
-        train_stage(params_of(home, steps=2), "rats", home / "shards", tmp_path / "run", resume=report.checkpoint)
-
-
 def test_a_checkpoint_that_is_not_there_is_refused(home, tmp_path):
     with pytest.raises(ConfigError, match="use --resume latest"):
         train_stage(params_of(home), "rats", home / "shards", tmp_path, resume="000077")
