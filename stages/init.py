@@ -214,7 +214,7 @@ def family_of(model: str) -> str:
     Raises:
         ConfigError: there is no such file or id, or it is of no family here.
     """
-    from rats.pipeline.families.open import family_for_index  # this import takes seconds, and `--dvc` does not need it
+    from rats.pipeline.families.index import family_for_index  # this import takes seconds, and `--dvc` does not need it
 
     if Path(model).exists():
         index = read_json(Path(model) / "model_index.json")

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from rats.pipeline.families.base import Family
 from rats.pipeline.families.fit import check_fit, part_configs
+from rats.pipeline.families.index import check_index
 from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText
-from rats.pipeline.weights.folder import INDEX, SCHEDULER, ModelFolder
+from rats.pipeline.weights.folder import SCHEDULER, ModelFolder
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.loading import (
     META,
@@ -30,9 +31,8 @@ from rats.pipeline.weights.loading import (
 )
 from rats.pipeline.weights.lora import add_lora, is_lora, load_lora
 from rats.pipeline.weights.opening import opening
-from rats.schemas.errors import ConfigError, DataError, brief
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
-from rats.schemas.plugins import FAMILIES, load_plugin, plugins_in
+from rats.schemas.plugins import FAMILIES, load_plugin
 from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import LoraParams
 
@@ -97,7 +97,7 @@ class Model:
         return self._fitting(self._files.index)
 
     def _fitting(self, index: Mapping[str, Any]) -> ModelFolder:
-        _check_index(self.params, self.family, index)
+        check_index(self.params, self.family, index)
         return self._files
 
     def examined(self) -> FamilyTeacher:
@@ -279,28 +279,3 @@ def apply_kernels(network: Any, compute: ComputeParams) -> None:
         network.set_attention_backend(ATTENTION[compute.attention])
     if compute.compile:
         network.compile()
-
-
-def family_for_index(index: Mapping[str, Any]) -> str | None:
-    """The installed family of the pipeline in a model_index.json; None if there is none."""
-    for name in plugins_in(FAMILIES):
-        try:
-            cls: type[Family] = load_plugin(FAMILIES, name)
-        except ConfigError:  # a family that cannot be imported cannot open the model
-            continue
-        if cls.pipeline_class.__name__ == index.get("_class_name"):
-            return name
-    return None
-
-
-def _check_index(model: ModelParams, cls: type[Family], index: Mapping[str, Any]) -> None:
-    """Raises ConfigError when `index`, a model_index.json, is of another pipeline than the family's."""
-    name = index.get("_class_name")
-    if index and name is None:
-        raise DataError(f"the {INDEX} of {model.path} names no pipeline (_class_name): fetch or export it again")
-    if name not in (None, cls.pipeline_class.__name__):
-        fitting = family_for_index(index)
-        way_out = f"set model.family: {fitting}" if fitting else "name a pipeline of an installed family (rats doctor)"
-        drawn = f"model.family {model.family} draws as a {cls.pipeline_class.__name__}"
-        raise ConfigError(f"{model.path} is a {brief(name)}, and {drawn}: {way_out}")
-    cls.check_index(index)

@@ -12,6 +12,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
+import pytest
+
 MISSING = "operator torchvision::nms does not exist"
 BOXES = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
@@ -47,6 +49,7 @@ def _declare_operators() -> None:
     _declared.append(library)
 
 
-def pytest_configure() -> None:
-    """As a plugin (`-p tests.support.torchvision_guard`): before any test imports transformers."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests() -> None:
+    """As a plugin (`-p tests.support.torchvision_guard`): before a conftest imports transformers."""
     mend_torchvision()

@@ -89,7 +89,7 @@ def counted_evaluation(folder: Path) -> dict[str, int]:
 
     def hook(module: torch.nn.Module, args: tuple) -> None:
         counts["scored"] += isinstance(module, CLIPModel)
-        counts["drawn"] += isinstance(module, FluxTransformer2DModel)
+        counts["drawn"] += isinstance(module, FluxTransformer2DModel) and not module.proj_out.weight.is_meta
 
     handle = register_module_forward_pre_hook(hook)
     try:
