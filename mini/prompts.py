@@ -11,7 +11,10 @@ import numpy as np
 
 from mini.concepts import CONCEPTS, STYLES, Concept, is_held_out
 
-BARE = {"cherries", "grapes", "fries", "broccoli", "corn", "coffee", "cheese"}
+BARE = {
+    *("cherries", "grapes", "blueberries", "fries", "broccoli", "corn", "garlic", "bread", "popcorn", "candy"),
+    *("honey", "coffee", "beer", "wine", "cheese", "bubble tea", "yarn", "sunglasses", "socks", "lightning"),
+}
 """Names that take no article."""
 
 

@@ -1,49 +1,57 @@
 """The miniature FLUX: flow matching on cached VAE latents, text encoders trained along with it.
 
-Guidance is embedded as in FLUX.1-dev: half of each batch of the later steps learns, at a random scale, what
-classifier-free guidance of the averaged network predicts (Meng et al., arXiv 2210.03142, stage one).
+Three phases, each with a number of steps of its own: `plain` and `guided` at a constant rate, `decay` with a falling
+one (warm-up, stable, decay: arXiv 2404.06395), so that the first can be made longer while it runs. From `guided` on
+half of each batch learns, at a random scale, what classifier-free guidance of the averaged network predicts (Meng et
+al., arXiv 2210.03142, stage one): guidance is embedded as in FLUX.1-dev.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from mini.resume import load_state, save_state
+from mini.resume import Saver, load_state
 from mini.tokenizers import save_clip
-from rats.pipeline.solver import guide
 
-MAX_LENGTH = 10
-"""Text tokens, for both encoders."""
+MAX_LENGTH = 8
+"""Text tokens, for both encoders: our longest caption. Each costs as much as an image token."""
 
 LARGEST_GUIDANCE = 6.0
 """The embedded guidance is learned for scales from 1, which is none, to this one."""
 
-GUIDED_FROM = 0.53
-"""Share of the steps after which half of each batch learns guidance; before, the network has nothing to teach."""
+SIGMA_MEAN, SIGMA_SPREAD = 0.4, 1.1
+"""Of the normal variable whose sigmoid is sigma (arXiv 2403.03206, section 3.1). The mean is above zero because
+four times the pixels carry a shape through more noise."""
+
+PEAK, WARM_UP = 1e-3, 300
+EMA_DECAY = 0.9995
 
 
 def build_transformer() -> FluxTransformer2DModel:
-    """3 double and 4 single blocks of width 192: 16 image tokens of 64 channels; guidance changes nothing yet."""
+    """2 double and 6 single blocks of width 256: 64 image tokens of 64 channels; guidance changes nothing yet."""
     network = FluxTransformer2DModel(
         patch_size=1,
         in_channels=64,
-        num_layers=3,
-        num_single_layers=4,
-        attention_head_dim=48,
+        num_layers=2,
+        num_single_layers=6,
+        attention_head_dim=64,
         num_attention_heads=4,
         joint_attention_dim=96,
         pooled_projection_dim=96,
         guidance_embeds=True,
-        axes_dims_rope=(8, 20, 20),
+        axes_dims_rope=(8, 28, 28),
     )
     last = network.time_text_embed.guidance_embedder.linear_2
     nn.init.zeros_(last.weight)
@@ -85,12 +93,12 @@ class Miniature(nn.Module):
         self.transformer = build_transformer()
         self.clip = build_clip(clip_tokenizer)
         self.t5 = build_t5(t5_tokenizer)
-        image_ids = FluxPipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)
+        image_ids = FluxPipeline._prepare_latent_image_ids(1, 8, 8, "cpu", torch.float32)
         self.register_buffer("image_ids", image_ids, persistent=False)
         self.register_buffer("text_ids", torch.zeros(MAX_LENGTH, 3), persistent=False)
 
     def forward(self, x_BTC: Tensor, sigma_B: Tensor, scale_B: Tensor, clip_BL: Tensor, t5_BL: Tensor) -> Tensor:
-        """Velocity (B, 16, 64) at the embedded guidance `scale_B`."""
+        """Velocity (B, 64, 64) at the embedded guidance `scale_B`."""
         return self.transformer(
             hidden_states=x_BTC,
             timestep=sigma_B,
@@ -105,117 +113,184 @@ class Miniature(nn.Module):
 
 @dataclass
 class Captions:
-    """All prompts of training, tokenized once; `rows[drawing]` are (probability, caption id) lists."""
+    """All prompts of training, tokenized once; `choices` (drawings, 40) are rows of `clip` and `t5`."""
 
     clip: Tensor
     t5: Tensor
-    choices: list[Tensor] = field(default_factory=list)
-    nothing: int = 0
-    """Row of the empty caption."""
+    choices: Tensor
+    nothing: int
+    """Row of the empty caption: what guidance leads away from."""
 
-    def empty(self) -> tuple[Tensor, Tensor]:
-        """The empty caption, (1, L) for either encoder: what guidance leads away from."""
-        return self.clip[self.nothing : self.nothing + 1], self.t5[self.nothing : self.nothing + 1]
+    def pick(self, drawing_B: Tensor, generator: torch.Generator) -> Tensor:
+        """A caption's row for each drawing, uniformly from its list (the list repeats what is frequent)."""
+        draws = torch.randint(self.choices.shape[1], drawing_B.shape, generator=generator, device=drawing_B.device)
+        return self.choices[drawing_B, draws]
 
-    def pick(self, drawing_B: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A caption for each drawing, uniformly from its list (the list repeats what is frequent)."""
-        draws = torch.rand(len(drawing_B), generator=generator).tolist()
-        ids = [self.choices[d][int(r * len(self.choices[d]))] for d, r in zip(drawing_B.tolist(), draws, strict=True)]
-        rows = torch.stack(ids)
-        return self.clip[rows], self.t5[rows]
+    def to(self, device: str) -> Captions:
+        """The same on another device."""
+        return Captions(self.clip.to(device), self.t5.to(device), self.choices.to(device), self.nothing)
 
 
-@torch.no_grad()
-def guided_velocity(network: Miniature, x: Tensor, sigma: Tensor, scale: Tensor, clip: Tensor, t5: Tensor) -> Tensor:
-    """Classifier-free guidance of `network`, v_u + scale (v_c - v_u); `clip` and `t5` end with the empty caption."""
-    count = len(x)
-    rows = torch.cat([torch.arange(count), torch.full((count,), len(clip) - 1)])
-    both = network(x.repeat(2, 1, 1), sigma.repeat(2), torch.ones(2 * count), clip[rows], t5[rows])
-    conditional, unconditional = both.chunk(2)
-    return guide(conditional, unconditional, scale[:, None, None])
+@dataclass(frozen=True)
+class Schedule:
+    """Steps of the three phases."""
+
+    plain: int
+    guided: int
+    decay: int
+
+    @property
+    def total(self) -> int:
+        """Steps in all."""
+        return self.plain + self.guided + self.decay
+
+    def phase(self, step: int) -> str:
+        """The phase of a step, "done" after the last."""
+        ends = {"plain": self.plain, "guided": self.plain + self.guided, "decay": self.total}
+        return next((name for name, end in ends.items() if step < end), "done")
+
+    def rate(self, step: int) -> float:
+        """Learning rate: warm-up, constant, then linear to 1 % over the decay."""
+        left = (self.total - step) / max(self.decay, 1)
+        return PEAK * min(1, (step + 1) / WARM_UP) * min(1, max(0.01, left))
 
 
 @dataclass
-class Batch:
-    """Clean latents (B, 16, 64), their captions and the empty caption; the first `guided` rows learn guidance."""
+class Trainee:
+    """The network in training and its running average."""
 
-    x0: Tensor
-    clip: Tensor
-    t5: Tensor
-    empty: tuple[Tensor, Tensor]
-    guided: int
+    model: Miniature
+    average: Miniature
+    autocast: bool
+
+    def velocity(self, network: Miniature, *arguments: Tensor) -> Tensor:
+        """One of the two, in bf16 where that pays, as float32."""
+        with torch.autocast(arguments[0].device.type, torch.bfloat16, enabled=self.autocast):
+            return network(*arguments).float()
+
+    @torch.no_grad()
+    def guided(self, x: Tensor, sigma: Tensor, scale: Tensor, rows: Tensor, captions: Captions) -> Tensor:
+        """Classifier-free guidance of the average, v_u + scale (v_c - v_u)."""
+        rows = torch.cat([rows, torch.full_like(rows, captions.nothing)])
+        scales = torch.ones(len(rows), device=x.device)
+        clip, t5 = captions.clip[rows], captions.t5[rows]
+        both = self.velocity(self.average, x.repeat(2, 1, 1), sigma.repeat(2), scales, clip, t5)
+        conditional, unconditional = both.chunk(2)
+        return unconditional + scale[:, None, None] * (conditional - unconditional)
 
 
-def losses_of(model: Miniature, average: Miniature, batch: Batch, generator: torch.Generator) -> Tensor:
-    """Squared error of each row: flow matching with logit-normal sigmas (arXiv 2403.03206, section 3.1) or guidance."""
-    n, x0 = batch.guided, batch.x0
-    sigma = torch.sigmoid(torch.randn(len(x0), generator=generator))
-    eps = torch.randn(x0.shape, generator=generator)
-    x = (1 - sigma)[:, None, None] * x0 + sigma[:, None, None] * eps
-    target, scale = eps - x0, torch.ones(len(x0))
+def sigmas(size: int, generator: torch.Generator) -> Tensor:
+    """Logit-normal noise levels, one from each of `size` equally likely strata: less noise in the gradient."""
+    jitter = torch.rand(size, generator=generator, device=generator.device)
+    strata = (torch.randperm(size, generator=generator, device=generator.device) + jitter) / size
+    normal = torch.special.ndtri(strata.clamp(1e-4, 1 - 1e-4))
+    return torch.sigmoid(SIGMA_MEAN + SIGMA_SPREAD * normal)
+
+
+def losses_of(trainee: Trainee, x0: Tensor, rows: Tensor, captions: Captions, n: int, generator: torch.Generator):
+    """Squared error of each row (B,): flow matching, or guidance for the first `n` rows."""
+    device = x0.device
+    sigma = sigmas(len(x0), generator)
+    eps = torch.randn(x0.shape, generator=generator, device=device)
+    x = torch.lerp(x0, eps, sigma[:, None, None])
+    target, scale = eps - x0, torch.ones(len(x0), device=device)
     if n:
-        scale[:n] += (LARGEST_GUIDANCE - 1) * torch.rand(n, generator=generator)
-        clip, t5 = torch.cat([batch.clip[:n], batch.empty[0]]), torch.cat([batch.t5[:n], batch.empty[1]])
-        target[:n] = guided_velocity(average, x[:n], sigma[:n], scale[:n], clip, t5)
-    return (model(x, sigma, scale, batch.clip, batch.t5) - target).square().mean((1, 2))
+        scale[:n] += (LARGEST_GUIDANCE - 1) * torch.rand(n, generator=generator, device=device)
+        target[:n] = trainee.guided(x[:n], sigma[:n], scale[:n], rows[:n], captions)
+    predicted = trainee.velocity(trainee.model, x, sigma, scale, captions.clip[rows], captions.t5[rows])
+    return (predicted - target).square().mean((1, 2))
 
 
-def draw(latents_DVTC: Tensor, captions: Captions, size: int, guided: int, generator: torch.Generator) -> Batch:
-    """`size` random variants of random drawings, with captions of theirs."""
-    d, v = (torch.randint(count, (size,), generator=generator) for count in latents_DVTC.shape[:2])
-    return Batch(latents_DVTC[d, v], *captions.pick(d, generator), captions.empty(), guided)
+class Log:
+    """Running means of both losses, a line every `every` steps."""
+
+    def __init__(self, schedule: Schedule, every: int):
+        self.schedule, self.every, self.start, self.steps = schedule, every, time.time(), 0
+        self.plain = self.guidance = float("nan")
+
+    def step(self, step: int, losses: Tensor, guided: int) -> None:
+        """Takes the losses of one step in."""
+        self.steps += 1
+        if self.steps % 5 == 0 or self.steps == 1:
+            self.plain = _running(self.plain, losses[guided:])
+            self.guidance = _running(self.guidance, losses[:guided]) if guided else self.guidance
+        if step % self.every == 0:
+            seconds = time.time() - self.start
+            print(
+                f"teacher step {step} of {self.schedule.total} ({self.schedule.phase(step)}), loss {self.plain:.4f}, "
+                f"guidance {self.guidance:.4f}, {seconds:.0f} s, {self.steps * len(losses) / seconds:.1f} samples/s",
+                flush=True,
+            )
 
 
-def learning_rate(step: int, fraction: float, peak: float) -> float:
-    """Warm-up over 200 steps, constant, then linear to 2 % over the last third."""
-    return peak * min(1, (step + 1) / 200) * min(1, max(0.02, 3 * (1 - fraction)))
+def _running(mean: float, losses: Tensor) -> float:
+    now = losses.mean().item()
+    return now if mean != mean else mean + 0.04 * (now - mean)
+
+
+def fast_attention(device: str) -> contextlib.AbstractContextManager:
+    """On a CPU torch's flash attention is a tenth slower than plain products at these lengths (its backward)."""
+    return sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How fast and where: nothing here says what is learned, except the batch."""
+
+    batch: int = 48
+    device: str = "cpu"
+    autocast: bool = True
+    save_every: float = 300.0
+    """Seconds."""
+    log_every: int = 50
 
 
 def train(
-    model: Miniature,
-    latents_DVTC: Tensor,
-    captions: Captions,
-    path: Path,
-    steps: int,
-    batch: int = 32,
-    peak: float = 1e-3,
-    until: int | None = None,
+    model: Miniature, latents_DVTC: Tensor, captions: Captions, path: Path, schedule: Schedule, settings: Settings
 ) -> Miniature:
-    """Trains to step `until` of `steps`, over restarts; latents are (drawings, variants, 16, 64). Returns the EMA."""
-    optimizer = torch.optim.AdamW(model.parameters(), peak, betas=(0.9, 0.98), weight_decay=0.01)
-    ema = EMAModel(model.parameters(), decay=0.9985, use_ema_warmup=True, power=0.75)
+    """Trains through the schedule, over restarts; latents are (drawings, variants, 64, 64). Returns the average.
+
+    The state at the end of `plain` and of `guided` is kept beside `path`, so that the phase can be made longer later.
+    """
+    device = settings.device
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), PEAK, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+    ema = EMAModel(model.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
     state = load_state(path, model, optimizer)
-    until = steps if until is None else until
     if "ema" in state:
-        ema.load_state_dict(state.pop("ema"))
+        ema.load_state_dict(state["ema"])
+    ema.to(device)
     average = copy.deepcopy(model).requires_grad_(False)
-    generator = torch.Generator().manual_seed(2 + state["step"])
-    plain, guidance = 1.0, 1.0
-    while state["step"] < until:
-        start = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(state["step"], state["step"] / steps, peak)
-        guided = batch // 2 if state["step"] >= GUIDED_FROM * steps else 0
-        if guided and state["step"] % 10 == 0:
-            ema.copy_to(average.parameters())
-        losses = losses_of(model, average, draw(latents_DVTC, captions, batch, guided, generator), generator)
-        optimizer.zero_grad()
-        losses.mean().backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        ema.step(model.parameters())
-        plain += 0.01 * (losses[guided:].mean().item() - plain)
-        guidance += 0.01 * (losses[:guided].mean().item() - guidance) if guided else 0
-        state["step"] += 1
-        state["seconds"] += time.time() - start
-        if state["step"] % 200 == 0:
-            print(
-                f"teacher step {state['step']} of {steps}, loss {plain:.4f}, guidance {guidance:.4f}, "
-                f"{state['seconds']:.0f} s",
-                flush=True,
+    ema.copy_to(average.parameters())
+    trainee, captions = Trainee(model, average, settings.autocast), captions.to(device)
+    generator = torch.Generator(device).manual_seed(2 + state["step"])
+    saver, log = Saver(path, settings.save_every), Log(schedule, settings.log_every)
+    with fast_attention(device):
+        while state["step"] < schedule.total:
+            phase, step = schedule.phase(state["step"]), state["step"]
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step)
+            guided = settings.batch // 2 if phase != "plain" else 0
+            if guided and step % 10 == 0:
+                ema.copy_to(average.parameters())
+            d, v = (
+                torch.randint(count, (settings.batch,), generator=generator, device=device)
+                for count in latents_DVTC.shape[:2]
             )
-            save_state(path, model, optimizer, state | {"ema": ema.state_dict()})
-    save_state(path, model, optimizer, state | {"ema": ema.state_dict()})
+            x0 = latents_DVTC[d.to(latents_DVTC.device), v.to(latents_DVTC.device)].to(device).float()
+            losses = losses_of(trainee, x0, captions.pick(d, generator), captions, guided, generator)
+            optimizer.zero_grad()
+            losses.mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            ema.step(model.parameters())
+            state["step"] += 1
+            log.step(state["step"], losses.detach(), guided)
+            state["ema"] = ema.state_dict()
+            saver.offer(model, optimizer, state)
+            if schedule.phase(state["step"]) != phase:
+                saver.save(model, optimizer, state)
+                shutil.copyfile(path, path.with_stem(f"{path.stem}-{phase}"))
     ema.copy_to(model.parameters())
     return model.eval()
 
