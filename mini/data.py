@@ -1,7 +1,7 @@
 """Drawings and prompts: emoji by three designers, with unprompted variety.
 
 The sources are npm packages (licences in NOTICE): `npm pack` fetches them once into a cache. `pack` copies what is
-used of them into one file of about 3 MB, from which a machine without a network builds the same pictures.
+used of them into one file of about 13 MB, from which a machine without a network builds the same pictures.
 Every picture is a function of (drawing, variant index), so that two builds see the same pixels.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing
 import subprocess
 import tarfile
 from pathlib import Path
@@ -29,6 +30,12 @@ PATHS = {
     "soft": "img/google/64/{}.png",
     "flat": "img/twitter/64/{}.png",
 }
+THINGS = (3, 4, 5, 6, 7)
+"""Emojibase's groups of animals, food, places, activities and objects."""
+
+CLOCKS = 58
+"""Its subgroup of times of day, 24 of which are one clock."""
+
 LABELS = "package/en/data.json"
 PALETTE = ((255, 255, 255), (250, 222, 150), (178, 220, 245), (196, 232, 180), (242, 190, 205), (70, 78, 110))
 """Backgrounds, never named in a prompt: white, sand, sky, mint, rose, night."""
@@ -56,9 +63,9 @@ def fetch(cache: Path) -> dict[str, Path]:
 
 
 def pack(folders: dict[str, Path], path: Path) -> None:
-    """Writes the drawings and the labels of our concepts, as they are in the packages, into one tar."""
+    """Writes the drawings and the labels that a build uses, as they are in the packages, into one tar."""
     labels = load_labels(folders)
-    ours = [labels[concept.label] for concept in CONCEPTS]
+    ours = [labels[name] for name in [c.label for c in CONCEPTS] + further_labels(folders)]
     with tarfile.open(path, "w") as tar:
         _add(tar, f"names/{LABELS}", json.dumps(ours).encode())
         for style in STYLES:
@@ -102,10 +109,27 @@ def load_drawing(folders: dict[str, Path], style: str, hexcode: str) -> np.ndarr
     return np.asarray(picture.resize((CANVAS, CANVAS), Image.Resampling.LANCZOS), np.float32) / 255
 
 
-def load_drawings(folders: dict[str, Path]) -> np.ndarray:
-    """All drawings, (concepts, 3 styles, 128, 128, 4)."""
+def load_drawings(folders: dict[str, Path], names: list[str]) -> np.ndarray:
+    """All designers' drawings of these labels, (labels, 3 styles, 128, 128, 4)."""
     labels = load_labels(folders)
-    return np.stack([[load_drawing(folders, style, labels[c.label]["hexcode"]) for style in STYLES] for c in CONCEPTS])
+    return np.stack([[load_drawing(folders, style, labels[name]["hexcode"]) for style in STYLES] for name in names])
+
+
+def further_labels(folders: dict[str, Path]) -> list[str]:
+    """Things outside our concepts that all three drew: the rewards learn to see on them.
+
+    One that shares a word with a concept (black cat, green apple) is left out: it would show a test concept.
+    """
+    ours = {word for c in CONCEPTS for word in f"{c.label} {c.name}".lower().split()}
+    found = [e for e in load_labels(folders).values() if e.get("group") in THINGS and e.get("subgroup") != CLOCKS]
+    return [e["label"] for e in found if not ours & set(e["label"].lower().split()) and _drawn(folders, e["hexcode"])]
+
+
+def _drawn(folders: dict[str, Path], hexcode: str) -> bool:
+    try:
+        return all(drawing_file(folders, style, hexcode).is_file() for style in STYLES)
+    except FileNotFoundError:
+        return False
 
 
 def place(drawing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -133,14 +157,16 @@ def _halved(channel: np.ndarray, coefficients: tuple[float, ...]) -> np.ndarray:
     return np.asarray(moved.resize((SIZE, SIZE), Image.Resampling.BOX))
 
 
-def variant(drawings: np.ndarray, concept: int, style: int, index: int) -> np.ndarray:
-    """Variant `index` of one drawing, the same in every build."""
-    return place(drawings[concept, style], np.random.default_rng([7, concept, style, index]))
+def variants_of(job: tuple[np.ndarray, list[int], int]) -> np.ndarray:
+    """The first variants of one drawing, (count, 64, 64, 3); `job`: the drawing, its seed, count."""
+    drawing, seed, count = job
+    return np.stack([place(drawing, np.random.default_rng([*seed, index])) for index in range(count)])
 
 
-def pictures(drawings: np.ndarray, count: int = VARIANTS) -> np.ndarray:
-    """(concepts, styles, count, 64, 64, 3) uint8."""
+def pictures(drawings: np.ndarray, seed: int, count: int, processes: int = 1) -> np.ndarray:
+    """(concepts, styles, count, 64, 64, 3) uint8, the same in every build."""
     concepts, styles = drawings.shape[:2]
-    return np.stack(
-        [[[variant(drawings, c, s, i) for i in range(count)] for s in range(styles)] for c in range(concepts)]
-    )
+    jobs = [(drawings[c, s], [seed, c, s], count) for c in range(concepts) for s in range(styles)]
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        made = pool.map(variants_of, jobs, chunksize=4) if processes > 1 else map(variants_of, jobs)
+        return np.stack(list(made)).reshape(concepts, styles, count, SIZE, SIZE, 3)
