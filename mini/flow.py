@@ -80,6 +80,9 @@ class Schedule:
         return PEAK * min(1, (step + 1) / WARM_UP) * min(1, max(0.01, left))
 
 
+TEACHER = Schedule(plain=24000, guided=6000, decay=6000)
+
+
 @dataclass(frozen=True)
 class Settings:
     """How fast and where: nothing here says what is learned, except the batch."""

@@ -30,6 +30,13 @@ def styled(concept: Concept, style: str) -> str:
     return f"{named(concept)}, {style} style"
 
 
+def plain_captions(label: str) -> list[str]:
+    """Of a thing outside our concepts: its name, then its name with each style."""
+    plural = label.endswith("s") and not label.endswith("ss")
+    name = label if plural else f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
+    return [name, *(f"{name}, {style} style" for style in STYLES)]
+
+
 def keyword_prompts(tags: dict[str, list[str]]) -> dict[str, list[str]]:
     """By concept name: pairs of its keywords, without its name; `tags` is emojibase's list by label."""
     lists = {}

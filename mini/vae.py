@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mini.resume import Saver, load_state
@@ -48,9 +49,9 @@ def edges(x: Tensor) -> Tensor:
     return torch.cat([x.diff(dim=-1).flatten(1), x.diff(dim=-2).flatten(1)], 1)
 
 
-def loss_of(vae: AutoencoderKL, x_B3HW: Tensor, autocast: bool) -> Tensor:
+def loss_of(vae: AutoencoderKL, x_B3HW: Tensor) -> Tensor:
     """L1 + squared error + L1 of edges + a weak KL."""
-    with torch.autocast(x_B3HW.device.type, torch.bfloat16, enabled=autocast):
+    with torch.autocast(x_B3HW.device.type, torch.bfloat16):
         posterior = vae.encode(x_B3HW).latent_dist
         y = vae.decode(posterior.sample()).sample.float()
     rebuilt = F.l1_loss(y, x_B3HW) + 4 * F.mse_loss(y, x_B3HW) + 0.5 * F.l1_loss(edges(y), edges(x_B3HW))
@@ -62,11 +63,25 @@ def learning_rate(step: int, steps: int) -> float:
     return PEAK * min(1, (step + 1) / 100) * max(0.01, 1 - step / steps)
 
 
-def train(pictures_N: np.ndarray, path: Path, steps: int, device: str = "cpu", autocast: bool = True) -> AutoencoderKL:
+def train(pictures_N: np.ndarray, path: Path, steps: int, device: str = "cpu") -> AutoencoderKL:
     """Trains for `steps` steps in all, over restarts; `pictures_N` is uint8 (N, 64, 64, 3)."""
     torch.manual_seed(0)
     vae = build().to(device)
-    optimizer = torch.optim.AdamW(vae.parameters(), PEAK, weight_decay=1e-4)
+    return fit(vae, vae.parameters(), pictures_N, path, steps)
+
+
+def polish(vae: AutoencoderKL, pictures_N: np.ndarray, path: Path, steps: int) -> AutoencoderKL:
+    """Trains the decoder alone, from where it is: latents that were made with this encoder stay what they are."""
+    torch.manual_seed(3)
+    vae.encoder.requires_grad_(False)
+    return fit(vae, vae.decoder.parameters(), pictures_N, path, steps)
+
+
+def fit(
+    vae: AutoencoderKL, parameters: Iterable[nn.Parameter], pictures_N: np.ndarray, path: Path, steps: int
+) -> AutoencoderKL:
+    """`steps` updates of these parameters, over restarts."""
+    optimizer = torch.optim.AdamW(parameters, PEAK, weight_decay=1e-4)
     state = load_state(path, vae, optimizer)
     rng, saver = np.random.default_rng(1 + state["step"]), Saver(path, every=120)
     running, start = 0.2, time.time()
@@ -74,7 +89,7 @@ def train(pictures_N: np.ndarray, path: Path, steps: int, device: str = "cpu", a
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(state["step"], steps)
         rows = np.sort(rng.integers(len(pictures_N), size=BATCH))
-        loss = loss_of(vae, to_tensor(pictures_N[rows], device), autocast)
+        loss = loss_of(vae, to_tensor(pictures_N[rows], str(vae.device)))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -82,7 +97,10 @@ def train(pictures_N: np.ndarray, path: Path, steps: int, device: str = "cpu", a
         state["step"] += 1
         if state["step"] % 50 == 0:
             running += 0.2 * (loss.item() - running)
-            print(f"vae step {state['step']} of {steps}, loss {running:.4f}, {time.time() - start:.0f} s", flush=True)
+            print(
+                f"{path.stem} step {state['step']} of {steps}, loss {running:.4f}, {time.time() - start:.0f} s",
+                flush=True,
+            )
         saver.offer(vae, optimizer, state)
     saver.save(vae, optimizer, state)
     return vae.eval()

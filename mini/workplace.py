@@ -62,6 +62,11 @@ class Workplace:
 
         return made_once(self.work / "pictures.npy", make)
 
+    @property
+    def flat_pictures(self) -> np.ndarray:
+        """The same as one list, (N, 64, 64, 3)."""
+        return self.pictures.reshape(-1, *self.pictures.shape[3:])
+
     @cached_property
     def further_names(self) -> list[str]:
         """Labels of the things that only rewards and the rival generator see."""
