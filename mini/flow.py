@@ -185,7 +185,7 @@ class Training:
         self.model, self.path, self.schedule, self.how = model.to(how.device), path, schedule, how
         self.latents, self.captions = latents_DVTC, captions.to(how.device)
         self.optimizer = torch.optim.AdamW(model.parameters(), PEAK, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-        self.ema = EMAModel(model.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75)
+        self.ema = EMAModel(model.parameters(), decay=EMA_DECAY, use_ema_warmup=True, power=0.75, foreach=True)
         self.state = load_state(path, model, self.optimizer)
         if "ema" in self.state:
             self.ema.load_state_dict(self.state["ema"])

