@@ -1,7 +1,8 @@
 """Is the miniature good enough? Kernel distance and recognition of its samples beside those of its autoencoder.
 
 Judged on validation and test concepts by two networks that nobody here trained. The bars: the teacher's distance is
-at most twice the autoencoder's, its recognition at least four fifths of what other real pictures get.
+at most twice the autoencoder's, its recognition at least four fifths of what other real pictures get. Distances are
+counted from that of other real pictures, which is below zero: they are variants of the very drawings of the reference.
 """
 
 from __future__ import annotations
@@ -72,8 +73,20 @@ def write(pictures: np.ndarray, folder: Path, path: Path, device: str, guidance:
     for count in steps:
         sets[f"teacher {count}"] = drawn_set(folder, count, guidance, seeds=5, device=device)
     figures = {name: measure(judge, sets) for name, judge in (("lite0", Judge()), ("open_nsfw", ResidualJudge()))}
-    path.write_text(json.dumps(figures, indent=2) + "\n")
-    return figures
+    bars = {name: verdicts(values, f"teacher {max(steps)}") for name, values in figures.items()}
+    path.write_text(json.dumps({"figures": figures, "bars": bars}, indent=2) + "\n")
+    return bars
+
+
+def verdicts(figures: dict[str, dict[str, tuple[float, float]]], system: str) -> dict[str, float]:
+    """Of one judge's figures: what the bars compare, for one of the sets."""
+    floor = figures["other real"]["kid"][0]
+    lost = figures["autoencoder"]["kid"][0] - floor
+    return {
+        "kid over the autoencoder's (at most 2)": (figures[system]["kid"][0] - floor) / lost,
+        "recognition over real (at least .8)": figures[system]["recognition"][0]
+        / figures["other real"]["recognition"][0],
+    }
 
 
 def write_judge(pictures: np.ndarray, path: Path, judge: Eye) -> None:
