@@ -1,110 +1,172 @@
-"""One command trains everything below `assets/`: `python -m mini.build --cache DIR --work DIR`.
+"""Trains everything below `assets/`: `python -m mini.build --work DIR`, or some of its stages with `--only`.
 
-Each stage resumes from its checkpoint in the work folder; the seeds are fixed. `--scale 0.01` tries the whole
-chain out.
+Every stage goes on from its checkpoint in the work folder by the same command. `--pack FILE` writes the drawings into
+one file, from which `--drawings FILE` builds on a machine without a network; `--scale 0.01` tries the whole chain out;
+`--minutes` gives each stage a share of that time instead of a number of steps. On a GPU without a network, nine
+minutes from drawings to weights in pieces of at most 15 MiB (`cat assets.part-* | tar x` puts them together):
+
+    python -m mini.build --work /tmp/mini --drawings drawings.tar --minutes 8 --device cuda --threads 16 --batch 512 \
+        --only vae teacher polish folder rival rewards --parcel "$OUT"
+
+The stages `judge` and `bars` need the two judges' packages (see `mini/judges.py`) and run anywhere afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import shutil
+import tarfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
 
-from mini import build_rewards, data, prompts, teacher, vae
-from mini.concepts import CONCEPTS, STYLES, is_held_out
-from mini.tokenizers import clip_tokenizer, t5_tokenizer
+from mini import build_rewards, data, flow, prompts, rivals, teacher, vae
+from mini.budget import Budget
+from mini.workplace import Workplace, made_once
 
-STEPS = {"vae": 1700, "teacher": 15000}
+STAGES = ("vae", "teacher", "polish", "folder", "rival", "rewards", "judge", "bars")
 
+PIECE = 15 * 2**20
 
-def load_pictures(cache: Path, work: Path) -> np.ndarray:
-    """All variants, (concepts, styles, variants, 32, 32, 3) uint8, made once."""
-    path = work / "pictures.npy"
-    if not path.exists():
-        np.save(path, data.pictures(data.load_drawings(data.fetch(cache))))
-    return np.load(path, mmap_mode="r")
+GUIDANCE = 3.0
+"""The embedded scale at which the bars are measured."""
 
 
-def load_keywords(cache: Path) -> dict[str, list[str]]:
-    """Keyword prompts by concept name."""
-    return prompts.keyword_prompts({k: e.get("tags", []) for k, e in data.load_labels(data.fetch(cache)).items()})
+def train_vae(place: Workplace, budget: Budget) -> None:
+    """The autoencoder, then the latents of everything that the teacher sees."""
+    if (place.work / "latents.pt").exists():
+        return
+    pictures = place.flat_pictures
+    steps = budget.steps("vae", lambda path, count: vae.train(pictures, path, count, place.device))
+    model = vae.train(pictures, place.work / "vae.pt", steps, place.device)
+    print(f"vae PSNR {vae.psnr(model, pictures[::97]):.2f} dB", flush=True)
+    place.write_latents(model)
 
 
-def build_vae(pictures: np.ndarray, work: Path, steps: int) -> AutoencoderKL:
-    """Trains the autoencoder, then sets shift and scale so that latents have mean 0 and deviation 1."""
-    flat = pictures.reshape(-1, *pictures.shape[3:])
-    model = vae.train(flat, work, steps)
-    latents = vae.encode(model, flat[::7])
-    model.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    print(f"vae PSNR {vae.psnr(model, flat[::97]):.2f} dB", flush=True)
-    return model
+def train_teacher(place: Workplace, budget: Budget, how: flow.Settings) -> teacher.Miniature:
+    """The FLUX miniature; returns its average."""
+    captions, latents = place.teacher_captions(), place.latents.to(place.device)
 
-
-def seen_drawings() -> list[tuple[int, int]]:
-    """The (concept, style) pairs that the teacher learns from."""
-    return [(c, s) for c in range(len(CONCEPTS)) for s in range(len(STYLES)) if not is_held_out(c, s)]
-
-
-def packed_latents(model: AutoencoderKL, pictures: np.ndarray, work: Path) -> torch.Tensor:
-    """Normalised latents of the seen drawings, (drawings, variants, 16, 64), made once."""
-    path = work / "latents.pt"
-    if not path.exists():
-        seen = np.stack([pictures[c, s] for c, s in seen_drawings()])
-        z = vae.encode(model, seen.reshape(-1, *seen.shape[2:]))
-        z = (z - model.config.shift_factor) * model.config.scaling_factor
-        packed = FluxPipeline._pack_latents(z, len(z), 16, 8, 8)
-        torch.save(packed.reshape(*seen.shape[:2], 16, 64), path)
-    return torch.load(path, weights_only=True)
-
-
-def tokenize(captions: list[list[str]], clip, t5) -> teacher.Captions:
-    """Every different caption once; each drawing's list points into them."""
-    texts = sorted({text for texts in captions for text in texts})
-    rows = {text: i for i, text in enumerate(texts)}
-    arguments = {"padding": "max_length", "max_length": teacher.MAX_LENGTH, "truncation": True, "return_tensors": "pt"}
-    choices = [torch.tensor([rows[text] for text in texts]) for texts in captions]
-    ids = clip(texts, **arguments).input_ids, t5(texts, **arguments).input_ids
-    return teacher.Captions(*ids, choices, rows[""])
-
-
-def build(cache: Path, work: Path, assets: Path, scale: float) -> None:
-    """VAE, two fifths of the teacher, the rewards (that teacher's samples are among the losers), the rest of it."""
-    pictures, keywords = load_pictures(cache, work), load_keywords(cache)
-    steps = {name: int(count * scale) for name, count in STEPS.items()}
-    model_vae = build_vae(pictures, work, steps["vae"])
-    captions = [prompts.captions_of(c, s, keywords) for c, s in seen_drawings()]
-    texts = sorted({text for texts in captions for text in texts})
-    clip, t5 = clip_tokenizer(texts, teacher.MAX_LENGTH), t5_tokenizer(texts)
-    table, latents = tokenize(captions, clip, t5), packed_latents(model_vae, pictures, work)
-
-    def draw(folder: Path, until: int) -> None:
+    def train(path: Path, schedule: flow.Schedule) -> teacher.Miniature:
         torch.manual_seed(1)
-        model = teacher.Miniature(clip, t5)
-        teacher.train(model, latents, table, work / "teacher.pt", steps["teacher"], until=until)
-        teacher.save_pipeline(folder, model, model_vae, clip, t5)
+        return flow.Training(teacher.Miniature(*place.tokenizers), latents, captions, path, schedule, how).run()
 
-    draw(work / "half-trained", steps["teacher"] * 2 // 5)
-    build_rewards.build_all(pictures, work / "half-trained", keywords, work, assets, scale)
-    draw(assets / "flux-mini", steps["teacher"])
-    prompts.write_splits(assets / "prompts", keywords)
-    build_rewards.write_judge(pictures, assets / "judge" / "real.safetensors")
+    schedule = budget.schedule("teacher", train)
+    return train(place.work / "teacher.pt", schedule)
+
+
+def polish(place: Workplace, budget: Budget) -> None:
+    """The decoder alone, for longer: the latents stay as they are."""
+    pictures = place.flat_pictures
+
+    def train(path: Path, steps: int) -> Any:
+        return vae.polish(place.load_vae(), pictures, path, steps)
+
+    model = train(place.work / "polished.pt", budget.steps("polish", train))
+    print(f"polished PSNR {vae.psnr(model, pictures[::97]):.2f} dB", flush=True)
+
+
+def write_folder(place: Workplace, assets: Path, model: teacher.Miniature) -> None:
+    """The teacher's pipeline folder and the prompts."""
+    name = "polished" if (place.work / "polished.pt").exists() else "vae"
+    shutil.rmtree(assets / "flux-mini", ignore_errors=True)
+    teacher.save_pipeline(assets / "flux-mini", model.cpu(), place.load_vae(name).cpu(), *place.tokenizers)
+    prompts.write_splits(assets / "prompts", place.keywords)
+
+
+def train_rewards(place: Workplace, assets: Path, budget: Budget) -> None:
+    """The three rewards; the small generator's pictures are drawn once."""
+    losers = made_once(place.work / "losers.npy", lambda: rivals.losers(place, place.work / "rival"))
+    build_rewards.build_all(place, losers, assets / "rewards", budget)
+
+
+def measure(place: Workplace, assets: Path) -> None:
+    """The bars, below the work folder."""
+    from mini import bars  # the judges are packages that training does without
+
+    figures = bars.write(
+        place.pictures, assets / "flux-mini", place.work / "bars.json", place.device, GUIDANCE, (50, 3)
+    )
+    print(figures, flush=True)
+
+
+def write_judges(place: Workplace, assets: Path) -> None:
+    """What the judges see in the real drawings."""
+    from mini import bars, judges
+
+    bars.write_judge(place.pictures, assets / "judge" / "real.safetensors", judges.Judge())
+    bars.write_judge(place.pictures, assets / "judge" / "real-open-nsfw.safetensors", judges.ResidualJudge())
+
+
+def build(place: Workplace, assets: Path, budget: Budget, how: flow.Settings, wanted: list[str]) -> None:
+    """The wanted stages, in their order."""
+    if {"rival", "rewards"} & set(wanted):
+        _ = place.pictures, place.further  # by forked processes, so before a GPU is in use
+    if "vae" in wanted:
+        train_vae(place, budget)
+    model = train_teacher(place, budget, how) if {"teacher", "folder"} & set(wanted) else None
+    if "polish" in wanted:
+        polish(place, budget)
+    if "folder" in wanted and model is not None:
+        write_folder(place, assets, model)
+    if "rival" in wanted:
+        rivals.train(place, budget, replace(how, batch=48))
+    if "rewards" in wanted:
+        train_rewards(place, assets, budget)
+    if "judge" in wanted:
+        write_judges(place, assets)
+    if "bars" in wanted:
+        measure(place, assets)
+
+
+def parcel(assets: Path, folder: Path) -> None:
+    """All results as one tar in pieces, for a machine that returns few and small files."""
+    whole = io.BytesIO()
+    with tarfile.open(fileobj=whole, mode="w") as tar:
+        tar.add(assets, "assets")
+    content = whole.getvalue()
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, start in enumerate(range(0, len(content), PIECE)):
+        (folder / f"assets.part-{index}").write_bytes(content[start : start + PIECE])
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="packages, checkpoints and cached latents")
+    parser.add_argument("--assets", type=Path, help="where the results go; without it below --work")
+    parser.add_argument("--drawings", type=Path, help="what --pack wrote; without it npm fetches the packages")
+    parser.add_argument("--pack", type=Path, help="write the drawings into this file and stop")
+    parser.add_argument("--parcel", type=Path, help="write all results into this folder, in pieces")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps")
+    parser.add_argument("--minutes", type=float, help="of all training together, instead of numbers of steps")
+    for name, count in vars(flow.TEACHER).items():
+        parser.add_argument(f"--{name}", type=int, default=count, help="the teacher's steps in this phase")
+    parser.add_argument("--batch", type=int, default=flow.Settings.batch, help="the teacher's")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
 
 
 def main() -> None:
     """Parses the command line and builds."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cache", type=Path, required=True, help="npm packages are fetched here")
-    parser.add_argument("--work", type=Path, required=True, help="checkpoints and cached latents")
-    parser.add_argument("--assets", type=Path, default=Path("assets"))
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the steps")
-    parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    build(arguments.cache, arguments.work, arguments.assets, arguments.scale)
+    asked = parse()
+    torch.set_num_threads(asked.threads)
+    asked.work.mkdir(parents=True, exist_ok=True)
+    place = Workplace(asked.work, asked.drawings, asked.device, asked.threads)
+    if asked.pack:
+        data.pack(place.folders, asked.pack)
+        return
+    budget = Budget(asked.work, flow.Schedule(asked.plain, asked.guided, asked.decay), asked.scale, asked.minutes)
+    how = flow.Settings(batch=asked.batch, device=asked.device)
+    assets = asked.assets or asked.work / "assets"
+    build(place, assets, budget, how, asked.only)
+    if asked.parcel:
+        parcel(assets, asked.parcel)
 
 
 if __name__ == "__main__":

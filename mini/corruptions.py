@@ -1,6 +1,6 @@
 """Ways to spoil a drawing: the losers of the miniature rewards' preference pairs.
 
-All take and return (B, 3, 32, 32) in [0, 1], with severities in [0, 1] a sample, (B, 1, 1, 1). They were
+All take and return (B, 3, 64, 64) in [0, 1], with severities in [0, 1] a sample, (B, 1, 1, 1). They were
 written down before any student was trained and none looks at a student.
 """
 
@@ -12,15 +12,20 @@ from torch.nn import functional as F
 
 
 def blur(x: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """A mix of the picture and its 3 x 3 or repeated box blur."""
-    once = F.avg_pool2d(F.pad(x, (1,) * 4, "replicate"), 3, 1)
-    twice = F.avg_pool2d(F.pad(once, (1,) * 4, "replicate"), 3, 1)
-    return torch.lerp(x, torch.lerp(once, twice, severity), (0.5 + severity).clamp(max=1))
+    """A mix of the picture and its box blur, 3 to 7 pixels wide."""
+    once = _box(x, 3)
+    wide = _box(_box(once, 5), 3)
+    return torch.lerp(x, torch.lerp(once, wide, severity), (0.5 + severity).clamp(max=1))
+
+
+def _box(x: Tensor, side: int) -> Tensor:
+    return F.avg_pool2d(F.pad(x, (side // 2,) * 4, "replicate"), side, 1)
 
 
 def coarse(x: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """A quarter of the resolution, blended in."""
-    small = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4, mode="bilinear")
+    """A quarter or an eighth of the resolution, blended in."""
+    side = 4 * int(torch.randint(1, 3, (1,), generator=generator))
+    small = F.interpolate(F.avg_pool2d(x, side), scale_factor=side, mode="bilinear")
     return torch.lerp(x, small, 0.3 + 0.7 * severity)
 
 
@@ -30,7 +35,7 @@ def noise(x: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def coloured_noise(x: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """Smooth random colours at a scale of 2 to 8 pixels: what hacked generators drift to."""
+    """Smooth random colours at a scale of 4 to 16 pixels: what hacked generators drift to."""
     cells = int(torch.tensor([4, 8, 16])[torch.randint(3, (1,), generator=generator)])
     field = torch.randn(len(x), 3, cells, cells, generator=generator)
     return x + (0.1 + 0.4 * severity) * F.interpolate(field, size=x.shape[-2:], mode="bicubic")
@@ -53,15 +58,15 @@ def overdo(x: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shuffle(x: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """8 x 8 tiles in another order."""
-    tiles = F.unfold(x, 8, stride=8)
+    """16 x 16 tiles in another order."""
+    tiles = F.unfold(x, 16, stride=16)
     moved = tiles[..., torch.randperm(tiles.shape[-1], generator=generator)]
     keep = torch.rand(len(x), 1, tiles.shape[-1], generator=generator) > 0.3 + 0.7 * severity[..., 0]
-    return F.fold(torch.where(keep, tiles, moved), x.shape[-2:], 8, stride=8)
+    return F.fold(torch.where(keep, tiles, moved), x.shape[-2:], 16, stride=16)
 
 
 def wobble(x: Tensor, severity: Tensor, generator: torch.Generator) -> Tensor:
-    """A smooth random displacement of up to 5 pixels: melted shapes."""
+    """A smooth random displacement of up to 10 pixels: melted shapes."""
     field = torch.randn(len(x), 2, 5, 5, generator=generator) * (0.06 + 0.2 * severity)
     offset = F.interpolate(field, size=x.shape[-2:], mode="bicubic").permute(0, 2, 3, 1)
     identity = F.affine_grid(torch.eye(2, 3).expand(len(x), 2, 3), list(x.shape), align_corners=False)

@@ -11,7 +11,10 @@ import numpy as np
 
 from mini.concepts import CONCEPTS, STYLES, Concept, is_held_out
 
-BARE = {"cherries", "grapes", "fries", "broccoli", "corn", "coffee", "cheese"}
+BARE = {
+    *("cherries", "grapes", "blueberries", "fries", "broccoli", "corn", "garlic", "bread", "popcorn", "candy"),
+    *("honey", "coffee", "beer", "wine", "cheese", "bubble tea", "yarn", "sunglasses", "socks", "lightning"),
+}
 """Names that take no article."""
 
 
@@ -25,6 +28,13 @@ def named(concept: Concept) -> str:
 def styled(concept: Concept, style: str) -> str:
     """`a fox, flat style`."""
     return f"{named(concept)}, {style} style"
+
+
+def plain_captions(label: str) -> list[str]:
+    """Of a thing outside our concepts: its name, then its name with each style."""
+    plural = label.endswith("s") and not label.endswith("ss")
+    name = label if plural else f"{'an' if label[0] in 'aeiou' else 'a'} {label}"
+    return [name, *(f"{name}, {style} style" for style in STYLES)]
 
 
 def keyword_prompts(tags: dict[str, list[str]]) -> dict[str, list[str]]:

@@ -1,17 +1,15 @@
-"""Training of the three miniature rewards on preference pairs that know nothing of any student.
+"""Training of the three miniature rewards, which share no drawing and no kind of loser.
 
-A winner is a designer's drawing with its caption. Losers are the same drawing spoiled (`corruptions`), a sample
-of the half-trained teacher for the same concept (`generated`; many-step over few-step pairs are in none of the
-three), and the drawing under another caption. Half of the pairs are made harder by one signed gradient step
-against the reward itself (adversarial training, arXiv 1412.6572), which is what keeps its gradient from being
-noise. The three differ in architecture, seed, variants and held-out drawings.
+All learn which caption belongs to a drawing. Besides, `pickscore` learns drawings over the same drawings spoiled
+(`corruptions`), `hpsv2` over what other generators draw (`rivals`), and `image-reward` nothing of pictures.
+None of them has seen a sample of the teacher or of a student. Half of the steps are made harder by one signed gradient
+step against the reward itself (adversarial training, arXiv 1412.6572), which keeps its gradient from being noise.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -20,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mini.concepts import CONCEPTS, STYLES
 from mini.corruptions import spoil
-from mini.resume import load_state, save_state
+from mini.resume import Saver, load_state
+
+BATCH, PEAK = 48, 1e-3
+REACH = 8 / 255
+"""Of the step that makes a pair harder, a pixel."""
 
 
 class Scorer(Protocol):
@@ -42,25 +43,41 @@ class Scorer(Protocol):
 
 
 @dataclass
-class RewardData:
-    """Pictures (concepts, styles, variants, 32, 32, 3) uint8, generated ones (concepts, n, ...), captions."""
+class Drawing:
+    """One designer's drawing of one thing: its variants (V, 64, 64, 3) and the rows of its captions."""
 
+    thing: int
     pictures: np.ndarray
-    generated: np.ndarray
-    texts: list[str]
+    captions: list[int]
+    losers: np.ndarray | None = None
+    """Other generators' pictures of the thing, none for a test concept."""
+
+
+@dataclass
+class Lesson:
+    """What one reward learns from: drawings of our concepts, of further things, and the kind of its losers."""
+
+    ours: list[Drawing]
+    further: list[Drawing]
     tokens: Tensor
-    captions: dict[tuple[int, int], list[int]]
-    held_out: int
-    variants: range
+    kind: str
+    """corruptions | rivals | captions"""
 
-    def is_held_out(self, concept: int, style: int) -> bool:
-        """A tenth of the drawings, another tenth for each reward."""
-        return (concept * 3 + style * 7) % 10 == self.held_out
+    def pick(self, rng: np.random.Generator, size: int) -> list[Drawing]:
+        """Half of our concepts, half of further things."""
+        half = [self.ours[i] for i in rng.integers(len(self.ours), size=size // 2)]
+        return half + [self.further[i] for i in rng.integers(len(self.further), size=size - len(half))]
 
-    def drawings(self, held_out: bool) -> list[tuple[int, int]]:
-        """(concept, style) pairs of the training or the held-out part."""
-        pairs = [(c, s) for c in range(len(CONCEPTS)) for s in range(len(STYLES))]
-        return [pair for pair in pairs if self.is_held_out(*pair) == held_out]
+
+@dataclass
+class Pairs:
+    """Winners and losers (B, 3, 64, 64), caption tokens (B, L), what is the same, and which rows have a loser."""
+
+    won: Tensor
+    lost: Tensor
+    captions: Tensor
+    same: Tensor
+    valid: Tensor = field(default_factory=lambda: torch.ones(0))
 
 
 def to_images(pictures: np.ndarray) -> Tensor:
@@ -70,102 +87,117 @@ def to_images(pictures: np.ndarray) -> Tensor:
 
 def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
     """Mild shifts and brightness, so that a score does not hang on a pixel."""
-    dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
-    x = F.pad(x, (2, 2, 2, 2), "replicate")[..., 2 + dy : 34 + dy, 2 + dx : 34 + dx]
+    dy, dx = torch.randint(0, 9, (2,), generator=generator).tolist()
+    x = F.pad(x, (4, 4, 4, 4), "replicate")[..., dy : dy + x.shape[-2], dx : dx + x.shape[-1]]
     gain = 1 + 0.1 * torch.randn(len(x), 1, 1, 1, generator=generator)
     return (x * gain + 0.02 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
 
 
-Batch = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Winners, losers (B, 3, 32, 32), caption rows (B,), concepts (B,)."""
+def some(pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One of several pictures."""
+    return pictures[rng.integers(len(pictures))]
 
 
-def batches(data: RewardData, size: int, generator: torch.Generator, held_out: bool = False) -> Iterator[Batch]:
-    """Endless pairs; three tenths of the losers are generated."""
-    rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
-    pairs = data.drawings(held_out)
-    while True:
-        picked = [pairs[i] for i in rng.integers(len(pairs), size=size)]
-        won = to_images(np.stack([data.pictures[c, s, rng.choice(data.variants)] for c, s in picked]))
-        lost = spoil(won, generator)
-        k = size * 3 // 10
-        samples = [data.generated[c, rng.integers(data.generated.shape[1])] for c, _ in picked[:k]]
-        lost[:k] = to_images(np.stack(samples))
-        rows = torch.tensor([int(rng.choice(data.captions[pair])) for pair in picked])
-        yield jitter(won, generator), jitter(lost, generator), rows, torch.tensor([c for c, _ in picked])
+def losers_of(won: Tensor, drawings: list[Drawing], kind: str, rng: np.random.Generator, generator) -> Tensor:
+    """The losing picture of each pair; a winner itself where there is none."""
+    if kind == "corruptions":
+        return spoil(won, generator)
+    rivals = [None if d.losers is None else some(d.losers, rng) for d in drawings]
+    return torch.stack([w if r is None else to_images(r[None])[0] for w, r in zip(won, rivals, strict=True)])
 
 
-def harden(
-    net: Scorer, won: Tensor, lost: Tensor, captions: Tensor, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """One signed gradient step of up to 8/255 that makes winners look worse and losers better."""
-    both = torch.cat([won, lost]).requires_grad_()
-    sign = torch.cat([-torch.ones(len(won)), torch.ones(len(lost))])
-    total = (net.scores(net.features(both), captions.repeat(2, 1)) * sign).sum()
-    direction = torch.autograd.grad(total, both)[0].sign()
-    reach = torch.rand(len(both), 1, 1, 1, generator=generator) * 8 / 255
-    return (both + reach * direction).detach().clamp(0, 1).chunk(2)
+def draw(lesson: Lesson, drawings: list[Drawing], kind: str, rng: np.random.Generator, device: str) -> Pairs:
+    """A batch of pairs of these drawings; for the kind "captions" no loser counts."""
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    won = to_images(np.stack([some(d.pictures, rng) for d in drawings]))
+    lost = won if kind == "captions" else losers_of(won, drawings, kind, rng, generator)
+    valid = torch.tensor([kind == "corruptions" or (kind == "rivals" and d.losers is not None) for d in drawings])
+    rows = torch.tensor([int(rng.choice(d.captions)) for d in drawings])
+    things = torch.tensor([d.thing for d in drawings])
+    same = (things[:, None] == things) | (rows[:, None] == rows)
+    parts = (jitter(won, generator), jitter(lost, generator), lesson.tokens[rows], same, valid)
+    return Pairs(*(part.to(device) for part in parts))
 
 
-def loss_of(net: Scorer, data: RewardData, batch: Batch, hard: bool, generator: torch.Generator) -> Tensor:
+def harden(net: Scorer, pairs: Pairs) -> Pairs:
+    """One signed gradient step that makes winners look worse and losers better."""
+    both = torch.cat([pairs.won, pairs.lost]).requires_grad_()
+    scores = net.scores(net.features(both), pairs.captions.repeat(2, 1))
+    won, lost = scores.chunk(2)
+    direction = torch.autograd.grad(lost.sum() - won.sum(), both)[0].sign()
+    reach = torch.rand(len(both), 1, 1, 1, device=both.device) * REACH
+    hard_won, hard_lost = (both + reach * direction).detach().clamp(0, 1).chunk(2)
+    return Pairs(hard_won, hard_lost, pairs.captions, pairs.same, pairs.valid)
+
+
+def loss_of(net: Scorer, pairs: Pairs) -> Tensor:
     """Caption contrast on winners + Bradley-Terry on (winner, loser) under one caption."""
-    won, lost, rows, concepts = batch
-    captions = data.tokens[rows]
-    if hard:
-        won, lost = harden(net, won, lost, captions, generator)
-    features = net.features(torch.cat([won, lost]))
-    best = features[: len(won)]
-    margin = net.scores(best, captions) - net.scores(features[len(won) :], captions)
-    same = (concepts[:, None] == concepts) | (rows[:, None] == rows)
-    return F.softplus(-margin).mean() + net.contrast(best, captions, same)
+    best = net.features(pairs.won)
+    loss = net.contrast(best, pairs.captions, pairs.same)
+    if not pairs.valid.any():
+        return loss
+    margin = net.scores(best, pairs.captions) - net.scores(net.features(pairs.lost), pairs.captions)
+    return loss + F.softplus(-margin)[pairs.valid].mean()
 
 
-def train(net: nn.Module, data: RewardData, path: Path, steps: int, seed: int, batch: int = 32) -> nn.Module:
+def learning_rate(step: int, steps: int) -> float:
+    """Warm-up over 100 steps, constant, then linear to 2 % over the second half."""
+    return PEAK * min(1, (step + 1) / 100) * min(1, max(0.02, 2 * (1 - step / steps)))
+
+
+def train(net: nn.Module, lesson: Lesson, path: Path, steps: int, seed: int, device: str = "cpu") -> nn.Module:
     """Trains for `steps` over restarts; after the first fifth every second step is hardened."""
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    state = load_state(path, net, optimizer)
-    generator = torch.Generator().manual_seed(seed + state["step"])
-    stream, running = batches(data, batch, generator), 2.0
+    net.to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), PEAK, betas=(0.9, 0.98), weight_decay=0.05)
+    state, saver = load_state(path, net, optimizer), Saver(path, every=120)
+    rng, start, mean = np.random.default_rng([seed, state["step"]]), time.time(), 0.0
     while state["step"] < steps:
-        start, fraction = time.time(), state["step"] / steps
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (state["step"] + 1) / 100) * min(1, max(0.02, 2 * (1 - fraction)))
-        hard = fraction > 0.2 and state["step"] % 2 == 0
-        loss = loss_of(net, data, next(stream), hard, generator)
+            group["lr"] = learning_rate(state["step"], steps)
+        pairs = draw(lesson, lesson.pick(rng, BATCH), lesson.kind, rng, device)
+        hard = state["step"] > 0.2 * steps and state["step"] % 2 == 0
+        loss = loss_of(net, harden(net, pairs) if hard else pairs)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
-        running += 0.02 * (loss.item() - running)
         state["step"] += 1
-        state["seconds"] += time.time() - start
-        if state["step"] % 100 == 0:
+        if state["step"] % 50 == 0:
+            mean += (loss.item() - mean) * (0.2 if mean else 1)
             print(
-                f"{path.stem} step {state['step']} loss {running:.3f} of {steps}, {state['seconds']:.0f} s", flush=True
+                f"{path.stem} step {state['step']} of {steps}, loss {mean:.3f}, {time.time() - start:.0f} s", flush=True
             )
-            save_state(path, net, optimizer, state)
-    save_state(path, net, optimizer, state)
+        saver.offer(net, optimizer, state)
+    saver.save(net, optimizer, state)
     return net.eval()
 
 
 @torch.no_grad()
-def pair_accuracy(net: Scorer, data: RewardData, seed: int = 5, count: int = 16) -> float:
-    """Share of held-out pairs (unseen drawings) in which the drawing beats the spoiled or generated one."""
-    generator = torch.Generator().manual_seed(seed)
-    stream, right = batches(data, 64, generator, held_out=True), []
-    for _ in range(count):
-        won, lost, rows, _ = next(stream)
-        captions = data.tokens[rows]
-        right.append(net.scores(net.features(won), captions) > net.scores(net.features(lost), captions))
+def pair_accuracy(
+    net: Scorer, lesson: Lesson, unseen: list[Drawing], kind: str, device: str, rounds: int = 12
+) -> float:
+    """Share of pairs of unseen drawings that the drawing wins: over losers of a kind, or under another's caption."""
+    rng, right = np.random.default_rng(5), []
+    able = [d for d in unseen if kind != "rivals" or d.losers is not None]
+    for _ in range(rounds):
+        pairs = draw(lesson, [able[i] for i in rng.integers(len(able), size=64)], kind, rng, device)
+        features = net.features(pairs.won)
+        won = net.scores(features, pairs.captions)
+        if kind == "captions":
+            keep = ~pairs.same.diagonal(1).cpu()
+            lost = net.scores(features, pairs.captions.roll(-1, 0))
+            right.append((won > lost).cpu()[:-1][keep])
+        else:
+            right.append((won > net.scores(net.features(pairs.lost), pairs.captions)).cpu())
     return float(torch.cat(right).float().mean())
 
 
 @torch.no_grad()
-def retrieval(net: Scorer, data: RewardData, names: Tensor) -> float:
+def retrieval(net: Scorer, unseen: list[Drawing], names: Tensor, device: str) -> float:
     """R@1 of the right name among all concepts (`names`: their tokens) for unseen drawings, one variant each."""
-    hits = []
-    for concept, style in data.drawings(held_out=True):
-        picture = to_images(data.pictures[concept, style, data.variants[0]][None])
-        features = net.features(picture.expand(len(names), -1, -1, -1))
-        hits.append(int(net.scores(features, names).argmax()) == concept)
+    hits, names = [], names.to(device)
+    for drawing in unseen:
+        features = net.features(to_images(drawing.pictures[:1]).to(device))
+        scores = net.scores(features.expand(len(names), *features.shape[1:]), names)
+        hits.append(int(scores.argmax()) == drawing.thing)
     return float(np.mean(hits))

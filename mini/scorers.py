@@ -11,21 +11,22 @@ from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-TEXT_LENGTH = 10
+TEXT_LENGTH = 12
+"""Tokens of the longest caption that a reward learns from."""
 
 
 def normalise(images_B3HW: Tensor, size: int) -> Tensor:
     """What the adapters do: antialiased bicubic resize, CLIP's mean and deviation."""
     if images_B3HW.shape[-1] != size:
         images_B3HW = F.interpolate(images_B3HW, size=(size, size), mode="bicubic", antialias=True, align_corners=False)
-    return (images_B3HW - MEAN) / STD
+    return (images_B3HW - MEAN.to(images_B3HW)) / STD.to(images_B3HW)
 
 
 def info_nce(logits_BB: Tensor, same_BB: Tensor) -> Tensor:
     """Symmetric cross entropy of the diagonal (CLIP, arXiv 2103.00020), equals masked."""
-    own = torch.eye(len(logits_BB), dtype=torch.bool)
+    own = torch.eye(len(logits_BB), dtype=torch.bool, device=logits_BB.device)
     logits_BB = logits_BB.masked_fill(same_BB & ~own, -1e4)
-    target = torch.arange(len(logits_BB))
+    target = torch.arange(len(logits_BB), device=logits_BB.device)
     return (F.cross_entropy(logits_BB, target) + F.cross_entropy(logits_BB.T, target)) / 2
 
 
@@ -89,7 +90,7 @@ class ClipScorer(nn.Module):
 class BlipScorer(nn.Module):
     """`image-reward`: a caption encoder that looks at the picture, and an MLP on its first token."""
 
-    def __init__(self, tokenizer, size: int = 32, patch: int = 4, width: int = 96, layers: int = 4):
+    def __init__(self, tokenizer, size: int, patch: int, width: int, layers: int):
         super().__init__()
         vision = BlipVisionConfig(
             hidden_size=width,
@@ -134,7 +135,7 @@ class BlipScorer(nn.Module):
             input_ids=captions,
             attention_mask=(captions != self.pad).long(),
             encoder_hidden_states=features,
-            encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long),
+            encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long, device=features.device),
             is_decoder=False,
         ).last_hidden_state
         return self.mlp(hidden[:, 0])[:, 0]
@@ -142,11 +143,11 @@ class BlipScorer(nn.Module):
     def contrast(self, features: Tensor, captions: Tensor, same_BB: Tensor) -> Tensor:
         """Own caption over three others of the batch (softmax over four) + both towers' contrast."""
         own, terms = self.scores(features, captions), []
+        rows = torch.arange(len(captions), device=captions.device)
         for shift in (1, 2, 3):
             other = self.scores(features, captions.roll(shift, 0))
-            rows = torch.arange(len(captions))
             terms.append(other.masked_fill(same_BB[rows, rows.roll(shift)], -1e4))
-        pairs = F.cross_entropy(torch.stack([own, *terms], 1), torch.zeros(len(own), dtype=torch.long))
+        pairs = F.cross_entropy(torch.stack([own, *terms], 1), torch.zeros_like(rows))
         return pairs + self.towers(features, captions, same_BB)
 
     def towers(self, features: Tensor, captions: Tensor, same_BB: Tensor) -> Tensor:
