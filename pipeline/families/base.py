@@ -9,6 +9,7 @@ Shapes: B samples, T latent tokens, C channels, K frames.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -20,10 +21,14 @@ from torch import Tensor
 from rats.pipeline import solver
 from rats.pipeline.families.fit import Fit, PartConfig
 from rats.pipeline.protocols import Conditioning
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, brief
 from rats.schemas.params import TeacherParams
 
 EULER = FlowMatchEulerDiscreteScheduler.__name__
+
+
+DYNAMIC_SHIFT = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+"""What decides a shift that grows with the resolution."""
 
 
 class Family(ABC):
@@ -133,9 +138,17 @@ class Family(ABC):
                 f"the pipeline's scheduler is {name}: rats samples by {EULER}; "
                 "put such a scheduler_config.json into its scheduler folder"
             )
-        if missing := [field for field in cls.scheduler_fields if field not in config]:
+        stated = (*cls.scheduler_fields, *(DYNAMIC_SHIFT if config.get("use_dynamic_shifting") else ()))
+        if missing := [field for field in stated if field not in config]:
             raise DataError(
                 f"the pipeline's scheduler_config.json lacks {missing[0]}, whose default may be another sampler: "
+                "fetch or export it again"
+            )
+        defaults = inspect.signature(FlowMatchEulerDiscreteScheduler.__init__).parameters
+        flags = [name for name, parameter in defaults.items() if isinstance(parameter.default, bool)]
+        if bad := [name for name in flags if not isinstance(config.get(name, False), bool)]:
+            raise DataError(
+                f"the pipeline's scheduler_config.json says {bad[0]}: {brief(config[bad[0]])}, neither true nor false: "
                 "fetch or export it again"
             )
         if config.get("stochastic_sampling"):
