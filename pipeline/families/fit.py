@@ -12,8 +12,6 @@ from rats.pipeline.weights.hashes import read_json
 from rats.pipeline.weights.opening import check_config, opening
 from rats.schemas.errors import ConfigError, DataError, brief
 
-CLASS = "_class_name"
-
 
 @dataclass(frozen=True)
 class Size:
