@@ -174,10 +174,9 @@ class RewardParams(Block):
 
 
 class EvaluateParams(Block):
-    """Which runs are compared, with how many resamples and pictures, and by which judge."""
+    """Which runs are compared, with how many pictures, and by which judge."""
 
     variants: tuple[str, ...] = ("rats",)
-    bootstrap: Positive = 2000
     judge: Literal["efficientnet-lite0"] | None = "efficientnet-lite0"
     real_features: PathText | None = None
     pictures: Positive = 8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from rats.schemas.params import Params, with_variant
 from rats.schemas.reports import Cell, Role
 from rats.stages.evaluate.systems import Samples
-from rats.stages.measure.bootstrap import PairedEstimate, paired_bootstrap
+from rats.stages.measure.intervals import Interval, PairedEstimate, paired_estimate
 from rats.stages.measure.judge import diversity_by_group
 from rats.stages.measure.kid import RealSet, open_real, paired_kid
 from rats.stages.measure.pictures import (
@@ -39,19 +40,18 @@ class SystemResult:
 
 def cells(params: Params, samples: Samples, measured: Sequence[SystemResult]) -> Iterator[Cell]:
     """A cell for each system and metric, the teacher first, paired by sample (docs/design.md#reports)."""
-    n, seed = params.evaluate.bootstrap, params.evaluate.seed
     teacher = measured[0]
     distances = _distances(params, samples, measured)
     for system in measured:
         column = system.column
         for reward, scores in system.scores.items():
-            result = paired_bootstrap(scores, teacher.scores[reward], samples.concepts, n, seed)
+            result = paired_estimate(scores, teacher.scores[reward], samples.concepts)
             yield _cell(column, reward, _role(params, column, reward), samples, result)
         if column.id in distances:
             own, reference = distances[column.id], distances[teacher.column.id]
-            result = paired_kid(own, reference, samples.concepts, n, seed)
+            result = paired_kid(own, reference, samples.concepts)
             yield _cell(column, "kid", "judge", samples, result)
-        diversity = _diversity(samples, system, teacher, n, seed)
+        diversity = _diversity(samples, system, teacher)
         if diversity is not None:
             kept, result = diversity
             yield _cell(column, "diversity", "judge", kept, result)
@@ -72,9 +72,7 @@ def _distances(params: Params, samples: Samples, measured: Sequence[SystemResult
     return {m.column.id: real.distance(m.features, samples.concepts) for m in measured if m.features is not None}
 
 
-def _diversity(
-    samples: Samples, system: SystemResult, teacher: SystemResult, n: int, seed: int
-) -> tuple[Samples, PairedEstimate] | None:
+def _diversity(samples: Samples, system: SystemResult, teacher: SystemResult) -> tuple[Samples, PairedEstimate] | None:
     """Diversity within a prompt, over prompts with several noises. None if these have fewer than two concepts."""
     if system.features is None or teacher.features is None:
         return None
@@ -82,18 +80,20 @@ def _diversity(
     concept_of = dict(zip(prompts, samples.concepts, strict=True))
     own = diversity_by_group(system.features, prompts)
     reference = diversity_by_group(teacher.features, prompts)
-    # a prompt with a single noise has no diversity; sorted, since the bootstrap depends on the order
+    # a prompt with a single noise has no diversity; sorted, since sums depend on the order
     names = sorted(prompt for prompt in concept_of if prompt in own)
     concepts = [concept_of[prompt] for prompt in names]
     if len(set(concepts)) < 2:
         return None
-    result = paired_bootstrap([own[p] for p in names], [reference[p] for p in names], concepts, n, seed)
+    result = paired_estimate([own[p] for p in names], [reference[p] for p in names], concepts)
     kept = {row.key for row in samples.rows if row.prompt_id in own}
     return samples.keep(kept), result
 
 
 def _cell(column: SystemLabel, metric: str, role: Role, samples: Samples, result: PairedEstimate) -> Cell:
     is_teacher = column.system == "teacher"
+    low, high = _known(result.ci)
+    delta_low, delta_high = (None, None) if is_teacher else _known(result.delta_ci)
     return Cell(
         system=column.system,  # type: ignore[arg-type]
         variant=column.variant,
@@ -103,14 +103,19 @@ def _cell(column: SystemLabel, metric: str, role: Role, samples: Samples, result
         role=role,
         split=samples.split,
         mean=result.mean,
-        ci_low=result.ci[0],
-        ci_high=result.ci[1],
+        ci_low=low,
+        ci_high=high,
         delta_vs_teacher=None if is_teacher else result.delta,
-        delta_ci_low=None if is_teacher else result.delta_ci[0],
-        delta_ci_high=None if is_teacher else result.delta_ci[1],
+        delta_ci_low=delta_low,
+        delta_ci_high=delta_high,
         num_prompts=len({row.prompt_id for row in samples.rows}),
         num_concepts=len(set(samples.concepts)),
     )
+
+
+def _known(limits: Interval) -> Interval | tuple[None, None]:
+    """JSON has no infinity."""
+    return limits if math.isfinite(limits[0]) else (None, None)
 
 
 def values_csv(samples: Samples, measured: Sequence[SystemResult]) -> str:

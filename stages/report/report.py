@@ -75,7 +75,6 @@ def read_json(path: Path) -> PageData:
 
 
 def _tables(params: Params, result: EvaluateReport, values: Values) -> PageData:
-    n, seed = params.evaluate.bootstrap, params.evaluate.seed
     cells, main = result.cells, params.evaluate.variants[0]
     first = cells[0]  # prompts and concepts are those of every cell of a reward
     count = f"{first.num_prompts} prompts of {first.num_concepts} concepts, {len(values.concepts)} samples a system."
@@ -83,8 +82,8 @@ def _tables(params: Params, result: EvaluateReport, values: Values) -> PageData:
         "title": "rats: few steps against many",
         "lead": f"Teacher {params.model.path}, {params.teacher.steps} steps. {count}",
         "seen": f"On the {first.split} prompts.",
-        "intervals": f"Intervals: 95 %, {n:,} paired bootstrap resamples of the {first.num_concepts} concepts.",
-        "claims": tables.claims(cells, values, main, n, seed),
+        "intervals": f"Intervals: 95 %, Student's t over the {first.num_concepts} concepts, paired by sample.",
+        "claims": tables.claims(cells, values, main),
         "table": tables.full_table(cells, main),
         "comparisons": _comparisons(params, result, values),
     }
@@ -92,13 +91,12 @@ def _tables(params: Params, result: EvaluateReport, values: Values) -> PageData:
 
 def _comparisons(params: Params, result: EvaluateReport, values: Values) -> list[PageData]:
     """The main variant against the other variants, and against the teacher by kind of prompt."""
-    n, seed = params.evaluate.bootstrap, params.evaluate.seed
     cells, variants = result.cells, params.evaluate.variants
     blocks = []
-    if found := tables.against_controls(values, cells, variants, n, seed):
+    if found := tables.against_controls(values, cells, variants):
         note = "Same shards, same student compute: what is left is what the gate knows. Paired by sample."
         blocks.append({"title": f"{variants[0]} against its controls", "note": note, **found})
-    if found := tables.by_kind(values, cells, variants[0], n, seed):
+    if found := tables.by_kind(values, cells, variants[0]):
         note = "Student minus teacher; in brackets the number of samples."
         blocks.append({"title": "By kind of prompt", "note": note, **found})
     return blocks

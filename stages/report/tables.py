@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rats.schemas.reports import Cell
-from rats.stages.measure.bootstrap import PairedEstimate
+from rats.stages.measure.intervals import PairedEstimate
 from rats.stages.measure.values import Values
 from rats.stages.templates.render import PageData
 
@@ -112,7 +112,7 @@ def system_name(cell: Cell) -> str:
     return names.get(cell.system, f"student: {cell.variant}")
 
 
-def claims(cells: Sequence[Cell], values: Values, main: str, n: int, seed: int) -> PageData:
+def claims(cells: Sequence[Cell], values: Values, main: str) -> PageData:
     """The claims, one row for each student: rewards, KID and diversity against the teacher, and against the base."""
     metrics = list(dict.fromkeys((cell.metric, cell.role) for cell in cells))
     rewards = [metric for metric, role in metrics if role != "judge"]
@@ -125,7 +125,7 @@ def claims(cells: Sequence[Cell], values: Values, main: str, n: int, seed: int) 
     rows = []
     for (variant, nfe), found in students.items():
         claimed = [_claim(found[m], teacher[m], places[m]) if m in found else NO_CLAIM for m, _ in metrics]
-        claimed.append(_above_base(variant, nfe, rewards, values, n, seed))
+        claimed.append(_above_base(variant, nfe, rewards, values))
         rows.append({"name": f"{variant}, {nfe} NFE", "claims": claimed, "main": variant == main})
     columns = [f"{metric} ({role.replace('_', ' ')})" for metric, role in metrics]
     return {"columns": [*columns, "untrained base, guided"], "rows": rows}
@@ -161,9 +161,9 @@ def _within_a_tenth(cell: Cell, teacher: Cell) -> PageData:
     return {"tone": verdict, "mark": MARKS[verdict], "text": words}
 
 
-def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values, n: int, seed: int) -> PageData:
+def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values) -> PageData:
     """The student against the guided base: good if it is significantly above on all rewards, even if above on all."""
-    found = [values.versus(f"{variant}-{nfe}", f"base_guided-{nfe}", metric, n, seed) for metric in rewards]
+    found = [values.versus(f"{variant}-{nfe}", f"base_guided-{nfe}", metric) for metric in rewards]
     known = [result for result in found if result is not None]
     surely = sum(result.delta_ci[0] > 0 for result in known)
     verdict = "bad"
@@ -175,22 +175,20 @@ def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values, 
     return {"tone": verdict, "mark": MARKS[verdict], "text": text, "detail": ""}
 
 
-def against_controls(
-    values: Values, cells: Sequence[Cell], variants: Sequence[str], n: int, seed: int
-) -> PageData | None:
+def against_controls(values: Values, cells: Sequence[Cell], variants: Sequence[str]) -> PageData | None:
     """Differences of the main variant to each other variant, on each reward."""
     places, rewards = decimals(cells), _rewards(cells)
     main, *others = variants
     rows = []
     for steps in sorted({cell.nfe for cell in cells if cell.system == "student"}):
         for other in others:
-            found = {m: values.versus(f"{main}-{steps}", f"{other}-{steps}", m, n, seed) for m in rewards}
+            found = {m: values.versus(f"{main}-{steps}", f"{other}-{steps}", m) for m in rewards}
             if any(found.values()):
                 rows.append({"name": f"{steps} NFE: {main} − {other}", "cells": _differences(found, places)})
     return {"columns": rewards, "rows": rows} if rows else None
 
 
-def by_kind(values: Values, cells: Sequence[Cell], main: str, n: int, seed: int) -> PageData | None:
+def by_kind(values: Values, cells: Sequence[Cell], main: str) -> PageData | None:
     """The main variant against the teacher, by kind of prompt."""
     places, rewards = decimals(cells), _rewards(cells)
     nfe = sorted({cell.nfe for cell in cells if cell.system == "student" and cell.variant == main})
@@ -200,7 +198,7 @@ def by_kind(values: Values, cells: Sequence[Cell], main: str, n: int, seed: int)
     rows = []
     for kind, count in sorted(counts.items()):
         for steps in nfe:
-            found = {m: values.versus(f"{main}-{steps}", "teacher", m, n, seed, kind) for m in rewards}
+            found = {m: values.versus(f"{main}-{steps}", "teacher", m, kind) for m in rewards}
             if any(found.values()):
                 rows.append({"name": f"{kind} ({count}), {steps} NFE", "cells": _differences(found, places)})
     return {"columns": rewards, "rows": rows} if rows else None

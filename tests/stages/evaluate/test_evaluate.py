@@ -25,7 +25,7 @@ from rats.schemas.reports import Cell, EvaluateReport
 from rats.stages.evaluate.evaluate import evaluate_stage
 from rats.stages.evaluate.systems import open_samples, systems
 from rats.stages.generate import generate
-from rats.stages.measure.bootstrap import paired_bootstrap
+from rats.stages.measure.intervals import paired_estimate
 from rats.stages.measure.kid import open_real, write_real
 from rats.stages.measure.pictures import load_pictures
 from rats.stages.measure.values import read_values
@@ -48,7 +48,7 @@ def settings(folder: Path, **changes: dict[str, object]) -> Params:
         "compute": {"micro_batch": 6},
         "store": {"path": str(folder / "store"), "shard_samples": 8, "workers": 0},
         "train": {"reward": "hpsv2", "nfe": NFE},
-        "evaluate": {"bootstrap": 200, "pictures": 3, "real_features": str(folder / "real.safetensors")},
+        "evaluate": {"pictures": 3, "real_features": str(folder / "real.safetensors")},
     }
     values["teacher"] |= {"height": tiny.SIZE, "width": tiny.SIZE, "noises_per_prompt": 2}
     for block, change in changes.items():
@@ -156,9 +156,7 @@ def test_the_teachers_values_are_the_stored_scores(world: Path):
 def test_the_cells_follow_from_the_values(world: Path):
     values = read_values(world / "reports/values.csv")
     own, teacher = values.scores["rats-3", "pickscore"], values.scores["teacher", "pickscore"]
-    expected = paired_bootstrap(
-        list(own.values()), [teacher[k] for k in own], [values.concepts[k] for k in own], 200, 0
-    )
+    expected = paired_estimate(list(own.values()), [teacher[k] for k in own], [values.concepts[k] for k in own])
     cell = next(c for c in cells(world) if (c.variant, c.nfe, c.metric) == ("rats", 3, "pickscore"))
     assert (cell.mean, cell.delta_vs_teacher) == pytest.approx((expected.mean, expected.delta))
     assert (cell.delta_ci_low, cell.delta_ci_high) == pytest.approx(expected.delta_ci)

@@ -14,7 +14,7 @@ from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import Params
 from rats.schemas.reports import Cell, EvaluateReport
 from rats.schemas.run import RunRecord
-from rats.stages.measure.bootstrap import paired_bootstrap
+from rats.stages.measure.intervals import paired_estimate
 from rats.stages.measure.pictures import Pictures, SystemLabel, choose, load_pictures, save_pictures, to_picture
 from rats.stages.measure.values import VALUE_COLUMNS
 from rats.stages.report import figures, tables
@@ -38,7 +38,7 @@ def params(folder: Path) -> Params:
             "rewards": [{"name": name, "adapter": "pickscore", "path": f"assets/{name}"} for name in SCORES],
             "train": {"reward": "hpsv2", "steps": 40, "batch": 8},
             "variants": {"rats": {}, "constant": {"gate.form": "constant"}},
-            "evaluate": {"variants": ["rats", "constant"], "bootstrap": 200},
+            "evaluate": {"variants": ["rats", "constant"]},
         }
     )
 
@@ -75,7 +75,7 @@ def make_cells(values: dict[tuple[str, str], list[float]]) -> list[Cell]:
         for metric, role in (*SCORES.items(), ("kid", "judge")):
             own = values.get((column.id, metric), values[column.id, "hpsv2"])
             other = values.get(("teacher", metric), values["teacher", "hpsv2"])
-            result = paired_bootstrap(own, other, concepts, 200, 0)
+            result = paired_estimate(own, other, concepts)
             delta = (None, None, None) if column.id == "teacher" else (result.delta, *result.delta_ci)
             made.append(
                 Cell(
