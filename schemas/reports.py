@@ -79,10 +79,23 @@ class Cell(Record):
     num_concepts: int
 
 
+class Made(Record):
+    """When, where and by what something was made: `code` is a version and a commit, `command` what was typed."""
+
+    date: str
+    code: str
+    machine: str
+    command: str
+
+
 class EvaluateReport(Record):
-    """`reports/evaluate.json`; `snapshot` names the test samples, `students` each variant's network by its hash."""
+    """`reports/evaluate.json`; `snapshot` names the test samples, `students` each variant's network by its hash.
+
+    `made` is None where an older rats has evaluated.
+    """
 
     cells: tuple[Cell, ...]
     snapshot: str = ""
     seconds: float = 0.0
     students: dict[str, str] = {}
+    made: Made | None = None

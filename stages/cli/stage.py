@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rats.stages.cli.console import print_result, write_json
+from rats.stages.cli.console import command_line, print_result, write_json
 from rats.stages.cli.options import (
     DEFAULT_PARAMS,
     HELP_STYLE,
@@ -24,6 +24,9 @@ from rats.stages.cli.options import (
     place,
     split_named,
 )
+
+if TYPE_CHECKING:
+    from rats.schemas.params import Params
 
 MaxBad = Annotated[
     float | None,
@@ -178,8 +181,10 @@ def evaluate(
         return
     from rats.stages.evaluate.evaluate import evaluate_stage
 
-    result = evaluate_stage(values, place(shards), runs, out)
+    result = evaluate_stage(values, place(shards), runs, out, command_line())
     print_result(result.model_dump(mode="json") if json_ else {"cells": len(result.cells), "out": str(out)}, json_)
+    if not json_:
+        _print_verdicts(values, out)
 
 
 @stage.command()
@@ -189,6 +194,10 @@ def report(
         "reports/evaluate.json"
     ),
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("reports/report.html"),
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also write its first pictures there, to share.")
+    ] = None,
+    verdicts: Annotated[bool, typer.Option("--verdicts", help="Only print the verdicts, write nothing.")] = False,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     json_: Json = False,
@@ -199,13 +208,22 @@ def report(
     It shows the results, the pictures side by side, reward and gate over the training, and the cost.
     """
     values = load(params, set_)
+    if verdicts:
+        _print_verdicts(values, evaluation)
+        return
     if dry_run:
         print_result({"evaluation": str(evaluation), "runs": str(runs), "out": str(out)}, json_)
         return
     from rats.stages.report.report import report_stage
 
-    report_stage(values, evaluation, runs, out)
+    report_stage(values, evaluation, runs, out, sheet, command_line())
     print_result({"report": str(out.absolute())}, json_)
+
+
+def _print_verdicts(params: Params, evaluation: Path) -> None:
+    from rats.stages.report.report import verdicts
+
+    print("", *verdicts(params, evaluation), sep="\n")
 
 
 def _share(max_bad: float | None) -> float:

@@ -25,6 +25,7 @@ from rats.schemas.recipe import DECODER
 from rats.schemas.reports import EvaluateReport
 from rats.schemas.run import RunRecord
 from rats.stages.evaluate.cells import Features, SystemResult, cells, values_csv
+from rats.stages.evaluate.made import made_here
 from rats.stages.evaluate.systems import Samples, System, open_samples, systems
 from rats.stages.measure.judge import Judge
 from rats.stages.measure.pictures import (
@@ -56,7 +57,7 @@ class Evaluator:
     device: torch.device
 
 
-def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> EvaluateReport:
+def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path, command: str = "") -> EvaluateReport:
     """Writes `out` (all cells), and beside it every sample's scores and the pictures of the report.
 
     Args:
@@ -64,6 +65,7 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
         shards: The published shards of the test split.
         runs: The folder of the runs; every variant of `evaluate.variants` is looked up there.
         out: evaluate.json.
+        command: What was typed, for the record.
 
     Raises:
         ConfigError: a run without a student, fewer than two concepts.
@@ -86,6 +88,7 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
         snapshot=samples.shards.snapshot().hash,
         seconds=time.monotonic() - started,
         students={name: record.student for name, record in records.items()},
+        made=made_here(bench.device, command),
     )
     atomic_write(out.parent / VALUES_FILE, values_csv(bench.samples, measured).encode())
     save_pictures(out.parent / PICTURES_FILE, chosen_pictures(params, bench, measured))
@@ -188,6 +191,7 @@ def chosen_pictures(params: Params, bench: Evaluator, measured: Sequence[SystemR
     pictures = Pictures(
         columns=[system.column for system in measured],
         prompts=[rows[i].prompt for i in choice.side],
+        keys=[rows[i].key for i in choice.side],
         noise_prompts=[rows[group[0]].prompt for group in choice.noises],
         seed=params.evaluate.seed,
         size=measured[0].size,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -91,9 +93,10 @@ def counted_evaluation(folder: Path) -> dict[str, int]:
         counts["scored"] += isinstance(module, CLIPModel)
         counts["drawn"] += isinstance(module, FluxTransformer2DModel) and not module.proj_out.weight.is_meta
 
+    record = folder / "reports/evaluate.json", "rats stage evaluate --mine"
     handle = register_module_forward_pre_hook(hook)
     try:
-        evaluate_stage(settings(folder), folder / "shards", folder / "runs", folder / "reports/evaluate.json")
+        evaluate_stage(settings(folder), folder / "shards", folder / "runs", *record)
     finally:
         handle.remove()
     return counts
@@ -136,6 +139,13 @@ def test_intervals_hold_their_means_and_only_the_teacher_has_no_difference(world
     for cell in cells(world):
         assert cell.ci_low is not None and cell.ci_high is not None and cell.ci_low <= cell.mean <= cell.ci_high
         assert (cell.delta_vs_teacher is None) == (cell.system == "teacher")
+
+
+def test_the_evaluation_says_when_where_and_by_what_it_was_made(world: Path):
+    made = EvaluateReport.model_validate_json((world / "reports/evaluate.json").read_bytes()).made
+    assert made is not None and made.command == "rats stage evaluate --mine"
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", made.date) and re.match(r"rats \d", made.code)
+    assert f"torch {torch.__version__}" in made.machine and socket.gethostname() not in made.machine
 
 
 def test_no_teacher_sample_is_drawn_or_scored_again(world: Path):
