@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rats.schemas.errors import ConfigError, brief
 from rats.stages.cli.console import command_line, print_result, write_json
 from rats.stages.cli.options import (
     DEFAULT_PARAMS,
@@ -26,6 +27,7 @@ from rats.stages.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from rats.pipeline.files.places import Place
     from rats.schemas.params import Params
 
 MaxBad = Annotated[
@@ -161,9 +163,18 @@ def train(
 
 @stage.command()
 def evaluate(
-    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="The test shards.")] = "data/teacher/test",
+    split: Annotated[str, typer.Option(metavar="train|validation|test", help="Which prompts.")] = "test",
+    shards: Annotated[
+        str | None, typer.Option(metavar="DIR|URL", help="Their shards [default: data/teacher/SPLIT].")
+    ] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the runs.")] = Path("runs"),
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The file of all results.")] = Path("reports/evaluate.json"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file of all results [default: reports/evaluate.json].")
+    ] = None,
+    update_lengths: Annotated[
+        str | None,
+        typer.Option(metavar="0.5,0.75,1", help="Find train.update_length among these, on the validation prompts."),
+    ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     seed: Seed = None,
@@ -174,14 +185,18 @@ def evaluate(
 
     All systems get the same test prompts and noises.
     """
-    values = load(params, set_, evaluate__seed=seed)
+    values, folder = load(params, set_, evaluate__seed=seed), place(shards or f"data/teacher/{split_named(split)}")
+    out = out or Path("reports") / _results(split, update_lengths)
     if dry_run:
         students = {name: str(existing(runs / name / "student")) for name in values.evaluate.variants}
-        print_result({"shards": str(place(shards)), "students": students, "out": str(out)}, json_)
+        print_result({"shards": str(folder), "students": students, "out": str(out)}, json_)
+        return
+    if update_lengths:
+        _choose_length(values, folder, runs, out, _numbers(update_lengths), json_)
         return
     from rats.stages.evaluate.evaluate import evaluate_stage
 
-    result = evaluate_stage(values, place(shards), runs, out, command_line())
+    result = evaluate_stage(values, folder, runs, out, command_line())
     print_result(result.model_dump(mode="json") if json_ else {"cells": len(result.cells), "out": str(out)}, json_)
     if not json_:
         _print_verdicts(values, out)
@@ -218,6 +233,30 @@ def report(
 
     report_stage(values, evaluation, runs, out, sheet, command_line())
     print_result({"report": str(out.absolute())}, json_)
+
+
+def _results(split: str, lengths: str | None) -> str:
+    """Results of the test prompts are not replaced by others."""
+    if lengths:
+        return "update-lengths.json"
+    return "evaluate.json" if split == "test" else f"{split}/evaluate.json"
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--update-lengths {brief(text)}: write numbers and commas, such as 0.5,0.75,1") from None
+
+
+def _choose_length(values: Params, shards: Place, runs: Path, out: Path, lengths: list[float], json_: bool) -> None:
+    from rats.stages.evaluate.lengths import lengths_stage
+    from rats.stages.report.verdict import length_lines
+
+    result = lengths_stage(values, shards, runs, out, lengths, command_line())
+    print_result(result.model_dump(mode="json") if json_ else {"out": str(out)}, json_)
+    if not json_:
+        print("", *length_lines(result), sep="\n")
 
 
 def _print_verdicts(params: Params, evaluation: Path) -> None:

@@ -38,7 +38,9 @@ class SystemResult:
     size: tuple[int, int] = (0, 0)
 
 
-def cells(params: Params, samples: Samples, measured: Sequence[SystemResult]) -> Iterator[Cell]:
+def cells_by_system(
+    params: Params, samples: Samples, measured: Sequence[SystemResult]
+) -> Iterator[tuple[SystemLabel, Cell]]:
     """A cell for each system and metric, the teacher first, paired by sample (docs/design.md#reports)."""
     teacher = measured[0]
     distances = _distances(params, samples, measured)
@@ -46,15 +48,15 @@ def cells(params: Params, samples: Samples, measured: Sequence[SystemResult]) ->
         column = system.column
         for reward, scores in system.scores.items():
             result = paired_estimate(scores, teacher.scores[reward], samples.concepts)
-            yield _cell(column, reward, _role(params, column, reward), samples, result)
+            yield column, _cell(column, reward, _role(params, column, reward), samples, result)
         if column.id in distances:
             own, reference = distances[column.id], distances[teacher.column.id]
             result = paired_kid(own, reference, samples.concepts)
-            yield _cell(column, "kid", "judge", samples, result)
+            yield column, _cell(column, "kid", "judge", samples, result)
         diversity = _diversity(samples, system, teacher)
         if diversity is not None:
             kept, result = diversity
-            yield _cell(column, "diversity", "judge", kept, result)
+            yield column, _cell(column, "diversity", "judge", kept, result)
 
 
 def _role(params: Params, column: SystemLabel, reward: str) -> Role:

@@ -24,7 +24,7 @@ from rats.schemas.params import Params, with_variant
 from rats.schemas.recipe import DECODER
 from rats.schemas.reports import EvaluateReport
 from rats.schemas.run import RunRecord
-from rats.stages.evaluate.cells import Features, SystemResult, cells, values_csv
+from rats.stages.evaluate.cells import Features, SystemResult, cells_by_system, values_csv
 from rats.stages.evaluate.made import made_here
 from rats.stages.evaluate.systems import Samples, System, open_samples, systems
 from rats.stages.measure.judge import Judge
@@ -84,7 +84,7 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path, command
         for system in systems(params, model, runs):
             measured.append(measure(system, bench, advance))
     report = EvaluateReport(
-        cells=tuple(cells(params, bench.samples, measured)),
+        cells=tuple(cell for _, cell in cells_by_system(params, bench.samples, measured)),
         snapshot=samples.shards.snapshot().hash,
         seconds=time.monotonic() - started,
         students={name: record.student for name, record in records.items()},

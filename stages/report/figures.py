@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -145,11 +146,11 @@ def loss_curves(curve: Curve, nfe: Sequence[int]) -> Panels:
         axes.set_xlabel("training step")
 
     def norms(axes: Axes) -> None:
-        steps = curve.columns["step"]
         for column, shade in (("grad_reward", PALETTE[1]), ("grad_shape", PALETTE[0]), ("grad_total", TEACHER)):
-            values = curve.columns.get(column, np.full(len(steps), np.nan))
-            keep = np.isfinite(values) & (values > 0)
-            axes.plot(steps[keep], values[keep], color=shade, linewidth=1.1, label=column.replace("_", " "))
+            for n, line in zip(nfe, cycle(("-", "--", ":"))):
+                x, y = curve.at(n, column)
+                name = column.replace("_", " ") if n == nfe[0] else None
+                axes.plot(x[y > 0], y[y > 0], line, color=shade, linewidth=1.1, label=name)
         axes.set_yscale("log")
         axes.set_title("gradient norms")
         axes.set_xlabel("training step")

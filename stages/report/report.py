@@ -187,7 +187,7 @@ def _plots(params: Params, result: EvaluateReport, curves: Sequence[figures.Curv
     gate = "The gate over training: mean of the batch, with a band of one standard deviation within it."
     inside = (
         f"{main.name}: shaping loss after each student step (before alpha and gate), and the gradient norm of each "
-        "term as it enters the total."
+        f"term as it enters the total (solid at {main.nfe[0]} steps, then dashed, then dotted)."
     )
     forest = "Difference to the teacher on the same prompts and noises, with its 95 % interval."
     return {

@@ -1,4 +1,4 @@
-"""What an evaluation says: in one sentence, and as a table for the terminal."""
+"""What an evaluation says: in one sentence, and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from rats.schemas.reports import Cell
+from rats.schemas.reports import Cell, LengthsReport
 from rats.stages.measure.values import Values
 from rats.stages.report import tables
 
@@ -44,16 +44,43 @@ def verdict_lines(cells: Sequence[Cell], values: Values, main: str) -> Iterator[
     variants: dict[str, list[tables.PageData]] = {}
     for row in found["rows"]:
         variants.setdefault(row["variant"], []).append(row)
-    wide = max(map(len, found["columns"]))
     for variant, rows in variants.items():
         yield ""
-        lines = [[f"{row['nfe']} steps", *map(_claim, row["claims"])] for row in rows]
-        width = 2 + max(len(text) for line in lines for text in line)
-        for name, *texts in zip([variant, *found["columns"]], *lines, strict=True):
-            yield f"{name:<{wide}}  {''.join(f'{text:<{width}}' for text in texts)}".rstrip()
+        columns = [[f"{row['nfe']} steps", *map(_claim, row["claims"])] for row in rows]
+        yield from _aligned([variant, *found["columns"]], columns)
     yield ""
     for rule in found["rules"]:
         yield from textwrap.wrap(_ascii(rule), 110)
+
+
+def length_lines(report: LengthsReport) -> Iterator[str]:
+    """A table for each variant: a row a metric and number of steps, a column a length; then what was chosen."""
+    places = tables.decimals(report.cells)
+    for variant, chosen in report.chosen.items():
+        cells = [cell for cell in report.cells if cell.variant == variant]
+        rows = list(dict.fromkeys((cell.metric, cell.nfe) for cell in cells))
+        lengths = sorted({cell.length for cell in cells})
+        columns = [[f"length {length:g}"] for length in lengths]
+        for length, column in zip(lengths, columns, strict=True):
+            found = {(cell.metric, cell.nfe): cell for cell in cells if cell.length == length}
+            column += [_difference(found[row], places[row[0]]) for row in rows]
+        yield from _aligned([variant, *(f"{metric}, {nfe} steps" for metric, nfe in rows)], columns)
+        yield f"chosen: train.update_length: {chosen:g}; then `rats stage train --variant {variant} --resume latest`"
+        yield ""
+    yield "Differences to the teacher. Chosen is the shortest length whose trained reward, the mean over the numbers of"
+    yield "steps, is not below the best one's by its 95 % interval."
+
+
+def _difference(cell: Cell, places: int) -> str:
+    span = tables.interval(cell.delta_ci_low, cell.delta_ci_high, places, sign=True)
+    return _ascii(f"{tables.number(cell.delta_vs_teacher or 0.0, places, sign=True)} {span}")
+
+
+def _aligned(names: Sequence[str], columns: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table; each column begins with its head."""
+    first, width = max(map(len, names)), 2 + max(len(text) for column in columns for text in column)
+    for name, *texts in zip(names, *columns, strict=True):
+        yield f"{name:<{first}}  {''.join(f'{text:<{width}}' for text in texts)}".rstrip()
 
 
 def _claim(claim: tables.PageData) -> str:

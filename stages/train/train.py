@@ -35,7 +35,7 @@ from rats.stages.rollout.columns import reward_params
 from rats.stages.train.callbacks import check_callbacks, training_callbacks
 from rats.stages.train.generations import list_generations, open_moving_teacher, training_segments
 from rats.stages.train.owner import owned
-from rats.stages.train.record import read_record
+from rats.stages.train.record import clipped_share, read_record
 from rats.stages.train.resume import OWN, Begin, Request, decide, is_of, requested_checkpoint, stop_flag
 from rats.stages.train.source import Source, identify, older_hash, open_source, read_settings
 from rats.stages.train.teacher_calls import CountedStream, CountedStudent, TeacherCallCounter
@@ -203,7 +203,7 @@ def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) ->
     return StoredSamples(
         source.shards,
         source.snapshot,
-        source.scores,
+        source.followed,
         chosen.seed,
         chosen.batch,
         position,
@@ -262,6 +262,8 @@ def _record(
         diffusers=diffusers.__version__,
         saved_dtype=saved_as.dtype,
         movement_kept=saved_as.kept,
+        update_length=settings.train.update_length,
+        clipped=clipped_share(run.gradient_norms(), settings.train.clip_norm),
         gate_form=settings.train.gate.form,
         gate_mean=state.gate_mean,
         gate_value=settings.gate_value,

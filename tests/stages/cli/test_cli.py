@@ -32,8 +32,8 @@ COMMANDS = {
     "stage train": {"shards", "variant", "out", "resume", "force", "checkpoints_total_limit"}
     | {"max_bad", "seed", "dry_run"}
     | COMMON,
-    "stage evaluate": {"shards", "runs", "out", "seed", "dry_run"} | COMMON,
-    "stage report": {"runs", "evaluation", "out", "dry_run"} | COMMON,
+    "stage evaluate": {"split", "shards", "runs", "out", "update_lengths", "seed", "dry_run"} | COMMON,
+    "stage report": {"runs", "evaluation", "out", "sheet", "verdicts", "dry_run"} | COMMON,
     "shards ls": {"path", "json_"},
     "shards info": {"path", "json_"},
     "shards verify": {"path", "json_"},

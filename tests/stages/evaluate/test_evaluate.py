@@ -23,8 +23,9 @@ from rats.pipeline.store.shards import read_sample
 from rats.pipeline.weights.hashes import hash_path
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import Params
-from rats.schemas.reports import Cell, EvaluateReport
+from rats.schemas.reports import Cell, EvaluateReport, LengthsReport
 from rats.stages.evaluate.evaluate import evaluate_stage
+from rats.stages.evaluate.lengths import chosen_length, lengths_stage
 from rats.stages.evaluate.systems import open_samples, systems
 from rats.stages.generate import generate
 from rats.stages.measure.intervals import paired_estimate
@@ -32,6 +33,7 @@ from rats.stages.measure.kid import open_real, write_real
 from rats.stages.measure.pictures import load_pictures
 from rats.stages.measure.values import read_values
 from rats.stages.report.report import report_stage
+from rats.stages.report.verdict import length_lines
 from rats.stages.rollout.rollout import rollout_stage
 from tests.stages.report.test_report import write_record, write_run
 from tests.support import tiny
@@ -318,6 +320,59 @@ def test_embeddings_are_read_and_not_made(world: Path):
     batch = next(samples.batches(3, torch.device("cpu")))
     stored = read_embedding(samples.shards, samples.rows[2].prompt_id)
     assert all(torch.equal(batch.conditioning[name][2], value) for name, value in stored.items())
+
+
+def as_validation(folder: Path, **changes: dict[str, object]) -> Params:
+    """The same prompts by the name of the validation split."""
+    return settings(folder, prompts={"validation": str(folder / "test.csv"), "test": None}, **changes)
+
+
+@pytest.mark.parametrize("saved_at", [1.0, 0.8])
+def test_a_student_at_half_its_length_is_measured_as_that_student_would_be(
+    world: Path, tmp_path: Path, saved_at: float
+):
+    folder = copy(world, tmp_path)
+    write_record(folder / "runs/rats", update_length=saved_at, **kept_of(folder))
+    params, out = as_validation(folder), folder / "lengths.json"
+    report = lengths_stage(params, folder / "shards", folder / "runs", out, [saved_at, saved_at / 2], "rats")
+    found = {(cell.length, cell.nfe, cell.metric): cell for cell in report.cells}
+    for cell in (c for c in cells(folder) if c.variant == "rats"):
+        assert found[saved_at, cell.nfe, cell.metric].mean == pytest.approx(cell.mean, rel=1e-5)
+    base, trained = tiny.transformer(seed=0).state_dict(), tiny.transformer(seed=7)
+    trained.load_state_dict({name: (base[name] + value) / 2 for name, value in trained.state_dict().items()})
+    shutil.rmtree(folder / "runs/rats")
+    write_student(folder, trained)
+    for cell in (c for c in evaluate(folder).cells if c.variant == "rats"):
+        other = found[saved_at / 2, cell.nfe, cell.metric]
+        assert other.mean == pytest.approx(cell.mean, rel=1e-4)
+        assert other.delta_vs_teacher == pytest.approx(cell.delta_vs_teacher, rel=2e-2)  # tiny models, tiny differences
+    assert LengthsReport.model_validate_json(out.read_bytes()) == report
+    said = "\n".join(length_lines(report))
+    assert said.isascii() and f"train.update_length: {report.chosen['rats']:g}" in said and "hpsv2, 3 steps" in said
+
+
+def kept_of(folder: Path) -> dict[str, object]:
+    record = json.loads((folder / "runs/rats/run.json").read_text())
+    return {name: record[name] for name in ("nfe", "recipe", "student", "vae")}
+
+
+def test_the_shortest_length_whose_reward_is_not_below_the_best_is_chosen():
+    concepts = ["fox", "owl", "hen", "elk"]
+    best = np.array([3.0, 5.0, 4.0, 6.0])
+    rewards = {1.0: best - [0.2, -0.1, 0.3, 0.2], 0.75: best, 0.5: best - [0.6, -0.2, 0.1, 0.7], 0.25: best - 0.4}
+    assert chosen_length(rewards, concepts) == 0.5  # at 0.25 every concept is worse by as much
+    assert chosen_length({1.0: best, 0.5: best - 0.4}, concepts) == 1.0
+
+
+@pytest.mark.parametrize(("lengths", "words"), [([0.5], "two or more"), ([0.5, 1.5], "at most 1"), ([0.5, 0.5], "two")])
+def test_lengths_that_leave_nothing_to_choose_are_refused(world: Path, lengths: list[float], words: str):
+    with pytest.raises(ConfigError, match=words):
+        lengths_stage(as_validation(world), world / "shards", world / "runs", world / "no.json", lengths)
+
+
+def test_no_length_is_chosen_by_the_test_prompts(world: Path):
+    with pytest.raises(ConfigError, match="test prompts, by which nothing may be chosen.*--split validation"):
+        lengths_stage(settings(world), world / "shards", world / "runs", world / "no.json", [0.5, 1.0])
 
 
 def test_generate_draws_what_the_plain_pipeline_draws(world: Path, tmp_path: Path):
