@@ -26,7 +26,7 @@ from rats.stages.evaluate.cells import SystemResult, cells_by_system
 from rats.stages.evaluate.evaluate import Evaluator, check_student, check_teacher, measure, open_evaluator
 from rats.stages.evaluate.made import made_here
 from rats.stages.evaluate.systems import System, open_samples, stored_final, teacher_label
-from rats.stages.measure.intervals import paired_estimate
+from rats.stages.measure.intervals import paired_estimate, student_t
 from rats.stages.measure.pictures import SystemLabel
 from rats.stages.progress import progress
 from rats.stages.train.record import read_record, student_folder
@@ -155,13 +155,16 @@ def _rewards(params: Params, name: str, teacher: SystemResult, measured: Measure
 
 
 def chosen_length(rewards: Mapping[float, Sequence[float]], concepts: Sequence[str]) -> float:
-    """The shortest length whose reward is not below the best one's: the interval of the difference reaches zero.
+    """The shortest length whose reward is at most one standard error below the best one's, paired over concepts.
 
-    `rewards`: each sample's, by length. A shorter update keeps more of the base's pictures, which no reward asks for.
+    That is Breiman's rule for the simplest of models that are equally good. A shorter update keeps more of the base's
+    pictures, which no reward asks for. `rewards`: each sample's, by length.
     """
     best = max(rewards, key=lambda length: fmean(rewards[length]))
-    return min(
-        length
-        for length, values in rewards.items()
-        if length == best or paired_estimate(values, rewards[best], concepts).delta_ci[1] >= 0
-    )
+    return min(length for length, values in rewards.items() if _is_near(values, rewards[best], concepts))
+
+
+def _is_near(values: Sequence[float], best: Sequence[float], concepts: Sequence[str]) -> bool:
+    found = paired_estimate(values, best, concepts)
+    error = (found.delta_ci[1] - found.delta) / student_t(len(set(concepts)) - 1)
+    return found.delta + error >= 0

@@ -68,7 +68,7 @@ def length_lines(report: LengthsReport) -> Iterator[str]:
         yield f"chosen: train.update_length: {chosen:g}; then `rats stage train --variant {variant} --resume latest`"
         yield ""
     yield "Differences to the teacher. Chosen is the shortest length whose trained reward, the mean over the numbers of"
-    yield "steps, is not below the best one's by its 95 % interval."
+    yield "steps, is at most one standard error below the best one's."
 
 
 def _difference(cell: Cell, places: int) -> str:

@@ -356,12 +356,12 @@ def kept_of(folder: Path) -> dict[str, object]:
     return {name: record[name] for name in ("nfe", "recipe", "student", "vae")}
 
 
-def test_the_shortest_length_whose_reward_is_not_below_the_best_is_chosen():
-    concepts = ["fox", "owl", "hen", "elk"]
-    best = np.array([3.0, 5.0, 4.0, 6.0])
-    rewards = {1.0: best - [0.2, -0.1, 0.3, 0.2], 0.75: best, 0.5: best - [0.6, -0.2, 0.1, 0.7], 0.25: best - 0.4}
-    assert chosen_length(rewards, concepts) == 0.5  # at 0.25 every concept is worse by as much
-    assert chosen_length({1.0: best, 0.5: best - 0.4}, concepts) == 1.0
+def test_the_shortest_length_within_one_standard_error_of_the_best_is_chosen():
+    concepts, best = ["fox", "owl", "hen", "elk"], np.array([3.0, 5.0, 4.0, 6.0])
+    near = best + [-0.3, 0.2, -0.1, -0.1]  # 0.075 below, with an error of 0.103
+    far = best + [-0.6, 0.2, -0.1, -0.7]  # 0.3 below, with an error of 0.212: its 95 % interval holds zero
+    assert chosen_length({1.0: best - 0.2, 0.75: best, 0.5: near, 0.4: far, 0.25: best - 0.4}, concepts) == 0.5
+    assert chosen_length({1.0: best, 0.5: far}, concepts) == 1.0
 
 
 @pytest.mark.parametrize(("lengths", "words"), [([0.5], "two or more"), ([0.5, 1.5], "at most 1"), ([0.5, 0.5], "two")])
@@ -383,9 +383,9 @@ def test_generate_draws_what_the_plain_pipeline_draws(world: Path, tmp_path: Pat
     options = {"num_inference_steps": 3, "max_sequence_length": tiny.LENGTH, "num_images_per_prompt": 2}
     noise = torch.Generator().manual_seed(5)
     theirs = pipeline("a red fox", height=tiny.SIZE, width=tiny.SIZE, generator=noise, **options).images
-    assert [image.tobytes() for image in ours] == [image.tobytes() for image in theirs]
+    assert [image.tobytes() for image in ours.pictures] == [image.tobytes() for image in theirs]
     base = generate(settings(world), "a red fox", 3, None, seed=5, out=tmp_path / "b.png", count=2)
-    assert [image.tobytes() for image in base] != [image.tobytes() for image in ours]
+    assert [image.tobytes() for image in base.pictures] != [image.tobytes() for image in ours.pictures]
 
 
 @pytest.mark.parametrize(
