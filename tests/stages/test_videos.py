@@ -135,7 +135,7 @@ def test_a_step_is_trained_on_videos_and_the_student_draws_one(project: Path) ->
     assert "another scored_frames" in rats(project, "stage", "train", "--shards", "shards", *other, code=65).stderr
     rats(project, "generate", "a red fox", "--nfe", "2", "--count", "2", "--out", "a.webp")
     with Image.open(project / "a.webp") as drawn:
-        assert (drawn.n_frames, drawn.size) == (FRAMES, (32, 16))  # type: ignore[attr-defined]
+        assert (drawn.n_frames, drawn.size) == (FRAMES, (512, 256))  # type: ignore[attr-defined]
     assert (
         "end it in one of .png, .webp, .jpg, .jpeg, .gif"
         in rats(project, "generate", "a red fox", "--out", "a.mp4", code=2).stderr
