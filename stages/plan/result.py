@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rats.schemas.manifest import Record
+from rats.schemas.record import Record
 
 
 class RolloutWork(Record):
