@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from rats.schemas.blocks import Block, NonNegative, PathText, Positive
+from rats.schemas.blocks import Block, NonNegative, PathText, Positive, Seed
 
 
 class GateParams(Block):
@@ -122,7 +122,7 @@ class TrainParams(Block):
     clip_norm: Annotated[float, Field(gt=0)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     save_dtype: Literal["float32", "model"] = "float32"
-    seed: int = 0
+    seed: Seed = 0
     checkpoint_every: Positive = 50
     checkpoints_total_limit: Positive = 2
     log_gradients_every: Positive = 10

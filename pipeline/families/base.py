@@ -45,8 +45,10 @@ class Family(ABC):
     """The modules that `train.lora` adapts, by the ends of their names."""
     depth: ClassVar[tuple[str, ...]]
     """Fields of the network's configuration that hold numbers of blocks, one field for each kind of block."""
-    scheduler_fields: ClassVar[tuple[str, ...]] = ("_class_name", "shift")
+    scheduler_fields: ClassVar[tuple[str, ...]] = ("_class_name",)
     """Fields that the scheduler's configuration must have: a default in their place is another sampler."""
+    dynamic_fields: ClassVar[tuple[str, ...]] = DYNAMIC_SHIFT
+    """Those that it must have in place of `shift` where it has `use_dynamic_shifting`."""
     embeds_guidance: ClassVar[bool] = False
     """Whether networks of this family may take `teacher.guidance_scale` as an input."""
     is_video: ClassVar[bool] = False
@@ -138,7 +140,8 @@ class Family(ABC):
                 f"the pipeline's scheduler is {name}: rats samples by {EULER}; "
                 "put such a scheduler_config.json into its scheduler folder"
             )
-        stated = (*cls.scheduler_fields, *(DYNAMIC_SHIFT if config.get("use_dynamic_shifting") else ()))
+        shifted_by = cls.dynamic_fields if config.get("use_dynamic_shifting") else ("shift",)
+        stated = (*cls.scheduler_fields, *shifted_by)
         if missing := [field for field in stated if field not in config]:
             raise DataError(
                 f"the pipeline's scheduler_config.json lacks {missing[0]}, whose default may be another sampler: "
@@ -219,6 +222,11 @@ class PatchFamily(Family):
         """
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
         low, high, at_low, at_high = (scheduler_config.get(name, default) for name, default in defaults.items())
+        if low == high:
+            raise DataError(
+                f"the scheduler's base_image_seq_len and max_image_seq_len are both {brief(low)}, between which no "
+                "shift can grow: fetch its scheduler_config.json again"
+            )
         slope = (at_high - at_low) / (high - low)
         rows, columns = self.grid
         return float(rows * columns * slope + (at_low - slope * low))

@@ -48,6 +48,7 @@ class Flux2Klein(PatchFamily):
     )
     depth = ("num_layers", "num_single_layers")
     scheduler_fields = (*PatchFamily.scheduler_fields, "use_dynamic_shifting")
+    dynamic_fields = ()  # the pipeline has a shift of its own
     published = ("black-forest-labs/FLUX.2-klein",)
     suggested = {"true_cfg_scale": 4.0, "height": 1024, "width": 1024}
 

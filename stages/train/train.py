@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
@@ -216,7 +217,7 @@ def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) ->
 def _with_tau(objective: Objective, source: Source, run: Run) -> Objective:
     """For `gate.tau: gap`, measures tau on the untrained student. A resumed run keeps the measured value."""
     settings, tau = objective.settings, run.state.tau
-    if settings.train.gate.tau != "gap":
+    if not math.isnan(settings.tau):
         return objective
     if tau is None:
         with closing(_stream(source, settings.train, run.ranks, 0)) as stream:

@@ -141,4 +141,4 @@ def gap_spread(objective: Objective, batch: Batch) -> float:
         r_student_B = weighted_sum(torch.stack([one.scores_B for one in scored]), parts)
         gaps.append((weighted_sum(batch.r_teacher_RB, parts) - r_student_B)[good_B])
     found = objective.ranks.gather_objects(torch.cat(gaps).tolist())
-    return score_std([gap for of_rank in found for gap in of_rank])
+    return score_std([gap for of_rank in found for gap in of_rank], "teacher's minus student's", "set train.gate.tau")
