@@ -7,6 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from rats.schemas.blocks import Block, NonNegative, PathText, Positive, Seed
+from rats.schemas.errors import ConfigError
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError for a `model.dtype` in which no student can be trained: a rollout for one is lost."""
+    if dtype == "float16":
+        raise ConfigError("model.dtype is float16, in which gradients underflow: use bfloat16 or float32")
 
 
 class GateParams(Block):

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from rats.pipeline.families.models import checked_decoding
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.weights.loading import torch_device
@@ -61,7 +62,8 @@ def generate(
     Raises:
         ConfigError: an empty prompt, a run without a student, an unknown suffix; more pictures than the format or
             this machine's memory holds.
-        DataError: the student is damaged, of another model, or was trained on other sigmas than the scheduler gives.
+        DataError: the student is damaged, of another model, or was trained on other sigmas than the scheduler gives; a
+            picture is not finite.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty: say what to draw")
@@ -96,7 +98,8 @@ def draw(pipeline: Any, model: Model, prompt: str, nfe: int, seed: int, count: i
     """
     noise, size = torch.Generator().manual_seed(seed), model.compute.micro_batch
     drawn: list[list[Image.Image]] = []
-    with progress("drawing", count, "pictures") if count > size else nullcontext(lambda _: None) as advance:
+    shown = progress("drawing", count, "pictures") if count > size else nullcontext(lambda _: None)
+    with shown as advance, checked_decoding(pipeline.vae):
         for start in range(0, count, size):
             batch = _draw_batch(pipeline, model, prompt, nfe, noise, min(size, count - start))
             drawn += batch

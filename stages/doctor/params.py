@@ -21,6 +21,7 @@ from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, PromptSource, RewardParams, Split, load_params, with_variant
 from rats.schemas.plugins import REWARDS, load_plugin
 from rats.schemas.recipe import DECODER, make_recipe
+from rats.schemas.train_params import check_dtype
 from rats.stages.doctor.devices import devices, driver
 from rats.stages.doctor.packages import CheckRow, check_row, extras, plugins
 from rats.stages.plan.flops import conditioning_shapes
@@ -113,6 +114,7 @@ def check_model(model: Model) -> str:
 
     Returns what was found. Raises a RatsError for what a stage would refuse.
     """
+    check_dtype(model.params.dtype)
     horizons = len(model.outline.grids()[1])
     family, folder = model.family, model.folder
     weighed = folder.parts(NETWORK, DECODER, *family.encoders)

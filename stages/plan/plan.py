@@ -15,6 +15,7 @@ from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, Split
 from rats.schemas.recipe import Recipe, fingerprint
+from rats.schemas.train_params import check_dtype
 from rats.stages.plan.flops import conditioning_shapes, decode_flops, evaluation_flops, measured_rate
 from rats.stages.plan.memory import rollout_memory, train_memory
 from rats.stages.plan.result import Comparison, Expense, Plan, RolloutWork
@@ -44,9 +45,10 @@ def survey(params: Params, model: Model, split: Split) -> Survey:
     """Finds what a rollout would have to make. Writes nothing and loads no weights.
 
     Raises:
-        ConfigError: no prompts or model where the parameters say.
+        ConfigError: no prompts or model where the parameters say; a dtype that cannot be trained.
         DataError: a damaged shard set.
     """
+    check_dtype(params.model.dtype)
     wanted = wanted_samples(params, split)
     recipe = read_recipe(params, model)
     root = open_place(params.store.path) / fingerprint(recipe)

@@ -26,11 +26,10 @@ from rats.pipeline.files.places import Place
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.weights.hashes import hash_path
-from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params, with_variant
 from rats.schemas.reports import TrainReport
 from rats.schemas.run import RunRecord, SettingChange
-from rats.schemas.train_params import TrainParams
+from rats.schemas.train_params import TrainParams, check_dtype
 from rats.stages.progress import progress
 from rats.stages.rollout.columns import reward_params
 from rats.stages.train.callbacks import check_callbacks, training_callbacks
@@ -147,8 +146,7 @@ def _make_room(out: Path, saved: SavedCheckpoint | None, checkpoints: Checkpoint
 
 def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
     """The dtype in which the network is evaluated, if not in float32. Trained weights are always float32."""
-    if params.model.dtype == "float16":
-        raise ConfigError("model.dtype is float16, in which gradients underflow: train with bfloat16 or float32")
+    check_dtype(params.model.dtype)
     half = params.model.dtype == "bfloat16" or chosen.mixed_precision == "bf16"
     return torch.bfloat16 if half else None
 
