@@ -20,7 +20,7 @@ from PIL import Image
 from rats.pipeline.families.models import checked_decoding
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
-from rats.pipeline.weights.loading import torch_device
+from rats.pipeline.weights.loading import quiet_imports, quiet_notices, torch_device
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
 from rats.schemas.params import Params
@@ -75,6 +75,7 @@ def generate(
     _refuse_too_many(params, count, suffix)
     if run is not None:
         _check_run(model, run, nfe)
+    model.lengths([prompt], guided=False).tell(log)
     drawn = draw(open_pipeline(model, run), model, prompt, nfe, seed, count)
     if is_video:
         atomic_write(out, encode_videos(drawn, suffix, params.teacher.scored_frames))
@@ -99,7 +100,7 @@ def draw(pipeline: Any, model: Model, prompt: str, nfe: int, seed: int, count: i
     noise, size = torch.Generator().manual_seed(seed), model.compute.micro_batch
     drawn: list[list[Image.Image]] = []
     shown = progress("drawing", count, "pictures") if count > size else nullcontext(lambda _: None)
-    with shown as advance, checked_decoding(pipeline.vae):
+    with shown as advance, checked_decoding(pipeline.vae), quiet_notices(), quiet_imports():
         for start in range(0, count, size):
             batch = _draw_batch(pipeline, model, prompt, nfe, noise, min(size, count - start))
             drawn += batch

@@ -20,10 +20,13 @@ from torch import Tensor
 
 from rats.pipeline import solver
 from rats.pipeline.families.fit import Fit, PartConfig
+from rats.pipeline.prompts.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.errors import ConfigError, DataError, brief
 from rats.schemas.params import TeacherParams
 
+SAMPLING = ("transformer", "vae", "scheduler")
+"""Components of a pipeline that are not needed to encode a prompt."""
 EULER = FlowMatchEulerDiscreteScheduler.__name__
 
 
@@ -85,6 +88,19 @@ class Family(ABC):
     @abstractmethod
     def encode(self, pipeline: Any, prompt: str) -> Conditioning:
         """One prompt's embeddings (batch 1), padded to `max_sequence_length`, by the pipeline's own encoders."""
+
+    def windows(self, tokenizers: Mapping[str, Any]) -> list[Window]:
+        """How each text encoder reads a prompt, by tokenizers that are opened, so that what is cut can be told.
+
+        By default all read `max_sequence_length` tokens of the bare prompt.
+        """
+        return [self.window(tokenizer) for tokenizer in tokenizers.values()]
+
+    def window(self, tokenizer: Any, **template: Any) -> Window:
+        """That of an encoder which reads `max_sequence_length` tokens; `template`: `written` and `before` of it."""
+        tokens, most = self.settings.max_sequence_length, self.longest_text
+        more = f" (teacher.max_sequence_length may be {most})" if tokens < most else ""
+        return Window(tokenizer, tokens, rest=f"the rest is not read{more}", **template)
 
     @abstractmethod
     def evaluate(
@@ -194,6 +210,12 @@ PATCH = 2
 
 CLIP_FIELDS = ("hidden_act",)
 """Of a CLIP text encoder's configuration: CLIP-L and CLIP-G differ in it, and the default is CLIP-L's."""
+
+
+def clip_window(tokenizer: Any) -> Window:
+    """That of a CLIP encoder beside T5. Its positions are learned, so that none of them reads more."""
+    length = int(tokenizer.model_max_length)
+    return Window(tokenizer, length, "CLIP's", "by design, T5 reads on", is_lost=False)
 
 
 class PatchFamily(Family):

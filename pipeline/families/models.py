@@ -11,8 +11,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from rats.pipeline.families.base import Family
+from rats.pipeline.families.base import SAMPLING, Family
 from rats.pipeline.protocols import Conditioning
+from rats.pipeline.weights.loading import quiet_imports, quiet_notices
 from rats.pipeline.weights.opening import opening
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.horizons import aligned
@@ -25,8 +26,6 @@ OTHER = {
     "float32": "its weights are damaged, fetch or export it again",
 }
 """The way out where a VAE of this dtype decodes to what is not finite."""
-SAMPLING = ("transformer", "vae", "scheduler")
-"""Components of a pipeline that are not needed to encode a prompt."""
 
 
 def check_decoded(vae: Any, x_B: Tensor, pixels_B: Tensor) -> None:
@@ -172,7 +171,8 @@ class FamilyText:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """The prompts' embeddings, batch first. Each is encoded alone, so that its bits do not depend on the others."""
-        with opening("the model's text encoders", "one pipeline", MISFIT):
+        # the pipelines' lines on each long prompt are `prompts.lengths`' one line
+        with opening("the model's text encoders", "one pipeline", MISFIT), quiet_notices(), quiet_imports():
             each = [self.family.encode(self._pipeline, prompt) for prompt in prompts]
         return {name: torch.cat([one[name] for one in each]) for name in each[0]}
 

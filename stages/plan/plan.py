@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,9 @@ from rats.stages.plan.flops import conditioning_shapes, decode_flops, evaluation
 from rats.stages.plan.memory import rollout_memory, train_memory
 from rats.stages.plan.result import Comparison, Expense, Plan, RolloutWork
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
-from rats.stages.rollout.rollout import read_recipe, wanted_samples
+from rats.stages.rollout.rollout import read_recipe, texts_of, wanted_samples
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,10 @@ def rollout_work(found: Survey, params: Params) -> RolloutWork:
 
 def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
     """What `rollout_stage` would do, for --dry-run: the fields of `RolloutWork`."""
-    return rollout_work(survey(params, Model.of(params), split), params).model_dump()
+    model = Model.of(params)
+    found = survey(params, model, split)
+    model.lengths(texts_of(found.wanted)).tell(log)
+    return rollout_work(found, params).model_dump()
 
 
 def plan_stage(
@@ -125,6 +131,7 @@ def plan_stage(
     return Plan(
         split=split,
         work=work,
+        lengths=model.lengths(texts_of(found.wanted)),
         evaluation_flops=flops,
         decode_flops=decode_flops(outline),
         flops=total,

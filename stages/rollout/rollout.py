@@ -71,6 +71,8 @@ def rollout_stage(
     reused = sum(plan.shard in finished for plan in plans)
     tasks = _missing(shards, plans, finished, columns)
     _announce(shards, plans, reused, tasks)
+    if tasks and samples is None:
+        model.lengths(texts_of(wanted)).tell(log)
     made = _make(params, shards, tasks, where or WorkerTarget(workers=params.store.workers))
     done = shards.finished(done)
     snapshot = shards.write_snapshot((sample.key for sample in wanted), done)
@@ -103,6 +105,11 @@ def wanted_samples(params: Params, split: Split) -> list[PlannedSample]:
     if path is None:
         raise ConfigError(f"prompts.{split} is not set: name a .txt or .csv file in params.yaml")
     return planned_samples(read_prompts(path), params.teacher.noises_per_prompt)
+
+
+def texts_of(samples: Sequence[PlannedSample]) -> list[str]:
+    """Their prompts, each once."""
+    return list({sample.prompt_id: sample.prompt for sample in samples}.values())
 
 
 def _missing(

@@ -1,4 +1,4 @@
-"""float16 in every stage: refused where nothing could be trained of it, and a VAE that overflows is never a reward's fault."""
+"""float16 is refused where nothing could be trained of it, and a VAE that overflows is never a reward's fault."""
 
 from __future__ import annotations
 

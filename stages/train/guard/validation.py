@@ -97,7 +97,9 @@ def _embeddings(model: Model, prompts: list[Prompt], path: Path, again: bool) ->
     if again and (found := _read(path, about)):
         return found
     log.info("encoding %d validation prompts", len(prompts))
-    encoded = model.open_text().encode([prompt.text for prompt in prompts])
+    texts = [prompt.text for prompt in prompts]
+    model.lengths(texts, guided=False).tell(log)
+    encoded = model.open_text().encode(texts)
     conditioning = {name: value.detach().cpu().contiguous() for name, value in encoded.items()}
     atomic_write(path, save(conditioning, {"about": about}))
     return conditioning

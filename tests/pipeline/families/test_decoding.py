@@ -60,7 +60,10 @@ def test_latents_that_are_not_finite_are_not_the_vaes_fault(folders: Path) -> No
     whole = decoder("flux", folders, "float32")
     x_BTC = latents(whole)
     x_BTC[1, 2, 3] = torch.nan
-    with torch.no_grad(), pytest.raises(DataError, match="1 of 3 final latents are not finite.* the network has diverged"):
+    with (
+        torch.no_grad(),
+        pytest.raises(DataError, match="1 of 3 final latents are not finite.* the network has diverged"),
+    ):
         whole.decode(x_BTC)
 
 
