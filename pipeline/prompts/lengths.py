@@ -80,7 +80,8 @@ class Lengths(Record):
         if not found:
             found = [f"all are read whole; the longest has {self.cuts[0].longest} of {self.cuts[0].tokens} tokens"]
         if self.alike:
-            found.append(f"{self.alike} of {self.prompts} prompts are read as the same tokens as another one")
+            are = "is" if self.alike == 1 else "are"
+            found.append(f"{self.alike} of {self.prompts} prompts {are} read as the same tokens as another one")
         return "; ".join(found)
 
     def tell(self, log: logging.Logger) -> None:
