@@ -180,7 +180,11 @@ PROVENANCE = ("recipe", "snapshot", "reward_fingerprint", "base", "vae", "studen
 
 def _provenance(params: Params, records: dict[str, RunRecord], evaluated: str) -> list[tuple[str, str]]:
     """Hashes and names of everything that the page's numbers were made with."""
-    rows = [("model", params.model.path), ("judge", params.evaluate.judge or "none"), ("evaluated snapshot", evaluated)]
+    rows = [
+        ("model", params.model.path),
+        ("judges", ", ".join(judge.name for judge in params.evaluate.judges) or "none"),
+        ("evaluated snapshot", evaluated),
+    ]
     rows += [(f"reward {reward.name}", f"{reward.adapter}, {reward.path}") for reward in params.rewards]
     for name, record in records.items():
         rows += [(f"{name}: {field.replace('_', ' ')}", getattr(record, field)) for field in PROVENANCE]

@@ -14,7 +14,7 @@ from rats.stages.measure.values import Values
 from rats.stages.templates.render import PageData
 
 MARKS = {"good": "✓", "even": "≈", "bad": "✗"}
-LOWER_IS_BETTER = frozenset({"kid"})
+LOWER_IS_BETTER = frozenset({"kid", "kid open-nsfw"})
 JUDGE_TOLERANCE = 0.1
 """KID and diversity may be worse than the teacher's by this share."""
 

@@ -26,7 +26,7 @@ SAID = (
 def project(models: Path, tmp_path: Path) -> Path:
     """Three prompts, two of which differ only behind what is read."""
     teacher = {"max_sequence_length": 7, "negative_prompt": "a red fox a green frog a"}
-    write_project(models, tmp_path, teacher=teacher, rewards=[], evaluate={"judge": None})
+    write_project(models, tmp_path, teacher=teacher, rewards=[], evaluate={"judges": []})
     (tmp_path / "prompts.txt").write_text(f"{LONG} a fox\n{LONG} a frog\na red fox\n")
     return tmp_path
 
