@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,9 +136,8 @@ def _read(window: Window, texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         yield from zip(sizes, map(hash, map(tuple, rows)), strict=True)
 
 
-def _tokens(window: Window, texts: Iterable[str], **cut: Any) -> list[list[int]]:
-    """verbose: transformers would warn of each that is long."""
-    texts = list(texts)
-    return (
-        list(window.tokenizer(texts, return_attention_mask=False, verbose=False, **cut)["input_ids"]) if texts else []
-    )
+def _tokens(window: Window, texts: Sequence[str], **cut: Any) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose: transformers would warn of the first that is long
+    return list(window.tokenizer(texts, return_attention_mask=False, verbose=False, **cut)["input_ids"])
