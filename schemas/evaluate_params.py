@@ -20,10 +20,9 @@ class JudgeParams(Block):
 
 
 class EvaluateParams(Block):
-    """Which runs are compared, with how many resamples and pictures, and by which judges."""
+    """Which runs are compared, with how many pictures, and by which judges."""
 
     variants: tuple[str, ...] = ("rats",)
-    bootstrap: Positive = 2000
     judges: tuple[JudgeParams, ...] = (JudgeParams(name="efficientnet-lite0"),)
     """The first is also the guard's. Metrics of the others carry their name: `kid open-nsfw`."""
     pictures: Positive = 8

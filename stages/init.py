@@ -82,17 +82,26 @@ def init_project(
     pairs = [_reward(text) for text in rewards] or list(HUB_REWARDS)
     model = os.path.expanduser(model)
     values = {
-        "model": _seen_from(folder, model),
+        "model": seen_from(folder, model),
         "local": Path(model).exists(),
         **_suggested(family or family_of(model)),
-        "rewards": [{"adapter": adapter, "path": _seen_from(folder, path)} for adapter, path in pairs],
+        "rewards": [{"adapter": adapter, "path": seen_from(folder, path)} for adapter, path in pairs],
     }
+    files = project_files(folder, render("init_params.yaml.j2", values), splits)
+    return write_files(folder, files, force)
+
+
+def project_files(folder: Path, params: str, splits: Mapping[str, Sequence[Prompt]]) -> dict[str, str]:
+    """The files of a project by name, from the text of its params.yaml and its prompts."""
     files = {f"prompts/{split}.csv": _csv(part) for split, part in splits.items()}
-    params = render("init_params.yaml.j2", values)
     files |= {"params.yaml": params, ".gitignore": IGNORED}
     files |= {".dvc/config": DVC_CONFIG, ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n"}
     files[".dvcignore"] = "__pycache__/\n*.pyc\n"
-    files["dvc.yaml"] = _dvc_of(params, str(folder / "params.yaml"), folder)
+    return files | {"dvc.yaml": _dvc_of(params, str(folder / "params.yaml"), folder)}
+
+
+def write_files(folder: Path, files: Mapping[str, str], force: bool) -> list[Path]:
+    """Writes them all; CannotCreateError, and nothing is written, where one is there and `force` replaces none."""
     _refuse_to_replace(folder, list(files), force)
     return [_write(folder / name, text) for name, text in files.items()]
 
@@ -258,7 +267,7 @@ def _reward(text: str) -> tuple[str, str]:
     return adapter, os.path.expanduser(path)
 
 
-def _seen_from(folder: Path, path: str) -> str:
+def seen_from(folder: Path, path: str) -> str:
     """A local path from the folder itself, not from a link to it, whose parent would be another one."""
     return os.path.relpath(path, os.path.realpath(folder)) if os.path.exists(path) else path
 

@@ -24,7 +24,8 @@ from rats.schemas.params import Params, with_variant
 from rats.schemas.recipe import DECODER
 from rats.schemas.reports import EvaluateReport
 from rats.schemas.run import RunRecord
-from rats.stages.evaluate.cells import Features, SystemResult, cells, values_csv
+from rats.stages.evaluate.cells import Features, SystemResult, cells_by_system, values_csv
+from rats.stages.evaluate.made import made_here
 from rats.stages.evaluate.systems import Samples, System, open_samples, systems
 from rats.stages.measure.networks import Judge, open_network
 from rats.stages.measure.pictures import (
@@ -56,7 +57,7 @@ class Evaluator:
     device: torch.device
 
 
-def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> EvaluateReport:
+def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path, command: str = "") -> EvaluateReport:
     """Writes `out` (all cells), and beside it every sample's scores and the pictures of the report.
 
     Args:
@@ -64,6 +65,7 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
         shards: The published shards of the test split.
         runs: The folder of the runs; every variant of `evaluate.variants` is looked up there.
         out: evaluate.json.
+        command: What was typed, for the record.
 
     Raises:
         ConfigError: a run without a student, fewer than two concepts.
@@ -82,10 +84,11 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path) -> Eval
         for system in systems(params, model, runs):
             measured.append(measure(system, bench, advance))
     report = EvaluateReport(
-        cells=tuple(cells(params, bench.samples, measured)),
+        cells=tuple(cell for _, cell in cells_by_system(params, bench.samples, measured)),
         snapshot=samples.shards.snapshot().hash,
         seconds=time.monotonic() - started,
         students={name: record.student for name, record in records.items()},
+        made=made_here(bench.device, command),
     )
     atomic_write(out.parent / VALUES_FILE, values_csv(bench.samples, measured).encode())
     save_pictures(out.parent / PICTURES_FILE, chosen_pictures(params, bench, measured))
@@ -188,6 +191,7 @@ def chosen_pictures(params: Params, bench: Evaluator, measured: Sequence[SystemR
     pictures = Pictures(
         columns=[system.column for system in measured],
         prompts=[rows[i].prompt for i in choice.side],
+        keys=[rows[i].key for i in choice.side],
         noise_prompts=[rows[group[0]].prompt for group in choice.noises],
         seed=params.evaluate.seed,
         size=measured[0].size,

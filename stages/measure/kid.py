@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from rats.pipeline.files.atomic import atomic_write
 from rats.schemas.errors import ConfigError, DataError
-from rats.stages.measure.bootstrap import Array, PairedEstimate, Rows, _interval, group, resample
 from rats.stages.measure.features import kernel, recognised
+from rats.stages.measure.intervals import Array, PairedEstimate, Rows, group, interval, leave_one_out
 
 
 class RealSet:
@@ -108,29 +108,23 @@ def own_block_means(kernel_NN: Array, rows_N: Rows, size: int) -> Array:
     return means
 
 
-def resampled_kid(distance_CC: Array, shares_C: Array, counts_RC: Array) -> Array:
-    """KID of each resample, (R,), for concepts with the given shares of the pictures.
+def kid_of(distance_CC: Array, shares_C: Array, kept_RC: Array) -> Array:
+    """KID of R choices of concepts, (R,): `kept_RC` is 1 where a concept counts; NaN where no two pictures are left.
 
-    A concept that was drawn twice stands for two concepts with equal pictures. Pairs *between* the two copies would
-    count as equal pictures of different concepts. So a concept's own block counts once for each copy, and not squared.
+    `shares_C`: the concepts' shares of the pictures. A lone picture's own block is unknown, and left out.
     """
-    weights = counts_RC * shares_C
-    own = np.diag(distance_CC)
-    known = np.isfinite(own)
-    between = distance_CC.copy()
-    np.fill_diagonal(between, 0)
-    own_share = np.where(known, shares_C**2, 0)
-    total = ((weights @ between) * weights).sum(1) + counts_RC @ np.where(known, own_share * own, 0)
-    pairs = weights.sum(1) ** 2 - (weights**2).sum(1) + counts_RC @ own_share
+    weights, known = kept_RC * shares_C, np.isfinite(distance_CC)
+    total = ((weights @ np.where(known, distance_CC, 0)) * weights).sum(1)
+    pairs = ((weights @ known) * weights).sum(1)
     return np.divide(total, pairs, out=np.full(len(total), np.nan), where=pairs > 0)
 
 
-def paired_kid(distance_a: Array, distance_b: Array, concepts: Sequence[str], n: int, seed: int) -> PairedEstimate:
-    """KID of system a, and its difference to b's, from `quality.RealSet.distance` of both."""
+def paired_kid(distance_a: Array, distance_b: Array, concepts: Sequence[str]) -> PairedEstimate:
+    """KID of system a, and its difference to b's, from `RealSet.distance` of both."""
     names, rows = group(concepts)
-    shares = np.bincount(rows, minlength=len(names)) / len(rows)
-    once = np.ones((1, len(names)))
-    counts = resample(len(names), n, seed)
-    a, b = (float(resampled_kid(d, shares, once)[0]) for d in (distance_a, distance_b))
-    many_a, many_b = (resampled_kid(d, shares, counts) for d in (distance_a, distance_b))
-    return PairedEstimate(a, _interval(many_a), a - b, _interval(many_a - many_b))
+    shares = np.bincount(rows) / len(rows)
+    kept = np.vstack([np.ones(len(names)), leave_one_out(len(names))])
+    (a, *rest_a), (b, *rest_b) = (kid_of(distance, shares, kept) for distance in (distance_a, distance_b))
+    without_a, without_b = np.array(rest_a), np.array(rest_b)
+    delta = float(a - b)
+    return PairedEstimate(float(a), interval(float(a), without_a), delta, interval(delta, without_a - without_b))

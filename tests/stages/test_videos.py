@@ -135,7 +135,7 @@ def test_a_step_is_trained_on_videos_and_the_student_draws_one(project: Path) ->
     assert "another scored_frames" in rats(project, "stage", "train", "--shards", "shards", *other, code=65).stderr
     rats(project, "generate", "a red fox", "--nfe", "2", "--count", "2", "--out", "a.webp")
     with Image.open(project / "a.webp") as drawn:
-        assert (drawn.n_frames, drawn.size) == (FRAMES, (32, 16))  # type: ignore[attr-defined]
+        assert (drawn.n_frames, drawn.size) == (FRAMES, (512, 256))  # type: ignore[attr-defined]
     assert (
         "end it in one of .png, .webp, .jpg, .jpeg, .gif"
         in rats(project, "generate", "a red fox", "--out", "a.mp4", code=2).stderr
@@ -149,7 +149,7 @@ def test_videos_are_compared_reported_previewed_and_watched_in_training(project:
     rats(project, "stage", "train", "--shards", "shards", "--out", "runs/rats", "--force", *sets, *guard)
     with Image.open(next((project / "runs" / "rats").rglob("*.png"))) as sheet:
         assert sheet.size[0] == 2 * 16  # a strip of two frames, one number of steps
-    rats(project, "stage", "evaluate", "--shards", "shards", "--set", "evaluate.bootstrap=20")
+    rats(project, "stage", "evaluate", "--shards", "shards")
     rats(project, "stage", "report")
     page = (project / "reports" / "report.html").read_text()
     assert "Of each video 2 frames" in page and ".sheet img { width: 192px; }" in page
