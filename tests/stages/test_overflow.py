@@ -28,7 +28,7 @@ def trained(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project with shards and a run."""
     folder = tmp_path_factory.mktemp("trained")
     rewards = [{"name": name, "adapter": name, "path": str(models / name)} for name in ("hpsv2", "pickscore")]
-    write_project(models, folder, rewards=rewards, train=RUN, evaluate={"judges": [], "bootstrap": 20})
+    write_project(models, folder, rewards=rewards, train=RUN, evaluate={"judges": []})
     first = ["--set", "rewards=" + json.dumps(rewards[:1])]
     rats(folder, "stage", "rollout", "--out", "d", *first)
     rats(folder, "stage", "train", "--shards", "d", *first)
