@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from rats.schemas.blocks import Block, NonNegative, PathText, Positive
+from rats.schemas.blocks import Block, NonNegative, PathText, Positive, Seed
 from rats.schemas.errors import ConfigError, brief, nearest
 from rats.schemas.evaluate_params import EvaluateParams
 from rats.schemas.plugins import FAMILIES, REWARDS, check_name
@@ -60,7 +60,7 @@ class PromptSource(Block):
     concept: str | None = None
     count: Positive | None = None
     skip: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
+    seed: Seed = 0
 
     def __str__(self) -> str:
         """Where it is."""
@@ -116,7 +116,7 @@ class TeacherParams(Block):
     frames: Positive = 1
     scored_frames: Positive = 4
     noises_per_prompt: Positive = 1
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def evaluations(self) -> int:
@@ -137,6 +137,13 @@ class ComputeParams(Block):
     micro_batch: Positive = 8
     attention: Literal["sdpa"] = "sdpa"
     compile: bool = False
+
+    @field_validator("device")
+    @classmethod
+    def _holds_values(cls, device: str) -> str:
+        if device.partition(":")[0] == "meta":
+            raise ValueError("torch's meta device holds no values: use cpu, or a device that `rats doctor` lists")
+        return device
 
 
 class StoreParams(Block):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from rats.pipeline.families.base import Family
 from rats.pipeline.families.fit import check_fit, part_configs
 from rats.pipeline.families.index import check_index
 from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText
+from rats.pipeline.prompts.lengths import Lengths, read_lengths
 from rats.pipeline.weights.folder import SCHEDULER, ModelFolder
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.loading import (
@@ -184,6 +185,19 @@ class Model:
         self._check_fit()
         vae = outline_component(self.family.vae_class, self.folder.parts(DECODER)[DECODER])
         return self._text(self._family_of(vae, self.folder.parts(DECODER)[DECODER]))
+
+    def lengths(self, prompts: Sequence[str], guided: bool = True) -> Lengths:
+        """What the text encoders read of different prompts, and of the negative prompt where it is used.
+
+        Opens the tokenizers alone. `guided`: whether the prompts are for the teacher.
+        """
+        family = self.outline.family
+        parts = self.folder.parts(*family.tokenizers)
+        tokenizers = {name: load_tokenizer(cls, parts[name]) for name, cls in family.tokenizers.items()}
+        with opening(self.folder.root, "a pipeline with its tokenizers"):
+            family.check_tokenizers(tokenizers)
+            negative = self.teacher.negative_prompt if guided and self.teacher.true_cfg_scale > 1 else None
+            return read_lengths(family.windows(tokenizers), prompts, negative)
 
     def open_live_teacher(self, student: FamilyStudent) -> FamilyTeacher:
         """A teacher with the student's decoder and a copy of its network as it is now, guided as `self.teacher` says.

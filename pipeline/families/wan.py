@@ -21,6 +21,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from rats.pipeline.families.base import EULER, Family
 from rats.pipeline.families.fit import Fit, PartConfig
+from rats.pipeline.prompts.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError
@@ -34,6 +35,7 @@ except ImportError:
 
 with quiet_imports():  # the pipeline's module asks for torchvision, which we do without
     from diffusers import WanPipeline
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +140,9 @@ class Wan(Family):
             prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=device
         )
         return {"prompt_embeds": embeds}
+
+    def windows(self, tokenizers: Mapping[str, Any]) -> list[Window]:
+        return [self.window(tokenizers["tokenizer"], written=prompt_clean)]
 
     def evaluate(
         self, network: Any, x_BTC: Tensor, timestep_B: Tensor, conditioning: Conditioning, guidance_B: Tensor | None

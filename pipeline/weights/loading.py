@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rats.pipeline.weights.hashes import read_json
 from rats.pipeline.weights.opening import check_config, check_headers, opening
 from rats.pipeline.weights.vocabulary import check_files, check_vocabulary
-from rats.schemas.errors import ConfigError, DataError, reason
+from rats.schemas.errors import ConfigError, DataError, brief, reason
 from rats.schemas.params import ComputeParams, ModelParams
 
 META = "meta"
@@ -50,14 +50,16 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device called `name`; ConfigError when this machine or this torch has none."""
+    """The device called `name`. Raises ConfigError where this machine or this torch makes no tensor on it."""
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device '{name}': use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"compute.device is '{name}', but torch sees no CUDA device here: use cpu")
-    return device
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch's backends raise
+        why = reason(error).partition(". ")[0]
+        raise ConfigError(
+            f"compute.device is {brief(name)}, on which torch computes nothing here ({why}): use cpu, or another "
+            "device that `rats doctor` lists"
+        ) from error
+    return torch.device(name)
 
 
 def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeParams) -> Any:
@@ -66,15 +68,16 @@ def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeP
     On torch's meta device only configuration and headers are read. Raises ConfigError for a component of another class
     or one that needs what is not here, DataError when the weights are not exactly those of the module.
     """
+    device = torch_device(compute.device)
     check_config(cls, folder)
     check_headers(cls, folder)
     settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True, **_renaming(cls)}
-    load = partial(_outlined, cls) if compute.device == META else cls.from_pretrained
+    load = partial(_outlined, cls) if device.type == META else cls.from_pretrained
     # what it would warn of is an error below
     with opening(folder, cls.__name__), quiet_loading(), quiet_notices(), quiet_imports():
         module, info = load(folder, **settings)
     _check_keys(cls, folder, info)
-    return module.to(torch_device(compute.device)).eval()
+    return module.to(device).eval()
 
 
 def _outlined(cls: Any, folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:

@@ -21,12 +21,13 @@ from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, PromptSource, RewardParams, Split, load_params, with_variant
 from rats.schemas.plugins import REWARDS, load_plugin
 from rats.schemas.recipe import DECODER, make_recipe
+from rats.schemas.train_params import check_dtype
 from rats.stages.doctor.devices import devices, driver
 from rats.stages.doctor.packages import CheckRow, check_row, extras, plugins
 from rats.stages.plan.flops import conditioning_shapes
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.stages.plan.text import size
-from rats.stages.rollout.rollout import wanted_samples
+from rats.stages.rollout.rollout import texts_of, wanted_samples
 
 PROMPT_LENGTH = 100
 """Assumed length in characters of a prompt that cannot be read here."""
@@ -46,6 +47,9 @@ def check_params(path: Path, overrides: Sequence[str], is_default: bool) -> list
         there = [*plugins(params), check_row("params", True, str(path))]
         there += [_attempt(name, check) for name, check in _checks(params, model).items()]
         if all(one["ok"] for one in there if one["check"] == "model" or one["check"].startswith("prompts")):
+            there += [
+                _attempt(f"tokens of {split}", partial(_tokens, params, model, split)) for split in _splits(params)
+            ]
             there.append(_attempt("disk", partial(_disk, params, model)))
     return [*extras(_wanted(params)), *_devices(), *_hub(), *there]
 
@@ -113,6 +117,7 @@ def check_model(model: Model) -> str:
 
     Returns what was found. Raises a RatsError for what a stage would refuse.
     """
+    check_dtype(model.params.dtype)
     horizons = len(model.outline.grids()[1])
     family, folder = model.family, model.folder
     weighed = folder.parts(NETWORK, DECODER, *family.encoders)
@@ -130,6 +135,13 @@ def _prompts(params: Params, split: Split) -> str:
         return f"in {source}, a data set of the hub that is fetched when a command reads it"
     where = source if Path(str(source)).exists() else f"{source}, a data set of the hub, by prompts.{split}.count"
     return f"{len({sample.prompt_id for sample in samples})} in {where}"
+
+
+def _tokens(params: Params, model: Model, split: Split) -> str:
+    source = getattr(params.prompts, split)
+    if isinstance(source, PromptSource) and is_hub_id(source.path):
+        return "counted when the data set has been fetched"
+    return model.lengths(texts_of(wanted_samples(params, split))).text
 
 
 def _samples(params: Params, split: Split) -> list[PlannedSample] | None:

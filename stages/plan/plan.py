@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,14 @@ from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, Split
 from rats.schemas.recipe import Recipe, fingerprint
+from rats.schemas.train_params import check_dtype
 from rats.stages.plan.flops import conditioning_shapes, decode_flops, evaluation_flops, measured_rate
 from rats.stages.plan.memory import rollout_memory, train_memory
 from rats.stages.plan.result import Comparison, Expense, Plan, RolloutWork
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
-from rats.stages.rollout.rollout import read_recipe, wanted_samples
+from rats.stages.rollout.rollout import read_recipe, texts_of, wanted_samples
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,9 +48,10 @@ def survey(params: Params, model: Model, split: Split) -> Survey:
     """Finds what a rollout would have to make. Writes nothing and loads no weights.
 
     Raises:
-        ConfigError: no prompts or model where the parameters say.
+        ConfigError: no prompts or model where the parameters say; a dtype that cannot be trained.
         DataError: a damaged shard set.
     """
+    check_dtype(params.model.dtype)
     wanted = wanted_samples(params, split)
     recipe = read_recipe(params, model)
     root = open_place(params.store.path) / fingerprint(recipe)
@@ -87,7 +92,10 @@ def rollout_work(found: Survey, params: Params) -> RolloutWork:
 
 def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
     """What `rollout_stage` would do, for --dry-run: the fields of `RolloutWork`."""
-    return rollout_work(survey(params, Model.of(params), split), params).model_dump()
+    model = Model.of(params)
+    found = survey(params, model, split)
+    model.lengths(texts_of(found.wanted)).tell(log)
+    return rollout_work(found, params).model_dump()
 
 
 def plan_stage(
@@ -123,6 +131,7 @@ def plan_stage(
     return Plan(
         split=split,
         work=work,
+        lengths=model.lengths(texts_of(found.wanted)),
         evaluation_flops=flops,
         decode_flops=decode_flops(outline),
         flops=total,

@@ -22,6 +22,7 @@ from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 from rats.schemas.params import Params, Split
 from rats.schemas.recipe import DECODER, Recipe, make_recipe
 from rats.schemas.reports import RolloutReport
+from rats.schemas.train_params import check_dtype
 from rats.stages.rollout.columns import check_failed, column_hashes
 from rats.stages.rollout.scorer import missing_columns
 from rats.stages.rollout.worker import RolloutSetup, RolloutTask, do_task
@@ -52,11 +53,12 @@ def rollout_stage(
         samples: These samples, instead of all samples of the split.
 
     Raises:
-        ConfigError: no prompts, model or reward where the parameters say.
-        DataError: a damaged shard, or a reward that fails on more samples than `max_bad`.
+        ConfigError: no prompts, model or reward where the parameters say; a dtype that cannot be trained.
+        DataError: a damaged shard, a picture that is not finite, or a reward that fails on more samples than `max_bad`.
         NoWorkerError: no worker accepted a task.
     """
     start = time.monotonic()
+    check_dtype(params.model.dtype)
     params, model = pin_params(params)
     wanted = wanted_samples(params, split) if samples is None else samples
     recipe = read_recipe(params, model)
@@ -69,6 +71,8 @@ def rollout_stage(
     reused = sum(plan.shard in finished for plan in plans)
     tasks = _missing(shards, plans, finished, columns)
     _announce(shards, plans, reused, tasks)
+    if tasks and samples is None:
+        model.lengths(texts_of(wanted)).tell(log)
     made = _make(params, shards, tasks, where or WorkerTarget(workers=params.store.workers))
     done = shards.finished(done)
     snapshot = shards.write_snapshot((sample.key for sample in wanted), done)
@@ -101,6 +105,11 @@ def wanted_samples(params: Params, split: Split) -> list[PlannedSample]:
     if path is None:
         raise ConfigError(f"prompts.{split} is not set: name a .txt or .csv file in params.yaml")
     return planned_samples(read_prompts(path), params.teacher.noises_per_prompt)
+
+
+def texts_of(samples: Sequence[PlannedSample]) -> list[str]:
+    """Their prompts, each once."""
+    return list({sample.prompt_id: sample.prompt for sample in samples}.values())
 
 
 def _missing(
