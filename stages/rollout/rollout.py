@@ -90,9 +90,8 @@ def rollout_stage(
 
 def read_recipe(params: Params, model: Model) -> Recipe:
     """The recipe for the model's weights as they are on disk. Loads no weights."""
-    weights, scheduler = model.folder.hashes(), model.folder.scheduler_hash()
-    sigmas, horizons = model.outline.grids()
-    return make_recipe(params, weights, scheduler, sigmas, horizons, model.outline.latent_shape())
+    weights, scheduler, outline = model.folder.hashes(), model.folder.scheduler_hash(), model.outline
+    return make_recipe(params, weights, scheduler, *outline.grids(), outline.latent_shape(), outline.ignored)
 
 
 def wanted_samples(params: Params, split: Split) -> list[PlannedSample]:
