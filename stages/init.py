@@ -28,7 +28,9 @@ HUB_REWARDS = (
     ("image-reward", "THUDM/ImageReward"),
 )
 SHARES = {"test": 0.2, "validation": 0.1}
-"""Shares of the concepts in each split; at least one concept each."""
+"""Shares of the concepts in each split."""
+LEAST = {"test": 2, "validation": 1}
+"""Concepts of a split at least: an evaluation's intervals are over them."""
 
 EXAMPLES = tuple(
     Prompt(f"a {adjective} {thing}", thing)
@@ -74,7 +76,7 @@ def init_project(
         family: Of the model. If not given, it follows from model_index.json or from the hub id.
 
     Raises:
-        ConfigError: an unknown adapter or family, fewer than three concepts, or what `load_params` would refuse;
+        ConfigError: an unknown adapter or family, fewer than four concepts, or what `load_params` would refuse;
             nothing is written then.
         CannotCreateError: a file is there already.
     """
@@ -194,12 +196,14 @@ def _is_there(folder: Path, path: str) -> bool:
 def split_by_concept(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     """Train, validation and test prompts without common concepts. A concept's split depends on its name alone."""
     concepts = sorted({prompt.concept for prompt in prompts}, key=lambda name: hashlib.sha256(name.encode()).digest())
-    if len(concepts) < 3:
-        raise ConfigError(f"{len(concepts)} concepts cannot be split in three: add prompts about other things")
+    if len(concepts) <= sum(LEAST.values()):
+        raise ConfigError(
+            f"{len(concepts)} concepts cannot be split in three, and test needs two: add prompts about other things"
+        )
     where: dict[str, str] = {}
     rest = list(concepts)
     for split, share in SHARES.items():
-        count = max(1, round(share * len(concepts)))
+        count = max(LEAST[split], round(share * len(concepts)))
         where |= dict.fromkeys(rest[:count], split)
         rest = rest[count:]
     return {

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -26,6 +27,9 @@ NO_GPU = ("No GPU", "CUDA is not available", "not compiled with CUDA", "requires
 SENTENCEPIECE = "sentencepiece"
 """transformers reads a vocabulary of spiece.model with it. Without it, it raises a ValueError, or asks for tiktoken."""
 OTHER_SHAPES = ("size mismatch", "size of tensor", "expected shape", "mismatched sizes", "ignore_mismatched_sizes")
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+GIT_LFS = "it is a Git LFS pointer and not the file itself, run `git lfs pull` in its clone"
 
 
 @contextmanager
@@ -62,7 +66,15 @@ def _explained(error: Exception, path: Path | str, kind: str, remedy: str) -> Ra
         return StorageError(f"{text}: give this user the right to read it")
     if any(words in str(error) for words in OTHER_SHAPES):
         return DataError(f"{text}: its weights are not those of its config.json, take both from one source")
-    return DataError(f"{text}: {remedy}")
+    return DataError(f"{text}: {GIT_LFS if _is_pointer(Path(path)) else remedy}")
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether the file is what a clone without Git LFS has in place of a large file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
 
 
 def _said(error: Exception) -> str:
@@ -110,5 +122,17 @@ def _other_class(cls: Any, config: dict[str, Any]) -> str | None:
 def check_headers(cls: Any, folder: Path) -> None:
     """Reads the names of the tensors in a folder's files. Raises DataError, naming the file, for one that is cut."""
     for path in sorted(folder.glob("*.safetensors")):
-        with opening(path, cls.__name__), safe_open(path, "pt") as file:
+        check_file(path, cls.__name__)
+
+
+def check_file(path: Path, kind: str) -> None:
+    """Reads the names and shapes of the tensors in one file of weights; `kind`: what it belongs to.
+
+    Raises DataError for a file that is cut or no file of weights.
+    """
+    with opening(path, kind):
+        if path.suffix != ".safetensors":
+            torch.load(path, "meta", weights_only=True, mmap=is_zipfile(path))
+            return
+        with safe_open(path, "pt") as file:
             file.keys()

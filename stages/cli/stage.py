@@ -18,7 +18,7 @@ from rats.stages.cli.options import (
     Seed,
     Sets,
     WorkerFlags,
-    existing,
+    creatable,
     grouped,
     load,
     place,
@@ -58,8 +58,9 @@ def rollout(
     from rats.stages.plan.plan import plan_rollout
     from rats.stages.rollout.rollout import rollout_stage
 
+    creatable(report_path)
     if dry_run:
-        print_result(plan_rollout(values, split_named(split)), json_)
+        print_result(plan_rollout(values, split_named(split), out), json_)
         return
     result = rollout_stage(values, split_named(split), out, where, _share(max_bad)).model_dump()
     if report_path is not None:
@@ -104,8 +105,9 @@ def score(
     from rats.stages.rollout.score import plan_score, score_stage
 
     named = None if split is None else split_named(split)
+    creatable(report_path)
     if dry_run:
-        print_result(plan_score(values, named, shards, reward, retry_failed, snapshot), json_)
+        print_result(plan_score(values, named, shards, reward, retry_failed, snapshot, out), json_)
         return
     most = _share(max_bad)
     result = score_stage(values, named, shards, reward, where, most, retry_failed, out, snapshot).model_dump()
@@ -172,12 +174,12 @@ def evaluate(
     All systems get the same test prompts and noises.
     """
     values = load(params, set_, evaluate__seed=seed)
-    if dry_run:
-        students = {name: str(existing(runs / name / "student")) for name in values.evaluate.variants}
-        print_result({"shards": str(place(shards)), "students": students, "out": str(out)}, json_)
-        return
+    from rats.stages.evaluate.before import plan_evaluate
     from rats.stages.evaluate.evaluate import evaluate_stage
 
+    if dry_run:
+        print_result(plan_evaluate(values, place(shards), runs, out), json_)
+        return
     result = evaluate_stage(values, place(shards), runs, out)
     print_result(result.model_dump(mode="json") if json_ else {"cells": len(result.cells), "out": str(out)}, json_)
 
@@ -199,6 +201,7 @@ def report(
     It shows the results, the pictures side by side, reward and gate over the training, and the cost.
     """
     values = load(params, set_)
+    creatable(out)
     if dry_run:
         print_result({"evaluation": str(evaluation), "runs": str(runs), "out": str(out)}, json_)
         return

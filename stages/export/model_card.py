@@ -30,6 +30,7 @@ def model_card(
     sigmas: Mapping[int, Sequence[float]],
     kept: float | None,
     evaluation: Path,
+    leaks: Sequence[str] = (),
 ) -> str:
     """README.md of the exported folder.
 
@@ -40,6 +41,7 @@ def model_card(
         sigmas: The grid of each number of steps, down to 0.
         kept: Share of what training moved that the pipeline's dtype keeps; None without a pipeline.
         evaluation: evaluate.json; passed over where it is not there or of another student.
+        leaks: What held-out prompts share with those it was trained on, a sentence each.
     """
     named, is_video = model.params, model.family.is_video
     hub = None if Path(named.path).exists() else named.path
@@ -61,6 +63,7 @@ def model_card(
         "dtype": named.dtype,
         "is_exchanged": named.transformer is not None,
         "run": _run_rows(record),
+        "leaks": [one[0].upper() + one[1:] for one in leaks],
         "cells": [_cell_row(cell) for cell in own_cells(record, evaluation)],
     }
     return str(ModelCard(render("model_card.md.j2", context)))

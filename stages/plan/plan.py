@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import Model
@@ -19,7 +20,7 @@ from rats.stages.plan.flops import conditioning_shapes, decode_flops, evaluation
 from rats.stages.plan.memory import rollout_memory, train_memory
 from rats.stages.plan.result import Comparison, Expense, Plan, RolloutWork
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
-from rats.stages.rollout.rollout import read_recipe, wanted_samples
+from rats.stages.rollout.rollout import check_before, read_recipe, wanted_samples
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,13 @@ def rollout_work(found: Survey, params: Params) -> RolloutWork:
     )
 
 
-def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
-    """What `rollout_stage` would do, for --dry-run: the fields of `RolloutWork`."""
-    return rollout_work(survey(params, Model.of(params), split), params).model_dump()
+def plan_rollout(params: Params, split: Split, out: Path | None = None) -> dict[str, Any]:
+    """What `rollout_stage` would do, for --dry-run: the fields of `RolloutWork`. Raises what it would raise first."""
+    model = Model.of(params)
+    found = survey(params, model, split)
+    if found.groups:
+        check_before(params, model, found.root, out)
+    return rollout_work(found, params).model_dump()
 
 
 def plan_stage(
