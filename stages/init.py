@@ -261,8 +261,14 @@ def _reward(text: str) -> tuple[str, str]:
 
 
 def _seen_from(folder: Path, path: str) -> str:
-    """A local path from the folder itself, not from a link to it, whose parent would be another one."""
-    return os.path.relpath(path, os.path.realpath(folder)) if os.path.exists(path) else path
+    """A local path from the folder, if it lies in there; else the whole path, which holds in copies of the folder too.
+
+    DVC and git make copies elsewhere, for experiments and worktrees.
+    """
+    if not os.path.exists(path):
+        return path
+    inside = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    return os.path.abspath(path) if inside.startswith(os.pardir) else inside
 
 
 def _csv(prompts: Sequence[Prompt]) -> str:

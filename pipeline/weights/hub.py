@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
+from rats.pipeline.files.project import real_folder
 from rats.pipeline.weights.hashes import SMALL_FILES
 from rats.schemas.errors import ConfigError, StorageError, reason
 
@@ -35,6 +36,8 @@ def resolve(path: str | Path, revision: str | None = None, patterns: Sequence[st
     local = Path(path)
     if local.exists():
         return local
+    if not local.is_absolute() and (left := real_folder(Path.cwd()) / local).exists():
+        raise ConfigError(f"{path} is not in this copy of the project: name it {left}, or track it by git or `dvc add`")
     if not is_hub_id(str(path)):
         raise ConfigError(f"no model at '{path}' (looked in {Path.cwd()}): give a folder or a hub id like org/name")
     return _download(str(path), revision, patterns)

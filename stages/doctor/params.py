@@ -10,7 +10,7 @@ from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import check_creatable
 from rats.pipeline.files.local import LocalPlace
-from rats.pipeline.files.places import EXTRAS, open_place
+from rats.pipeline.files.places import EXTRAS, open_store
 from rats.pipeline.prompts import Prompt, planned_samples
 from rats.pipeline.prompts.splits import shared_with_train
 from rats.pipeline.rewards.clip import vocabulary
@@ -152,7 +152,7 @@ def _samples(params: Params, split: Split) -> list[PlannedSample] | None:
 
 def _published(params: Params, out: str) -> str:
     """Where `rats init`'s dvc.yaml publishes a split, and the other stages look for it."""
-    check_out(open_place(params.store.path).absolute() / "set", Path(out))
+    check_out(open_store(params.store.path).absolute() / "set", Path(out))
     return "a rollout can be published there"
 
 
@@ -178,7 +178,7 @@ def _reward(reward: RewardParams) -> str:
 
 def _disk(params: Params, model: Model) -> str:
     """Compares the bytes that rollouts of all prompts take with the free and the used space."""
-    student, place = model.outline, open_place(params.store.path)
+    student, place = model.outline, open_store(params.store.path)
     found = [_samples(params, split) for split in _splits(params)]
     needed = sum(_rollout_bytes(params, student, samples) for samples in found if samples is not None)
     all_ = "all prompts" if None not in found else "all prompts whose number is known"

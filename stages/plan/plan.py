@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files.places import Place, open_place
+from rats.pipeline.files.places import Place, open_store
 from rats.pipeline.store.plans import needed_plans, new_plans
 from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.pipeline.weights.loading import torch_dtype
@@ -50,7 +50,7 @@ def survey(params: Params, model: Model, split: Split) -> Survey:
     """
     wanted = wanted_samples(params, split)
     recipe = read_recipe(params, model)
-    root = open_place(params.store.path) / fingerprint(recipe)
+    root = open_store(params.store.path) / fingerprint(recipe)
     shards = ShardSet.open(root) if is_set(root) else None
     plans, done = (shards.plans(), shards.finished()) if shards else ([], [])
     encoded = shards.encoded() if shards else set()

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files.places import Place, open_place
+from rats.pipeline.files.places import Place, open_store
 from rats.pipeline.prompts import planned_samples, read_prompts
 from rats.pipeline.prompts.splits import check_concepts, shared_with_train
 from rats.pipeline.rewards.open import examine_reward, pin_reward
@@ -64,7 +64,7 @@ def rollout_stage(
         log.warning("%s", said)
     recipe = read_recipe(params, model)
     hashes = column_hashes(params, model.folder.hash_of(DECODER))
-    shards = ShardSet.open_or_create(open_place(params.store.path).absolute(), recipe)
+    shards = ShardSet.open_or_create(open_store(params.store.path).absolute(), recipe)
     columns = {name: record_reward(shards, name, parts) for name, parts in hashes.items()}
     done = shards.finished()
     plans = shards.plan(wanted, params.store.shard_samples, done)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files.places import Place, open_place
+from rats.pipeline.files.places import Place, open_place, open_store
 from rats.pipeline.rewards.open import examine_reward
 from rats.pipeline.store.publish import check_out, publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward, scores_done
@@ -161,7 +161,7 @@ def _open(params: Params, split: Split | None, shards: Place | str | None) -> Sc
 
 def _open_split(params: Params, model: Model, split: Split) -> ScoringSource:
     keys = frozenset(sample.key for sample in wanted_samples(params, split))
-    root = open_place(params.store.path).absolute() / fingerprint(read_recipe(params, model))
+    root = open_store(params.store.path).absolute() / fingerprint(read_recipe(params, model))
     if not is_set(root):
         raise DataError(f"{root} is not there: nothing is rolled out with these parameters; run `rats stage rollout`")
     return ScoringSource(ShardSet.open(root), params, model.folder.hash_of(DECODER), keys)

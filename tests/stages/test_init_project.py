@@ -30,7 +30,8 @@ def test_a_models_name_is_written_as_it_is(models: Path, tmp_path: Path, name: s
     shutil.copytree(models / "hpsv2", tmp_path / "rr" / name)
     rats(tmp_path, "init", "mine", "--model", f"mm/{name}", "--reward", f"hpsv2=rr/{name}")
     params = load_params(tmp_path / "mine" / "params.yaml")
-    assert (params.model.path, params.rewards[0].path) == (f"../mm/{name}", f"../rr/{name}")
+    places = [str(tmp_path / folder / name) for folder in ("mm", "rr")]
+    assert [params.model.path, params.rewards[0].path] == places
     deps = yaml.safe_load((tmp_path / "mine" / "dvc.yaml").read_text())["stages"]["evaluate"]["deps"]
     assert deps[1:3] == ["${model.path}", "${rewards[0].path}"]
 
@@ -113,3 +114,13 @@ def test_a_test_split_has_two_concepts_and_no_other_split_is_empty(concepts: int
 def test_three_concepts_are_too_few() -> None:
     with pytest.raises(ConfigError, match="3 concepts cannot be split in three, and test needs two"):
         split_by_concept([Prompt(text, text) for text in ("a fox", "a frog", "a whale")])
+
+
+def test_a_model_in_the_project_is_named_from_there_and_one_elsewhere_by_its_whole_path(
+    models: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(models / "flux", tmp_path / "mine" / "flux")
+    shutil.copytree(models / "hpsv2", tmp_path / "hpsv2")
+    rats(tmp_path, "init", "mine", "--model", "mine/flux", "--reward", "hpsv2=hpsv2")
+    params = load_params(tmp_path / "mine" / "params.yaml")
+    assert (params.model.path, params.rewards[0].path) == ("flux", str(tmp_path / "hpsv2"))
