@@ -169,6 +169,7 @@ def dvc_yaml(params: Params, folder: Path, at_home: Collection[str] = ()) -> str
     """The pipeline of `params`: a stage for each split and variant; the arguments are those of `_Deps`."""
     deps, features = _Deps(params, folder, at_home), params.evaluate.real_features
     models = {"model.path": params.model.path}
+    models |= {f"model.loras[{i}].path": lora.path for i, lora in enumerate(params.model.loras)}
     models |= {f"rewards[{i}].path": reward.path for i, reward in enumerate(params.rewards)}
     bound = {name: source for name in params.evaluate.variants if (source := _source(params, name))}
     judged = "test" if params.prompts.test else "train"

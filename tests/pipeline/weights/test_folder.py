@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.weights.folder import ModelFolder
+from rats.pipeline.weights.folder import INDEX, ModelFolder
 from rats.pipeline.weights.hub import DECODER_PATTERNS, PIPELINE_PATTERNS
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import ComputeParams, ModelParams, TeacherParams
@@ -103,12 +103,12 @@ def test_of_a_hub_a_decoder_alone_is_fetched_where_no_more_is_needed(hub: Hub) -
     assert pinned.params.revision == hub.commit.name
     assert pinned.open_decoder().latent_shape() == (4, 16)
     assert pinned.decoder_folder.hash_of("vae") == ModelFolder(ModelParams(path=str(hub.commit))).hash_of("vae")
-    assert hub.asked == [DECODER_PATTERNS]
+    assert hub.asked == [(INDEX,), DECODER_PATTERNS]
 
 
-def test_a_hub_is_asked_once_for_all_that_a_stage_opens(hub: Hub) -> None:
+def test_a_hub_is_asked_for_the_index_and_once_for_all_that_a_stage_opens(hub: Hub) -> None:
     pinned = model("someone/small").pinned()
     pinned.folder.hashes(), pinned.folder.scheduler_hash(), pinned.outline.grids()
     pinned.using(compute=ComputeParams(threads=3)).open_student()
     pinned.open_decoder()
-    assert hub.asked == [PIPELINE_PATTERNS]
+    assert hub.asked == [(INDEX,), PIPELINE_PATTERNS]
