@@ -105,7 +105,12 @@ class ModelFolder:
         found = {name: self._part(name) for name in names}
         for folder in found.values():
             if not folder.is_dir():
-                raise ConfigError(f"no folder {folder}: model.path must name a whole pipeline in diffusers' format")
+                way_out = (
+                    "" if self.is_local else f", `hf download {self.params.path}` fetches what is not in the cache"
+                )
+                raise ConfigError(
+                    f"no folder {folder}: model.path must name a whole pipeline in diffusers' format{way_out}"
+                )
         return found
 
     def hash_of(self, name: str) -> str:
@@ -175,7 +180,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class FoundLora:
-    """A LoRA of `model.loras`: its file, and its parameters with an absolute path and the hub's commit."""
+    """A LoRA of `model.loras`: its file, and its parameters with a path for any folder and the hub's commit."""
 
     path: Path
     pinned: FusedLora
@@ -185,7 +190,7 @@ def find_lora(lora: FusedLora) -> FoundLora:
     """Looks up a file, a folder's `LORA_FILE` or a hub's; raises ConfigError if there is none."""
     found, revision = resolve_checkpoint(lora.path, lora.revision, (LORA_FILE,))
     changes = {"path": absolute_if_local(lora.path), "revision": revision}
-    return FoundLora(find_checkpoint(found, (LORA_FILE,)), lora.model_copy(update=changes))
+    return FoundLora(find_checkpoint(found, (LORA_FILE,)).absolute(), lora.model_copy(update=changes))
 
 
 def fused_hash(network: str, loras: Iterable[FoundLora]) -> str:

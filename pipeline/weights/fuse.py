@@ -49,6 +49,7 @@ def fuse_loras(network: nn.Module, pipeline_class: Any, loras: Iterable[FoundLor
             if next(network.parameters()).device.type != "meta":
                 network.fuse_lora(lora_scale=lora.pinned.weight, safe_fusing=True)  # type: ignore[operator]
             network.unload_lora()  # type: ignore[operator]
+        network.requires_grad_(True)  # peft has frozen it
 
 
 def _read(pipeline_class: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:

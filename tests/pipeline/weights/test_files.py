@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from rats.pipeline.families.open import Model
@@ -20,11 +20,11 @@ from rats.pipeline.weights.files import find_weights
 from rats.pipeline.weights.hub import only_cached
 from rats.schemas.errors import ConfigError, DataError, RatsError
 from rats.stages.doctor.params import check_model
+from tests.support.hub import Hub
 from tests.support.model_fuzz import drawn, opened, replace
 
 NETWORK, TEXT = "diffusion_pytorch_model.safetensors", "model.safetensors"
 WEIGHED = {"transformer": NETWORK, "vae": NETWORK, "text_encoder": TEXT, "text_encoder_2": TEXT}
-COMMIT = "89abcdef01" * 4
 
 
 @pytest.fixture
@@ -98,34 +98,9 @@ def test_of_two_copies_the_plain_one_is_read(flux: Path) -> None:
     assert sum(find_weights(flux / name).bytes for name in WEIGHED) == size
 
 
-class Hub:
-    """A hub with one repository, of which it hands out what is asked for."""
-
-    def __init__(self, repository: Path, cache: Path) -> None:
-        self.repository, self.cache = repository, cache
-
-    def download(
-        self, _: str, *, allow_patterns: Sequence[str], ignore_patterns: Sequence[str], revision: str | None, **__: Any
-    ) -> str:
-        assert revision in (None, COMMIT)
-        names = [path.relative_to(self.repository).as_posix() for path in self.repository.rglob("*") if path.is_file()]
-        wanted = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
-        for name in wanted:
-            (self.cache / COMMIT / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(self.repository / name, self.cache / COMMIT / name)
-        return str(self.cache / COMMIT)
-
-
 @pytest.fixture
 def hub(flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    found = Hub(flux, tmp_path / "cache")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", found.download)
-    return found
-
-
-def fetched(hub: Hub) -> set[str]:
-    files = (hub.cache / COMMIT).rglob("*")
-    return {path.relative_to(hub.cache / COMMIT).as_posix() for path in files if path.is_file()}
+    return Hub(flux, tmp_path / "cache", monkeypatch)
 
 
 def on_hub() -> Model:
@@ -141,9 +116,13 @@ def test_of_a_hub_without_plain_weights_the_others_are_fetched(layout: str, hub:
     copies = hub.repository / "transformer" / "diffusion_pytorch_model.fp16.safetensors"
     copies.write_bytes(b"a copy that nobody needs")
     on_hub().pinned(decoder_alone=True).open_decoder()
-    assert {Path(name).parts[0] for name in fetched(hub)} == {"model_index.json", "vae"}
-    assert "4 horizons" in check_model(on_hub()) and f"transformer/{copies.name}" not in fetched(hub)
-    assert drawn("flux", hub.cache / COMMIT) == drawn("flux", hub.repository)
+    assert {Path(name).parts[0] for name in hub.fetched()} == {"model_index.json", "vae"}
+    with only_cached(), pytest.raises(ConfigError, match="no folder .*`hf download somebody/small` fetches"):
+        check_model(on_hub())
+    pinned = pickle.loads(pickle.dumps(on_hub().pinned()))  # as a worker gets it
+    assert pinned.open_text().encode(["a red fox"]) and "4 horizons" in check_model(on_hub())
+    assert f"transformer/{copies.name}" not in hub.fetched()
+    assert drawn("flux", hub.snapshot) == drawn("flux", hub.repository)
 
 
 def test_a_hubs_index_is_looked_at_before_its_weights_are_fetched(hub: Hub) -> None:
@@ -151,14 +130,14 @@ def test_a_hubs_index_is_looked_at_before_its_weights_are_fetched(hub: Hub) -> N
     replace(index, index.read_text().replace("FluxPipeline", "ZImagePipeline").encode())
     with pytest.raises(ConfigError, match="no installed family draws as a ZImagePipeline: docs/families.md"):
         on_hub().open_teacher()
-    assert fetched(hub) == {"model_index.json"}
+    assert hub.fetched() == {"model_index.json"}
     index.unlink()
-    (hub.cache / COMMIT / "model_index.json").unlink()
+    (hub.snapshot / "model_index.json").unlink()
     with pytest.raises(ConfigError, match=r"somebody/small' has no model_index\.json: it is no diffusers pipeline"):
         on_hub().open_teacher()
     with only_cached(), pytest.raises(ConfigError, match=r"has no model_index\.json"):
         check_model(on_hub())
-    assert fetched(hub) == set()
+    assert hub.fetched() == set()
 
 
 def one_file(name: str, network: Path, folder: Path) -> Path:
