@@ -52,6 +52,7 @@ NOT_IN_RECIPE = (
     "model.path",
     "model.revision",
     "model.transformer",
+    "model.loras",
     "prompts.train",
     "prompts.validation",
     "prompts.test",
@@ -66,8 +67,8 @@ NOT_IN_RECIPE = (
     "evaluate",
 )
 """Fields that change no byte of a sample. A block's name stands for all its fields. The weights behind `model.path`,
-`model.revision` and `model.transformer` enter by their hashes. Columns of scores have addresses of their own, which
-depend on `teacher.scored_frames`."""
+`model.revision` and `model.transformer` enter by their hashes, and so do the files and weights of `model.loras`.
+Columns of scores have addresses of their own, which depend on `teacher.scored_frames`."""
 
 DECODER = "vae"
 """The one component on which no trajectory depends. Its hash is part of the scores' addresses instead."""

@@ -55,7 +55,7 @@ class Family(ABC):
     ignored: ClassVar[tuple[str, ...]] = ()
     """Fields of `teacher` that the family does not read (keys of `schemas.recipe.NEUTRAL`): they are in no address."""
     published: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the hub ids of its pipelines. `rats init` finds the family by them before anything is fetched."""
+    """Hub ids of its pipelines, whole. `rats init` finds the family by them without asking the hub."""
     suggested: ClassVar[Mapping[str, Any]] = {}
     """Fields of `teacher` that `rats init` writes into params.yaml, where they differ from the schema's defaults."""
 

@@ -28,11 +28,12 @@ def hash_files(paths: Iterable[Path], root: Path) -> str:
     """sha256 over (name relative to `root`, content) of the files, sorted by name."""
     total = hashlib.sha256()
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
-        total.update(f"{name}\0{_hash_file(path)}\n".encode())
+        total.update(f"{name}\0{hash_content(path)}\n".encode())
     return total.hexdigest()
 
 
-def _hash_file(path: Path) -> str:
+def hash_content(path: Path) -> str:
+    """sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -74,12 +75,3 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}; fetch it again")
     return value
-
-
-def weights_bytes(folder: Path) -> int:
-    """Bytes of a component's weight files. Raises ConfigError if a file that its index names is missing."""
-    for index in folder.glob("*.index.json"):
-        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
-            if not (folder / name).is_file():
-                raise ConfigError(f"no file {folder / name}, which {index.name} names: fetch the model again")
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -6,7 +6,7 @@ again, and only a damaged file is fetched again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
@@ -99,11 +99,19 @@ def check_config(cls: Any, folder: Path) -> None:
     if other := _other_class(cls, config):
         raise ConfigError(f"{folder} holds a {other}, not a {cls.__name__}: name a pipeline with one")
     if (quantized := config.get("quantization_config")) is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        method = brief(quantized.get("quant_method") if isinstance(quantized, dict) else quantized)
+        library = "transformers" if hasattr(cls, "config_class") else "diffusers"
         raise ConfigError(
-            f"{folder} holds quantized weights ({brief(method)}), which are not read here: "
-            "name a folder of bfloat16 or float32 weights"
+            f"{folder} holds quantized weights ({method}), which are not read here: name the model that was quantized, "
+            f'or write plain weights where the package for {method} is, by `python -c "import torch, {library} as m; '
+            f"m.{stock_class(cls).__name__}.from_pretrained('{folder}', torch_dtype=torch.bfloat16).dequantize()"
+            ".save_pretrained('PLAIN')\"`, and put them in its place"
         )
+
+
+def stock_class(cls: Any) -> Any:
+    """The class of diffusers or transformers that `cls` is, or is made from: the one that others can open."""
+    return next(one for one in cls.__mro__ if one.__module__.split(".")[0] in ("diffusers", "transformers"))
 
 
 def _other_class(cls: Any, config: dict[str, Any]) -> str | None:
@@ -119,9 +127,9 @@ def _other_class(cls: Any, config: dict[str, Any]) -> str | None:
     return None if asked == f"{kind}_text_model" else f"model of model_type {brief(kind)}"
 
 
-def check_headers(cls: Any, folder: Path) -> None:
-    """Reads the names of the tensors in a folder's files. Raises DataError, naming the file, for one that is cut."""
-    for path in sorted(folder.glob("*.safetensors")):
+def check_headers(cls: Any, paths: Iterable[Path]) -> None:
+    """Reads the names of the tensors in files of weights. Raises DataError, naming the file, for one that is cut."""
+    for path in paths:
         check_file(path, cls.__name__)
 
 

@@ -16,7 +16,8 @@ from rats.pipeline.prompts.splits import shared_with_train
 from rats.pipeline.rewards.clip import vocabulary
 from rats.pipeline.rewards.open import examine_reward, reward_fingerprint
 from rats.pipeline.store.publish import check_out
-from rats.pipeline.weights.hashes import NETWORK, weights_bytes
+from rats.pipeline.weights.files import find_weights
+from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.hub import find_checkpoint, is_hub_id, only_cached, resolve_checkpoint
 from rats.pipeline.weights.loading import torch_device, torch_dtype
 from rats.schemas.errors import ConfigError, RatsError
@@ -121,14 +122,13 @@ def check_model(model: Model) -> str:
     Returns what was found. Raises a RatsError for what a stage would refuse.
     """
     horizons = len(model.outline.grids()[1])
-    family, folder = model.family, model.folder
-    weighed = folder.parts(NETWORK, DECODER, *family.encoders)
-    folder.parts(*family.tokenizers)
-    parts = {part: weights_bytes(part) for part in weighed.values()}
-    if without := [part for part, count in parts.items() if not count]:
-        raise ConfigError(f"no weights (.safetensors) in {without[0]}: fetch the model again")
-    model.examined().rehearse_decoding(weighed[DECODER])
-    return f"{model.params.path}, {model.params.family}, {horizons} horizons, {size(sum(parts.values()))} of weights"
+    parts = model.folder.parts(NETWORK, DECODER, *model.family.encoders)
+    model.examined().rehearse_decoding(parts[DECODER])
+    found = [files for part in parts.values() if (files := find_weights(part))]
+    said = [model.params.path, model.params.family, f"{horizons} horizons", *map(str, model.params.loras)]
+    variants = sorted({files.variant for files in found if files.variant})
+    weights = f"{size(sum(files.bytes for files in found))} of weights"
+    return ", ".join([*said, f"{weights} ({' and '.join(variants)} variants)" if variants else weights])
 
 
 def _prompts(params: Params, split: Split) -> str:

@@ -127,6 +127,7 @@ def plan_stage(
     embedding = embedding_bytes(conditioning_shapes(outline), torch_dtype(params.model.dtype))
     return Plan(
         split=split,
+        loras=tuple(map(str, params.model.loras)),
         work=work,
         evaluation_flops=flops,
         decode_flops=decode_flops(outline),

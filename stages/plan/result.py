@@ -72,6 +72,7 @@ class Plan(Record):
     """
 
     split: str
+    loras: tuple[str, ...] = ()
     work: RolloutWork
     evaluation_flops: int
     decode_flops: int

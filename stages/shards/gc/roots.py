@@ -167,7 +167,9 @@ def _anchored(params: Params, path: Path, root: Path) -> Params:
             return None
         return next((str(folder / name) for folder in folders if (folder / name).exists()), name)
 
+    loras = tuple(lora.model_copy(update={"path": found(lora.path)}) for lora in params.model.loras)
     model = params.model.model_copy(update={name: found(getattr(params.model, name)) for name in ("path", NETWORK)})
+    model = model.model_copy(update={"loras": loras})
     prompts = params.prompts.model_copy(update={name: _moved(source, found) for name, source in params.prompts})
     return params.model_copy(update={"model": model, "prompts": prompts})
 
