@@ -100,6 +100,11 @@ class Model:
         check_index(self.params, self.family, self._files.index)
         return self._files
 
+    def hashes(self) -> dict[str, str]:
+        """Content hashes of all components that the family opens, by name."""
+        family = self.family
+        return self.folder.hashes((NETWORK, DECODER, *family.encoders, *family.tokenizers))
+
     def examined(self) -> FamilyTeacher:
         """The teacher as a stage opens it, without the values of its weights: on torch's meta device.
 

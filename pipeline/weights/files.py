@@ -19,6 +19,15 @@ NAMES = (
 """What diffusers and transformers call weights: stem and ending. Those that come first are read first."""
 COPIES = (None, "fp32", "bf16", "fp16")
 """Variants: copies in another dtype, such as model.fp16.safetensors. One is read where there is none before it."""
+SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors")
+"""What diffusers and transformers read beside weights. They add a text encoder's adapters by themselves."""
+TOKENIZER = "tokenizer"
+VOCABULARY = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json", "tokenizer.*.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja"),
+)
+"""Patterns of what transformers reads of a tokenizer. `vocabulary.check_files` refuses a class that reads more."""
 ONE_FILE = (".safetensors", ".sft", ".ckpt", ".gguf")
 """Endings of a whole model in one file, as ComfyUI and the first releases of models have it."""
 
@@ -29,6 +38,8 @@ class WeightFiles:
 
     paths: tuple[Path, ...]
     variant: str | None = None
+    index: Path | None = None
+    """What says which shard holds which weight."""
 
     @property
     def are_safe(self) -> bool:
@@ -56,8 +67,20 @@ def find_weights(folder: Path) -> WeightFiles | None:
             if whole.is_file() and not (stem == NAMES[0][0] and index.is_file()):
                 return WeightFiles((whole,), variant)
             if index.is_file():
-                return WeightFiles(_shards(index), variant)
+                return WeightFiles(_shards(index), variant, index)
     return None
+
+
+def opened_files(folder: Path, name: str) -> list[Path]:
+    """The files that are read to open the component `name`: settings and the weights that are chosen, or a vocabulary.
+
+    What else lies there, such as a README or weights that are not chosen, changes nothing. Raises as `find_weights`.
+    """
+    if name.startswith(TOKENIZER):
+        return [path for pattern in VOCABULARY for path in folder.glob(pattern)]
+    found = find_weights(folder)
+    weights = [*found.paths, *([found.index] if found.index else [])] if found else []
+    return [*weights, *(path for pattern in SETTINGS for path in folder.glob(pattern))]
 
 
 def weight_files(folder: Path, class_name: str) -> WeightFiles:

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rats.pipeline.weights.files import find_weights
-from rats.pipeline.weights.hashes import HASHED_COMPONENTS, NETWORK, hash_content, hash_paths, read_json
+from rats.pipeline.weights.files import find_weights, opened_files
+from rats.pipeline.weights.hashes import NETWORK, hash_content, hash_files, read_json
 from rats.pipeline.weights.hub import (
     DECODER_PATTERNS,
     INSTEAD,
@@ -26,6 +26,9 @@ from rats.schemas.params import FusedLora, ModelParams
 from rats.schemas.recipe import DECODER
 
 INDEX, SCHEDULER, LORA_FILE = "model_index.json", "scheduler", "pytorch_lora_weights.safetensors"
+
+WEIGHED = (NETWORK, DECODER, "text_encoder")
+"""How names of components with weights begin: `text_encoder_2` is one too."""
 
 
 @dataclass(eq=False)
@@ -51,7 +54,7 @@ class ModelFolder:
     @cached_property
     def root(self) -> Path:
         """The pipeline's folder. All of a hub repository is fetched. Raises ConfigError if there is none."""
-        found = self._fetched(PIPELINE_PATTERNS, HASHED_COMPONENTS[:-1])
+        found = self._fetched(PIPELINE_PATTERNS, WEIGHED)
         self.__dict__["decoder_root"] = found
         return found
 
@@ -117,17 +120,12 @@ class ModelFolder:
         """The content hash of one component."""
         return self._hashed([name])[name]
 
-    def hashes(self) -> dict[str, str]:
-        """Hashes of all components that hold weights or vocabularies, by component name.
+    def hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """Content hashes of components, by name: of the files that are read to open them.
 
-        Raises ConfigError when one of transformer, vae, text_encoder, tokenizer is missing.
+        Raises ConfigError when one does not exist.
         """
-        folders = (path.name for path in self.root.iterdir() if path.is_dir())
-        names = sorted(name for name in folders if name.startswith(HASHED_COMPONENTS))
-        for name in HASHED_COMPONENTS:
-            if name not in names:
-                raise ConfigError(f"no folder '{name}' in {self.root}: model.path must name a whole diffusers pipeline")
-        return self._hashed(names)
+        return self._hashed(sorted(self.parts(*names)))
 
     def scheduler_hash(self) -> str:
         """sha256 of the scheduler's configuration as canonical JSON, without the version that wrote it."""
@@ -139,7 +137,7 @@ class ModelFolder:
 
         Raises ConfigError when a component differs.
         """
-        found = self.hashes()
+        found = self.hashes(expected)
         if other := sorted(name for name, value in expected.items() if found.get(name) != value):
             raise ConfigError(
                 f"{self.root / other[0]} holds other weights than the shard set's recipe names: "
@@ -172,7 +170,7 @@ class ModelFolder:
         """Looks all components up first: hashing takes minutes."""
         if unknown := {name: self._part(name) for name in names if name not in self._hashes}:
             loras = self.loras if NETWORK in unknown else ()
-            self._hashes |= hash_paths(unknown)
+            self._hashes |= {name: hash_files(opened_files(path, name), path) for name, path in unknown.items()}
             if loras:
                 self._hashes[NETWORK] = fused_hash(self._hashes[NETWORK], loras)
         return {name: self._hashes[name] for name in names}

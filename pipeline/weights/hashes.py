@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from rats.schemas.errors import ConfigError, DataError
 
 CHUNK = 1 << 20
-
-
-HASHED_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
-"""Prefixes of component names: `text_encoder` also means `text_encoder_2`."""
 
 
 NETWORK = "transformer"
@@ -47,11 +43,6 @@ def hash_path(path: Path) -> str:
         return hash_files([path], path.parent)
     files = (file for file in path.rglob("*") if file.is_file())
     return hash_files((f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)), path)
-
-
-def hash_paths(paths: Mapping[str, Path]) -> dict[str, str]:
-    """`hash_path` of several paths, by name."""
-    return {name: hash_path(path) for name, path in paths.items()}
 
 
 def adapter_fingerprint(adapter: str, version: int, weights: Iterable[Path], folder: Path) -> str:

@@ -109,7 +109,7 @@ def check_before(params: Params, model: Model, root: Place, out: Path | None) ->
 
 def read_recipe(params: Params, model: Model) -> Recipe:
     """The recipe for the model's weights as they are on disk. Loads no weights."""
-    weights, scheduler, outline = model.folder.hashes(), model.folder.scheduler_hash(), model.outline
+    weights, scheduler, outline = model.hashes(), model.folder.scheduler_hash(), model.outline
     return make_recipe(params, weights, scheduler, *outline.grids(), outline.latent_shape(), outline.ignored)
 
 

@@ -36,7 +36,7 @@ def change(component: Path) -> None:
 
 def test_what_was_hashed_stays_for_all_that_share_the_folder_and_not_for_a_pickled_one(flux: Path) -> None:
     first = model(flux)
-    before = first.folder.hashes()
+    before = first.hashes()
     other_ways = first.using(compute=ComputeParams(threads=3)), first.using(teacher=TEACHER)
     change(flux / "vae")
     assert {way.folder.hash_of("vae") for way in (first, *other_ways)} == {before["vae"]}
@@ -47,7 +47,7 @@ def test_what_was_hashed_stays_for_all_that_share_the_folder_and_not_for_a_pickl
 
 def test_a_worker_that_was_sent_the_model_sees_its_own_weights(flux: Path) -> None:
     first = model(flux)
-    recipe = first.folder.hashes()
+    recipe = first.hashes()
     change(flux / "text_encoder_2")
     first.folder.check(recipe)
     with pytest.raises(ConfigError, match="text_encoder_2 holds other weights"):
@@ -57,8 +57,8 @@ def test_a_worker_that_was_sent_the_model_sees_its_own_weights(flux: Path) -> No
 def test_another_network_is_looked_up_and_hashed_where_it_lies(flux: Path, tmp_path: Path) -> None:
     other = shutil.copytree(flux / "transformer", tmp_path / "other")
     change(other)
-    own, replaced = model(flux).folder, model(flux, transformer=str(other)).folder
-    assert replaced.parts("transformer", "vae") == {"transformer": other, "vae": flux / "vae"}
+    own, replaced = model(flux), model(flux, transformer=str(other))
+    assert replaced.folder.parts("transformer", "vae") == {"transformer": other, "vae": flux / "vae"}
     assert {name for name, value in own.hashes().items() if replaced.hashes()[name] != value} == {"transformer"}
 
 
@@ -69,7 +69,7 @@ def test_a_pinned_model_is_found_from_another_folder(
     pinned = model("flux", transformer="flux/transformer").pinned()
     monkeypatch.chdir(flux)
     assert (pinned.params.path, pinned.params.transformer) == (str(flux), str(flux / "transformer"))
-    assert pinned.folder.hashes() == model(flux).folder.hashes()
+    assert pinned.hashes() == model(flux).hashes()
 
 
 def test_all_parts_are_looked_for_before_one_is_loaded(flux: Path) -> None:
@@ -94,7 +94,7 @@ def test_of_a_hub_a_decoder_alone_is_fetched_where_no_more_is_needed(hub: Hub) -
 
 def test_a_hub_is_asked_for_the_index_and_once_for_all_that_a_stage_opens(hub: Hub) -> None:
     pinned = model("someone/small").pinned()
-    pinned.folder.hashes(), pinned.folder.scheduler_hash(), pinned.outline.grids()
+    pinned.hashes(), pinned.folder.scheduler_hash(), pinned.outline.grids()
     pinned.using(compute=ComputeParams(threads=3)).open_student()
     pinned.open_decoder()
     assert hub.asked == [(INDEX,), PIPELINE_PATTERNS]

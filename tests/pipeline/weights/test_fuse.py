@@ -80,9 +80,9 @@ def test_the_networks_hash_follows_the_files_content_their_weights_and_order(
     copy.write_bytes(style.read_bytes())
 
     def hashes(*loras: tuple[Path, float]) -> dict[str, str]:
-        return with_loras(flux, *loras).folder.hashes()
+        return with_loras(flux, *loras).hashes()
 
-    first, plain = hashes((style, 0.8)), flux.folder.hashes()
+    first, plain = hashes((style, 0.8)), flux.hashes()
     assert {name for name in plain if plain[name] != first[name]} == {"transformer"}
     assert hashes((copy, 0.8)) == first == hashes((style.parent, 0.8))
     both = [hashes((style, 0.8), (other, 0.7)), hashes((other, 0.7), (style, 0.8))]
@@ -100,7 +100,7 @@ def test_a_pinned_model_finds_its_loras_from_another_folder(
     pinned = model.pinned()
     monkeypatch.chdir(tmp_path)
     assert pinned.params.loras == (FusedLora(path=str(style), weight=0.8),)
-    assert Model(pinned.params, pinned.teacher, pinned.compute).folder.hashes() == model.folder.hashes()
+    assert Model(pinned.params, pinned.teacher, pinned.compute).hashes() == model.hashes()
 
 
 def test_loras_of_a_hub_are_of_the_commit_that_was_fetched(
@@ -116,7 +116,7 @@ def test_loras_of_a_hub_are_of_the_commit_that_was_fetched(
     model = with_loras(flux, (Path("somebody/styles/oil.safetensors"), 0.8))
     (pinned,) = model.pinned().params.loras
     assert (pinned.path, pinned.revision) == ("somebody/styles/oil.safetensors", commit)
-    assert model.folder.hashes() == with_loras(flux, (style, 0.8)).folder.hashes()
+    assert model.hashes() == with_loras(flux, (style, 0.8)).hashes()
 
 
 def changed(style: Path, to: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Path:
