@@ -26,12 +26,38 @@ _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 Split = Literal["train", "validation", "test"]
 
 
+class FusedLora(Block):
+    """A LoRA that is part of the teacher: a .safetensors file, a folder, or a hub id (`org/name` or `org/name/file`).
+
+    `weight`: its strength, as in diffusers' `fuse_lora(lora_scale=weight)`.
+    """
+
+    path: PathText
+    weight: float = 1.0
+    revision: str | None = None
+
+    @field_validator("weight")
+    @classmethod
+    def _changes_something(cls, weight: float) -> float:
+        if weight == 0:
+            raise ValueError("a LoRA of weight 0 changes nothing: leave it out")
+        return weight
+
+    def __str__(self) -> str:
+        """For tables and cards."""
+        return f"{self.path} at {self.weight:g}"
+
+
 class ModelParams(Block):
-    """The teacher: a diffusers folder or hub id; `transformer`: a folder whose network replaces the pipeline's."""
+    """The teacher: a diffusers folder or hub id; `transformer`: a folder whose network replaces the pipeline's.
+
+    `loras` are fused into that network, one after the other: teacher and untrained student both have them.
+    """
 
     path: PathText
     revision: str | None = None
     transformer: PathText | None = None
+    loras: tuple[FusedLora, ...] = ()
     family: str = "flux"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,3 +198,13 @@ def test_the_command_shows_a_table_a_total_and_the_command_that_would_delete(sha
     line = said.splitlines()[-1].partition("this would: rats ")[2]
     rats(tmp_path, *line.split())
     assert shards.snapshots() == [1, 3]
+
+
+def test_what_an_experiment_in_another_worktree_of_git_names_is_kept(shards: ShardSet, tmp_path: Path) -> None:
+    run = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    tree_of = ["worktree", "add", "-q", str(tmp_path / "tree")]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "state"], tree_of):
+        subprocess.run([*run, *words], cwd=tmp_path, check=True, capture_output=True)
+    assert [row["what"] for row in collected(shards, delete=False)["remove"]] == ["the whole set"]
+    (tmp_path / "tree" / "run.json").write_text(json.dumps({"recipe": shards.fingerprint}))
+    assert "the whole set" not in [row["what"] for row in collected(shards, delete=False)["remove"]]
