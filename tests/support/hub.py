@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 

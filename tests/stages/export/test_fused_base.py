@@ -19,10 +19,10 @@ from rats.schemas.params import load_params
 from rats.schemas.recipe import IN_RECIPE
 from rats.stages.generate import open_pipeline
 from rats.stages.plan.plan import plan_rollout
-from tests.pipeline.weights.test_fuse import write_lora
 from tests.support import tiny
 from tests.support.exporting import SHORT, drawn, export
 from tests.support.project import rats, write_project
+from tests.support.styles import write_lora
 
 LORA = {"rank": 2, "alpha": 5.0}
 WEIGHT = 0.8
