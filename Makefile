@@ -27,6 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 repro: install
 	$(RUN) dvc repro
+	@$(RUN) rats stage report --verdicts
 	@echo "report: $(abspath reports/report.html)"
 
 # two processes; the long files are not kept for the end

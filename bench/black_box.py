@@ -27,7 +27,7 @@ from PIL import Image
 
 from rats.schemas.params import Params, load_params
 from rats.stages.evaluate.evaluate import evaluate_stage
-from rats.stages.measure.bootstrap import paired_bootstrap
+from rats.stages.measure.intervals import paired_estimate
 from rats.stages.rollout.rollout import rollout_stage
 from rats.stages.rollout.score import score_stage
 from rats.stages.serve import RewardServer, open_callable
@@ -83,7 +83,7 @@ def settings(options: argparse.Namespace, url: str, folder: Path) -> Params:
         "variants": {"black-box": {}, "control": {"reward_weight": 0.0}},
         "teacher": base["teacher"] | {"noises_per_prompt": options.noises},
         "store": base["store"] | {"path": str(folder / "store"), "workers": 0},
-        "evaluate": base["evaluate"] | {"variants": ["black-box", "control"], "judge": None, "real_features": None},
+        "evaluate": base["evaluate"] | {"variants": ["black-box", "control"], "judges": []},
     }
     return Params.model_validate(base | changes)
 
@@ -109,7 +109,7 @@ def compare(rows: Sequence[dict[str, str]], metric: str, after: str, before: str
     }
     concepts = [row["concept"] for row in values[after]]
     new, old = ([float(row["value"]) for row in values[name]] for name in (after, before))
-    found = paired_bootstrap(new, old, concepts, n=2000, seed=0)
+    found = paired_estimate(new, old, concepts)
     low, high = found.delta_ci
     means = f"{np.mean(old):>10.4f} {np.mean(new):>10.4f}"
     return f"{metric:<14} {before:<15} {after:<13} {means} {found.delta:>+10.4f} [{low:+.4f}, {high:+.4f}]"

@@ -69,7 +69,7 @@ def opened(path: Path, shards: Path, overrides: Sequence[str]) -> Iterator[Bench
     def follower(learner: Learner) -> MovingTeacher | None:
         return open_moving_teacher(model, chosen, student, learner, source, rewards, student.decode)
 
-    stream = StoredSamples(source.shards, source.snapshot, source.scores, chosen.seed, chosen.batch)
+    stream = StoredSamples(source.shards, source.snapshot, source.followed, chosen.seed, chosen.batch)
     with tempfile.TemporaryDirectory() as folder, closing(stream):
         run = fresh_run(objective, Path(folder), follower)
         step = partial(one_step, objective, stream, run)

@@ -79,10 +79,39 @@ class Cell(Record):
     num_concepts: int
 
 
+class LengthCell(Cell):
+    """As a cell; the student has moved `length` of the way from the base to what was trained."""
+
+    length: float
+
+
+class Made(Record):
+    """When, where and by what something was made: `code` is a version and a commit, `command` what was typed."""
+
+    date: str
+    code: str
+    machine: str
+    command: str
+
+
 class EvaluateReport(Record):
-    """`reports/evaluate.json`; `snapshot` names the test samples, `students` each variant's network by its hash."""
+    """`reports/evaluate.json`; `snapshot` names the test samples, `students` each variant's network by its hash.
+
+    `made` is None where an older rats has evaluated.
+    """
 
     cells: tuple[Cell, ...]
     snapshot: str = ""
     seconds: float = 0.0
     students: dict[str, str] = {}
+    made: Made | None = None
+
+
+class LengthsReport(Record):
+    """`reports/update-lengths.json`: students at several lengths; `chosen`: by variant, for `train.update_length`."""
+
+    cells: tuple[LengthCell, ...]
+    chosen: dict[str, float]
+    snapshot: str
+    seconds: float
+    made: Made

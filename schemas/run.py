@@ -83,6 +83,10 @@ class RunRecord(TrainReport):
     saved_dtype: str | None = None
     movement_kept: float | None = None
     """Share of what training moved that `saved_dtype` keeps: |saved - start| / |trained - start| over all weights."""
+    update_length: float = 1.0
+    """The share of the way from the base to what was trained at which the student was saved."""
+    clipped: float | None = None
+    """Share of the steps whose gradient was longer than `train.clip_norm`."""
     ranks: int = 1
     micro_batch: int | None = None
     rewards_asked: int = 0

@@ -104,7 +104,11 @@ class GuardParams(Block):
 class TrainParams(Block):
     """The training. `reward`: one name, or names with weights; each is then divided by its spread in the shards.
 
-    `save_dtype`: the student's weights are saved as they were trained, in float32, or rounded to `model.dtype`.
+    After the warm-up the rate stays, or falls to 0 at step `lr_steps` (null: `steps`). `clip_norm`: the largest norm of
+    a step's gradient; null clips none. `update_length`: the saved student has moved this share of the way from the base
+    to what was trained; `rats stage evaluate --split validation --update-lengths` finds one. `log_gradients_every`:
+    about how many steps lie between two whose terms' gradients are logged apart; each number of steps in `nfe` has its
+    turn. `save_dtype`: the student's weights are saved as they were trained, in float32, or rounded to `model.dtype`.
     """
 
     nfe: tuple[Positive, ...] = (3, 5, 8)
@@ -113,14 +117,17 @@ class TrainParams(Block):
     micro_batch: Positive = 32
     lr: Annotated[float, Field(gt=0)] = 1e-5
     warmup: Annotated[int, Field(ge=0)] = 10
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    lr_steps: Positive | None = Field(default=None, validate_default=True)
     alpha: NonNegative | dict[int, NonNegative] | Ramp = 1.0
     reward: str | dict[str, Annotated[float, Field(gt=0)]]
     reward_weight: NonNegative = 1.0
     margin: float | None = None
     last_k: Positive | None = None
     augment: Annotated[float, Field(ge=0, le=1)] = 1.0
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    update_length: Annotated[float, Field(gt=0, le=1)] = 1.0
     save_dtype: Literal["float32", "model"] = "float32"
     seed: int = 0
     checkpoint_every: Positive = 50
@@ -140,6 +147,24 @@ class TrainParams(Block):
     guard: GuardParams = GuardParams()
     samples_every: Positive | None = None
     trackers: tuple[Literal["tensorboard", "trackio", "wandb", "dvclive"], ...] = ()
+
+    @field_validator("lr_steps", mode="before")
+    @classmethod
+    def _follows_steps(cls, value: Any, info: ValidationInfo) -> Any:
+        """`steps` for a rate that falls and says nothing else. If that is no number, that is the error to report."""
+        falls = info.data.get("lr_schedule", "constant") != "constant"
+        return info.data.get("steps", 1) if falls and value is None else value
+
+    @field_validator("lr_steps")
+    @classmethod
+    def _is_long_enough(cls, value: int | None, info: ValidationInfo) -> int | None:
+        """A rate of 0 trains nothing."""
+        steps, warmup = info.data.get("steps", 1), info.data.get("warmup", 0)
+        if value is not None and value < steps:
+            raise ValueError(f"the rate is 0 from there on, and train.steps is {steps}: at least that many are meant")
+        if value is not None and value <= warmup:
+            raise ValueError(f"the warm-up alone takes train.warmup = {warmup} steps: more are meant")
+        return value
 
     @property
     def reward_weights(self) -> dict[str, float]:

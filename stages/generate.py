@@ -9,10 +9,11 @@ import io
 import logging
 import math
 import os
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -22,7 +23,7 @@ from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.weights.loading import torch_device
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
-from rats.schemas.params import Params
+from rats.schemas.params import Params, TeacherParams
 from rats.stages.measure.pictures import encode_image, make_image_grid
 from rats.stages.progress import progress
 from rats.stages.train.origin import changed_call, check_base, check_grid
@@ -35,14 +36,41 @@ ANIMATED = (".webp", ".gif")
 LONGEST_SIDE = {".webp": 16383, ".jpg": 65535, ".jpeg": 65535, ".gif": 65535}
 """Pixels, of formats that have a limit."""
 
+SHOWN = 256
+"""Pixels that the longer side of a written picture has at least."""
 FRAME_MS = 62
 """Duration of a frame in an animated file, in ms: 16 frames a second, as in Wan's videos."""
 
 
+class Drawn(NamedTuple):
+    """Pictures as they were drawn (of videos all frames, one after the other), and how.
+
+    `seconds` are those of drawing, without opening the model. In the file, each pixel is a square of `factor` x
+    `factor`.
+    """
+
+    pictures: list[Image.Image]
+    seconds: float
+    factor: int
+
+    @property
+    def pixels(self) -> str:
+        """The pictures' size, and how they were enlarged: "32 x 32, written 8 times as large (nearest)"."""
+        size = "{} x {}".format(*self.pictures[0].size)
+        return size if self.factor == 1 else f"{size}, written {self.factor} times as large (nearest)"
+
+
 def generate(
-    params: Params, prompt: str, nfe: int, run: Path | None, seed: int, out: Path, count: int = 1
-) -> list[Image.Image]:
-    """Draws `count` pictures into one file, in a grid, and returns them; of videos all frames, one after the other.
+    params: Params,
+    prompt: str,
+    nfe: int,
+    run: Path | None,
+    seed: int,
+    out: Path,
+    count: int = 1,
+    enlarge: bool = True,
+) -> Drawn:
+    """Draws `count` pictures into one file, in a grid.
 
     They equal what `DiffusionPipeline.from_pretrained(model, transformer=student)(prompt, num_inference_steps=nfe)`
     draws, for adapters what it draws after `load_lora_weights(student)`, with noise from
@@ -57,6 +85,7 @@ def generate(
         out: The picture file; its suffix decides the format. Videos are animated in .webp and .gif; other formats get a
             strip of frames.
         count: Number of pictures. Their noises are consecutive draws of one generator, `compute.micro_batch` at a time.
+        enlarge: Write pictures whose longer side is below 256 px a whole number of times as large.
 
     Raises:
         ConfigError: an empty prompt, a run without a student, an unknown suffix; more pictures than the format or
@@ -70,16 +99,29 @@ def generate(
     if suffix not in (known := (*FORMATS, ".gif") if is_video else FORMATS):
         kind = "video" if is_video else "picture"
         raise ConfigError(f"cannot write a {kind} named '{out.name}': end it in one of {', '.join(known)}")
-    _refuse_too_many(params, count, suffix)
+    factor = enlargement(params.teacher) if enlarge else 1
+    _refuse_too_many(params, count, suffix, factor)
     if run is not None:
         _check_run(model, run, nfe)
-    drawn = draw(open_pipeline(model, run), model, prompt, nfe, seed, count)
+    pipeline = open_pipeline(model, run)
+    started = time.perf_counter()
+    drawn = draw(pipeline, model, prompt, nfe, seed, count)
+    seconds = time.perf_counter() - started
+    larger = [[_enlarged(frame, factor) for frame in frames] for frames in drawn]
     if is_video:
-        atomic_write(out, encode_videos(drawn, suffix, params.teacher.scored_frames))
-        return [frame for video in drawn for frame in video]
-    pictures = [picture for (picture,) in drawn]
-    atomic_write(out, encode_image(make_image_grid(pictures), suffix))
-    return pictures
+        atomic_write(out, encode_videos(larger, suffix, params.teacher.scored_frames))
+    else:
+        atomic_write(out, encode_image(make_image_grid([picture for (picture,) in larger]), suffix))
+    return Drawn([frame for frames in drawn for frame in frames], seconds, factor)
+
+
+def enlargement(size: TeacherParams) -> int:
+    """The smallest whole number by which the longer side has SHOWN pixels or more."""
+    return max(1, math.ceil(SHOWN / max(size.width, size.height)))
+
+
+def _enlarged(picture: Image.Image, factor: int) -> Image.Image:
+    return picture if factor == 1 else picture.resize([factor * n for n in picture.size], Image.Resampling.NEAREST)
 
 
 def open_pipeline(model: Model, run: Path | None) -> Any:
@@ -119,16 +161,17 @@ def _draw_batch(
     return drawn.frames if is_video else [[picture] for picture in drawn.images]
 
 
-def _refuse_too_many(params: Params, count: int, suffix: str) -> None:
+def _refuse_too_many(params: Params, count: int, suffix: str, factor: int) -> None:
     """Before the first is drawn, not after the last."""
     teacher, longest = params.teacher, LONGEST_SIDE.get(suffix)
     columns = math.ceil(math.sqrt(count))
-    side = max(columns * teacher.width, math.ceil(count / columns) * teacher.height)
+    side = factor * max(columns * teacher.width, math.ceil(count / columns) * teacher.height)
     if longest is not None and side > longest:
         raise ConfigError(
             f"a {suffix} holds {longest:,} pixels a side, {count:,} pictures in a grid {side:,}: use .png"
         )
-    needed = 2 * 3 * teacher.width * teacher.height * teacher.frames * count  # the pictures, and the grid of them
+    pixels = factor**2 * teacher.width * teacher.height * teacher.frames * count
+    needed = 2 * 3 * pixels  # the pictures, and the grid of them
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         raise ConfigError(

@@ -83,17 +83,26 @@ def init_project(
     pairs = [_reward(text) for text in rewards] or list(HUB_REWARDS)
     model = os.path.expanduser(model)
     values = {
-        "model": _seen_from(folder, model),
+        "model": seen_from(folder, model),
         "local": Path(model).exists(),
         **_suggested(family_of(model, family)),
-        "rewards": [{"adapter": adapter, "path": _seen_from(folder, path)} for adapter, path in pairs],
+        "rewards": [{"adapter": adapter, "path": seen_from(folder, path)} for adapter, path in pairs],
     }
+    files = project_files(folder, render("init_params.yaml.j2", values), splits)
+    return write_files(folder, files, force)
+
+
+def project_files(folder: Path, params: str, splits: Mapping[str, Sequence[Prompt]]) -> dict[str, str]:
+    """The files of a project by name, from the text of its params.yaml and its prompts."""
     files = {f"prompts/{split}.csv": _csv(part) for split, part in splits.items()}
-    params = render("init_params.yaml.j2", values)
     files |= {"params.yaml": params, ".gitignore": IGNORED}
     files |= {".dvc/config": DVC_CONFIG, ".dvc/.gitignore": "/config.local\n/tmp\n/cache\n"}
     files[".dvcignore"] = "__pycache__/\n*.pyc\n"
-    files["dvc.yaml"] = _dvc_of(params, str(folder / "params.yaml"), folder)
+    return files | {"dvc.yaml": _dvc_of(params, str(folder / "params.yaml"), folder)}
+
+
+def write_files(folder: Path, files: Mapping[str, str], force: bool) -> list[Path]:
+    """Writes them all; CannotCreateError, and nothing is written, where one is there and `force` replaces none."""
     _refuse_to_replace(folder, list(files), force)
     return [_write(folder / name, text) for name, text in files.items()]
 
@@ -168,10 +177,12 @@ class _Deps:
 
 def dvc_yaml(params: Params, folder: Path, at_home: Collection[str] = ()) -> str:
     """The pipeline of `params`: a stage for each split and variant; the arguments are those of `_Deps`."""
-    deps, features = _Deps(params, folder, at_home), params.evaluate.real_features
+    deps = _Deps(params, folder, at_home)
     models = {"model.path": params.model.path}
     models |= {f"model.loras[{i}].path": lora.path for i, lora in enumerate(params.model.loras)}
     models |= {f"rewards[{i}].path": reward.path for i, reward in enumerate(params.rewards)}
+    real = [judge.real_features for judge in params.evaluate.judges]
+    features = {f"evaluate.judges[{i}].real_features": path for i, path in enumerate(real) if path}
     bound = {name: source for name in params.evaluate.variants if (source := _source(params, name))}
     judged = "test" if params.prompts.test else "train"
     values = {
@@ -179,7 +190,7 @@ def dvc_yaml(params: Params, folder: Path, at_home: Collection[str] = ()) -> str
         "tables": any(isinstance(source, PromptSource) for _, source in params.prompts),
         "judged": judged,
         "models": deps.those_there(models),
-        "features": deps.those_there({"evaluate.real_features": features}) if features else [],
+        "features": deps.those_there(features),
         "variants": params.evaluate.variants,
         "free": [name for name in params.evaluate.variants if name not in bound],
         "bound": list(bound.items()),
@@ -230,7 +241,7 @@ def _reward(text: str) -> tuple[str, str]:
     return adapter, os.path.expanduser(path)
 
 
-def _seen_from(folder: Path, path: str) -> str:
+def seen_from(folder: Path, path: str) -> str:
     """A local path from the folder itself, not from a link to it, whose parent would be another one."""
     return os.path.relpath(path, os.path.realpath(folder)) if os.path.exists(path) else path
 

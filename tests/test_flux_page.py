@@ -71,7 +71,7 @@ def standing_in(models: Path, folder: Path) -> None:
     for reward in values["rewards"]:
         reward["path"] = str(models / reward["adapter"])
     values["train"] |= {"steps": 2, "batch": 2, "lora": {"rank": 2}}
-    values["evaluate"] |= {"bootstrap": 50, "pictures": 2}
+    values["evaluate"] |= {"pictures": 2}
     (folder / "params.yaml").write_text(yaml.safe_dump(values))
 
 

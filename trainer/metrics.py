@@ -37,6 +37,22 @@ def metrics_columns(horizons: int, rewards: Sequence[str] = ("",)) -> list[str]:
     ]
 
 
+NOTED = {
+    "reward": "reward_student",
+    "teacher": "reward_teacher",
+    "gap": "gap",
+    "gate": "gate_mean",
+    "loss": "loss_total",
+}
+
+
+def note_of(row: MetricsRow) -> str:
+    """A step in a few words: "3 NFE: reward 11.1, teacher 11.4, gap 0.3, gate 0.55, loss -8.1, 2.4 s/step"."""
+    found = {name: row.get(column) for name, column in NOTED.items()}
+    said = [f"{name} {value:.4g}" for name, value in found.items() if isinstance(value, int | float)]
+    return f"{row['nfe']} NFE: " + ", ".join([*said, f"{row['seconds']:.2g} s/step"])
+
+
 class CsvLog:
     """Appends rows to a CSV file. Each checkpoint holds a copy, and a resumed run starts with that copy.
 

@@ -5,6 +5,7 @@ B samples, R rewards that train, K values a sample of what is logged.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,8 +37,11 @@ class Settings:
     def moment(self, step: int) -> Moment:
         """A step, counted from 0, before its batch is cut into micro-batches."""
         train = self.train
-        nfe = train.nfe[step % len(train.nfe)]
-        return Moment(step, nfe, split=step % train.log_gradients_every == 0)
+        turns = len(train.nfe)
+        stride = train.log_gradients_every
+        while math.gcd(stride, turns) > 1:  # else some numbers of steps would never be met
+            stride += 1
+        return Moment(step, train.nfe[step % turns], split=step % stride == 0)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -17,17 +18,27 @@ from rats.trainer.sampling import Bridge
 NonFinite = Callable[[str], Exception]
 
 
+DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
+}
+"""The share of the rate that is left when this share of the way from the warm-up to `lr_steps` is done."""
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate of each step: linear over the first `warmup` steps, then constant.
+    """The learning rate of each step: it rises in a line over the first `warmup` steps, and then stays or falls.
 
     It sees its own fields and the step, nothing else. Each is a field of `params.train` that is in the settings' hash,
     as a test holds: a rate that depended on `train.steps`, which is not in it, would change without notice if a
-    longer run is resumed. A schedule that needs a length gets a field for it.
+    longer run is resumed. So a rate that falls has its own length, `lr_steps`, at which it is 0.
     """
 
     lr: float
     warmup: int
+    lr_schedule: str = "constant"
+    lr_steps: int | None = None
 
     @classmethod
     def of(cls, settings: TrainParams) -> Schedule:
@@ -36,9 +47,12 @@ class Schedule:
 
     def at(self, step: int) -> float:
         """The rate of a step, counted from 0."""
-        if step >= self.warmup:
+        if step < self.warmup:
+            return self.lr * ((step + 1) / self.warmup)
+        if self.lr_steps is None:
             return self.lr
-        return self.lr * ((step + 1) / self.warmup)
+        done = (step - self.warmup) / (self.lr_steps - self.warmup)
+        return self.lr * DECAYS[self.lr_schedule](done)
 
 
 def norm(tensors: Sequence[Tensor]) -> float:
@@ -111,8 +125,9 @@ class Learner:
         for term, value in norms.items():
             if not value < float("inf"):  # NaN is not below anything
                 raise refuse(f"the gradient ({term})")
-        total_norm = torch.tensor(norms["total"])
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, total_norm)
+        if self.settings.clip_norm is not None:
+            total_norm = torch.tensor(norms["total"])
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.settings.clip_norm, total_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.schedule.at(step)
         self.optimizer.step()

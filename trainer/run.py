@@ -158,6 +158,10 @@ class Run:
                 "mend it, then go on with --resume latest"
             )
 
+    def gradient_norms(self) -> list[float]:
+        """The norm of every update's gradient so far, before clipping. On the main rank only."""
+        return [float(row["grad_total"]) for row in self.logs[METRICS].rows() if row["grad_total"]]
+
     def shrink(self, error: Exception, size: int) -> int:
         """Halves the micro-batch for the rest of the run if `error` says out of memory; else raises it again."""
         if not (should_reduce_batch_size(error) or isinstance(error, MemoryError)):

@@ -7,7 +7,7 @@ and targets as metadata. `export_lora` writes them for loaders that read no meta
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,11 @@ def export_lora(student: Path, folder: Path, comfyui_name: Callable[[str], str])
         renamed[f"{comfyui_name(module)}.lora_{side}"] = tensor
         renamed[f"{comfyui_name(module)}.alpha"] = torch.tensor(float(_rank(module, folded)))
     save_file(renamed, folder / COMFYUI)
+
+
+def shortened_lora(weights: Mapping[str, Tensor], length: float) -> dict[str, Tensor]:
+    """Adapters whose update is `length` times as long: every B is multiplied, since the update is B A."""
+    return {name: tensor * length if ".lora_B." in name else tensor for name, tensor in weights.items()}
 
 
 def load_lora(network: nn.Module, folder: Path) -> None:

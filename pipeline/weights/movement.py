@@ -1,4 +1,4 @@
-"""How much of what training moved is left of it when the weights are rounded.
+"""How far a student has moved from its base: a share of the way, and what of it is left when weights are rounded.
 
 bfloat16 keeps 8 bits of a number: a weight that moves by less than 1/512 of itself is mostly rounded back.
 """
@@ -29,6 +29,11 @@ class Movement:
     def share(self) -> float:
         """|rounded - start| / |trained - start|; 1 where nothing has moved."""
         return (self._kept / self._moved) ** 0.5 if self._moved else 1.0
+
+
+def shortened(start: Mapping[str, Tensor], trained: Mapping[str, Tensor], length: float) -> dict[str, Tensor]:
+    """Gives start + length (trained - start), by name and in float32."""
+    return {name: torch.lerp(start[name].float(), tensor.float(), length) for name, tensor in trained.items()}
 
 
 def share_kept(start: Mapping[str, Tensor], trained: Iterable[tuple[str, Tensor]]) -> float:

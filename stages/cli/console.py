@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -35,6 +36,11 @@ def guarded(command: Callable[[], Any]) -> None:
     except OSError as error:
         hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "see the path"
         _fail(StorageError(f"{error}: {hint}, then run the same command again"))
+
+
+def command_line() -> str:
+    """What was typed, as a shell takes it."""
+    return shlex.join(["rats", *sys.argv[1:]])
 
 
 def print_result(value: dict[str, Any], as_json: bool) -> None:

@@ -64,6 +64,7 @@ def init(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     dvc: Annotated[bool, typer.Option("--dvc", help="Only write dvc.yaml again, from DIR/params.yaml.")] = False,
+    demo: Annotated[bool, typer.Option("--demo", help="A project on the embedded model, of two minutes.")] = False,
     json_: Json = False,
 ) -> None:
     """Start a project of your own.
@@ -74,6 +75,12 @@ def init(
 
     if dvc:
         print_result({"written": [str(write_dvc(folder))]}, json_)
+        return
+    if demo:
+        from rats.stages.demo import demo_commands, demo_project
+
+        written = demo_project(folder, force)
+        print_result({"written": [str(path) for path in written], "next": demo_commands(folder)}, json_)
         return
     written = init_project(folder, model, table_of(prompts, column, field), reward or [], force, family)
     print_result({"written": [str(path) for path in written], "next": next_commands(folder)}, json_)
@@ -119,6 +126,7 @@ def generate(
     run: Annotated[Path, typer.Option(metavar="DIR", help="The run whose student is used.")] = Path("runs/rats"),
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The image file.")] = Path("out.png"),
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of images; several form a grid.")] = 1,
+    enlarge: Annotated[bool, typer.Option(help="Write small images a whole number of times as large.")] = True,
     seed: Seed = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
@@ -128,8 +136,8 @@ def generate(
     values = load(params, set_)
     from rats.stages.generate import generate as draw
 
-    draw(values, prompt, nfe, run, seed or 0, out, count)
-    print_result({"out": str(out)}, json_)
+    drawn = draw(values, prompt, nfe, run, seed or 0, out, count, enlarge)
+    print_result({"out": str(out), "nfe": nfe, "seconds": drawn.seconds, "pixels": drawn.pixels}, json_)
 
 
 @app.command()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rats.stages.cli.console import print_result, write_json
+from rats.schemas.errors import ConfigError, brief
+from rats.stages.cli.console import command_line, print_result, write_json
 from rats.stages.cli.options import (
     DEFAULT_PARAMS,
     HELP_STYLE,
@@ -24,6 +25,10 @@ from rats.stages.cli.options import (
     place,
     split_named,
 )
+
+if TYPE_CHECKING:
+    from rats.pipeline.files.places import Place
+    from rats.schemas.params import Params
 
 MaxBad = Annotated[
     float | None,
@@ -158,9 +163,18 @@ def train(
 
 @stage.command()
 def evaluate(
-    shards: Annotated[str, typer.Option(metavar="DIR|URL", help="The test shards.")] = "data/teacher/test",
+    split: Annotated[str, typer.Option(metavar="train|validation|test", help="Which prompts.")] = "test",
+    shards: Annotated[
+        str | None, typer.Option(metavar="DIR|URL", help="Their shards [default: data/teacher/SPLIT].")
+    ] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the runs.")] = Path("runs"),
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The file of all results.")] = Path("reports/evaluate.json"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file of all results [default: reports/evaluate.json].")
+    ] = None,
+    update_lengths: Annotated[
+        str | None,
+        typer.Option(metavar="0.5,0.75,1", help="Find train.update_length among these, on the validation prompts."),
+    ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     seed: Seed = None,
@@ -171,15 +185,21 @@ def evaluate(
 
     All systems get the same test prompts and noises.
     """
-    values = load(params, set_, evaluate__seed=seed)
+    values, folder = load(params, set_, evaluate__seed=seed), place(shards or f"data/teacher/{split_named(split)}")
+    out = out or Path("reports") / _results(split, update_lengths)
     if dry_run:
         students = {name: str(existing(runs / name / "student")) for name in values.evaluate.variants}
-        print_result({"shards": str(place(shards)), "students": students, "out": str(out)}, json_)
+        print_result({"shards": str(folder), "students": students, "out": str(out)}, json_)
+        return
+    if update_lengths:
+        _choose_length(values, folder, runs, out, _numbers(update_lengths), json_)
         return
     from rats.stages.evaluate.evaluate import evaluate_stage
 
-    result = evaluate_stage(values, place(shards), runs, out)
+    result = evaluate_stage(values, folder, runs, out, command_line())
     print_result(result.model_dump(mode="json") if json_ else {"cells": len(result.cells), "out": str(out)}, json_)
+    if not json_:
+        _print_verdicts(values, out)
 
 
 @stage.command()
@@ -189,6 +209,10 @@ def report(
         "reports/evaluate.json"
     ),
     out: Annotated[Path, typer.Option(metavar="FILE", help="The page.")] = Path("reports/report.html"),
+    sheet: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="Also write its first pictures there, to share.")
+    ] = None,
+    verdicts: Annotated[bool, typer.Option("--verdicts", help="Only print the verdicts, write nothing.")] = False,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     json_: Json = False,
@@ -199,13 +223,46 @@ def report(
     It shows the results, the pictures side by side, reward and gate over the training, and the cost.
     """
     values = load(params, set_)
+    if verdicts:
+        _print_verdicts(values, evaluation)
+        return
     if dry_run:
         print_result({"evaluation": str(evaluation), "runs": str(runs), "out": str(out)}, json_)
         return
     from rats.stages.report.report import report_stage
 
-    report_stage(values, evaluation, runs, out)
+    report_stage(values, evaluation, runs, out, sheet, command_line())
     print_result({"report": str(out.absolute())}, json_)
+
+
+def _results(split: str, lengths: str | None) -> str:
+    """Results of the test prompts are not replaced by others."""
+    if lengths:
+        return "update-lengths.json"
+    return "evaluate.json" if split == "test" else f"{split}/evaluate.json"
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--update-lengths {brief(text)}: write numbers and commas, such as 0.5,0.75,1") from None
+
+
+def _choose_length(values: Params, shards: Place, runs: Path, out: Path, lengths: list[float], json_: bool) -> None:
+    from rats.stages.evaluate.lengths import lengths_stage
+    from rats.stages.report.verdict import length_lines
+
+    result = lengths_stage(values, shards, runs, out, lengths, command_line())
+    print_result(result.model_dump(mode="json") if json_ else {"out": str(out)}, json_)
+    if not json_:
+        print("", *length_lines(result), sep="\n")
+
+
+def _print_verdicts(params: Params, evaluation: Path) -> None:
+    from rats.stages.report.report import verdicts
+
+    print("", *verdicts(params, evaluation), sep="\n")
 
 
 def _share(max_bad: float | None) -> float:

@@ -96,8 +96,7 @@ def systems(params: Params, model: Model, runs: Path) -> Iterator[System]:
     grids = {name: with_variant(params, name).grid for name in params.evaluate.variants}
     folders = {name: student_folder(runs / name) for name in grids}
     teacher = model.open_teacher()
-    evaluations = params.teacher.steps * teacher.evaluations_per_step
-    yield System(SystemLabel("teacher", "teacher", "", params.teacher.steps, evaluations), stored_final, teacher.decode)
+    yield System(teacher_label(model), stored_final, teacher.decode)
     for nfe in sorted({n for grid in grids.values() for n in grid}):
         yield from _bases(teacher, nfe)
     del teacher
@@ -107,6 +106,11 @@ def systems(params: Params, model: Model, runs: Path) -> Iterator[System]:
             yield System(
                 SystemLabel(f"{name}-{nfe}", "student", name, nfe, nfe), few_steps(student, nfe), student.decode
             )
+
+
+def teacher_label(model: Model) -> SystemLabel:
+    """The teacher with its steps and evaluations."""
+    return SystemLabel("teacher", "teacher", "", model.teacher.steps, model.teacher.evaluations)
 
 
 def _bases(teacher: Teacher, nfe: int) -> Iterator[System]:

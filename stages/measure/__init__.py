@@ -1,1 +1,1 @@
-"""What is measured: judge features, KID, bootstrap intervals, pictures and values."""
+"""What is measured: judge features, KID, intervals, pictures and values."""

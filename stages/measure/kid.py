@@ -1,4 +1,4 @@
-"""The real pictures that KID compares with: the file of their features, and the distance to them by concept.
+"""Real pictures, to compare with: the file of their features, the distance to them by concept, recognition by them.
 
 Shapes: N generated and M real pictures, C concepts, F features.
 """
@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from rats.pipeline.files.atomic import atomic_write
 from rats.schemas.errors import ConfigError, DataError
-from rats.stages.measure.bootstrap import Array, PairedEstimate, Rows, _interval, group, resample
-from rats.stages.measure.judge import kernel
+from rats.stages.measure.features import kernel, recognised
+from rats.stages.measure.intervals import Array, PairedEstimate, Rows, group, interval, leave_one_out
 
 
 class RealSet:
@@ -54,6 +54,10 @@ class RealSet:
         cross = np.broadcast_to(means, (size, size))
         return own + self.own - cross - cross.T
 
+    def recognised(self, features_NF: Array, concepts: Sequence[str]) -> Array:
+        """1.0 for each picture that is nearest to its own concept's real pictures, else 0.0, (N,). Needs `matched`."""
+        return recognised(features_NF, concepts, self.features, [self.names[row] for row in self.rows])
+
 
 def write_real(path: Path, features_NF: NDArray[np.floating], concepts: Sequence[str]) -> None:
     """Features (N, F) of real pictures as float16, with the concept of each, in one safetensors file."""
@@ -71,7 +75,9 @@ def open_real(path: Path) -> tuple[NDArray[np.float64], list[str]]:
         ConfigError: there is no such file. DataError: it is something else.
     """
     if not path.is_file():
-        raise ConfigError(f"evaluate.real_features names {path}, which is not there: set it to null to go without KID")
+        raise ConfigError(
+            f"evaluate.judges name {path} as real_features, which is not there: set it to null to go without KID"
+        )
     try:
         with safe_open(str(path), framework="numpy") as file:
             features = np.asarray(file.get_tensor("features"), np.float64)
@@ -102,29 +108,23 @@ def own_block_means(kernel_NN: Array, rows_N: Rows, size: int) -> Array:
     return means
 
 
-def resampled_kid(distance_CC: Array, shares_C: Array, counts_RC: Array) -> Array:
-    """KID of each resample, (R,), for concepts with the given shares of the pictures.
+def kid_of(distance_CC: Array, shares_C: Array, kept_RC: Array) -> Array:
+    """KID of R choices of concepts, (R,): `kept_RC` is 1 where a concept counts; NaN where no two pictures are left.
 
-    A concept that was drawn twice stands for two concepts with equal pictures. Pairs *between* the two copies would
-    count as equal pictures of different concepts. So a concept's own block counts once for each copy, and not squared.
+    `shares_C`: the concepts' shares of the pictures. A lone picture's own block is unknown, and left out.
     """
-    weights = counts_RC * shares_C
-    own = np.diag(distance_CC)
-    known = np.isfinite(own)
-    between = distance_CC.copy()
-    np.fill_diagonal(between, 0)
-    own_share = np.where(known, shares_C**2, 0)
-    total = ((weights @ between) * weights).sum(1) + counts_RC @ np.where(known, own_share * own, 0)
-    pairs = weights.sum(1) ** 2 - (weights**2).sum(1) + counts_RC @ own_share
+    weights, known = kept_RC * shares_C, np.isfinite(distance_CC)
+    total = ((weights @ np.where(known, distance_CC, 0)) * weights).sum(1)
+    pairs = ((weights @ known) * weights).sum(1)
     return np.divide(total, pairs, out=np.full(len(total), np.nan), where=pairs > 0)
 
 
-def paired_kid(distance_a: Array, distance_b: Array, concepts: Sequence[str], n: int, seed: int) -> PairedEstimate:
-    """KID of system a, and its difference to b's, from `quality.RealSet.distance` of both."""
+def paired_kid(distance_a: Array, distance_b: Array, concepts: Sequence[str]) -> PairedEstimate:
+    """KID of system a, and its difference to b's, from `RealSet.distance` of both."""
     names, rows = group(concepts)
-    shares = np.bincount(rows, minlength=len(names)) / len(rows)
-    once = np.ones((1, len(names)))
-    counts = resample(len(names), n, seed)
-    a, b = (float(resampled_kid(d, shares, once)[0]) for d in (distance_a, distance_b))
-    many_a, many_b = (resampled_kid(d, shares, counts) for d in (distance_a, distance_b))
-    return PairedEstimate(a, _interval(many_a), a - b, _interval(many_a - many_b))
+    shares = np.bincount(rows) / len(rows)
+    kept = np.vstack([np.ones(len(names)), leave_one_out(len(names))])
+    (a, *rest_a), (b, *rest_b) = (kid_of(distance, shares, kept) for distance in (distance_a, distance_b))
+    without_a, without_b = np.array(rest_a), np.array(rest_b)
+    delta = float(a - b)
+    return PairedEstimate(float(a), interval(float(a), without_a), delta, interval(delta, without_a - without_b))

@@ -57,10 +57,14 @@ class Choice:
 
 @dataclass
 class Pictures:
-    """What the report shows. `side[id]` is (P, H, W, 3); `noises[id]` is a list of (M, H, W, 3)."""
+    """What the report shows. `side[id]` is (P, H, W, 3); `noises[id]` is a list of (M, H, W, 3).
+
+    `prompts` and `keys` are those of the P samples in `side`, `noise_prompts` those of `noises`.
+    """
 
     columns: list[SystemLabel]
     prompts: list[str]
+    keys: list[str]
     noise_prompts: list[str]
     seed: int
     size: tuple[int, int]
@@ -114,6 +118,7 @@ def save_pictures(path: Path, pictures: Pictures) -> None:
     about = {
         "columns": [asdict(column) for column in pictures.columns],
         "prompts": pictures.prompts,
+        "keys": pictures.keys,
         "noise_prompts": pictures.noise_prompts,
         "seed": pictures.seed,
         "size": pictures.size,
@@ -130,7 +135,8 @@ def load_pictures(path: Path) -> Pictures:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         columns = [SystemLabel(**column) for column in about["columns"]]
-        shown = Pictures(columns, about["prompts"], about["noise_prompts"], about["seed"], tuple(about["size"]))
+        texts = (about[name] for name in ("prompts", "keys", "noise_prompts"))
+        shown = Pictures(columns, *texts, about["seed"], tuple(about["size"]))
         for column in columns:
             shown.side[column.id] = tensors[f"side/{column.id}"]
             shown.noises[column.id] = [tensors[f"noises/{column.id}/{i}"] for i in range(len(shown.noise_prompts))]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rats.schemas.errors import DataError
-from rats.stages.measure.bootstrap import PairedEstimate, paired_bootstrap
+from rats.stages.measure.intervals import PairedEstimate, paired_estimate
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Values:
     concepts: dict[str, str]
     kinds: dict[str, str]
 
-    def versus(self, a: str, b: str, metric: str, n: int, seed: int, kind: str | None = None) -> PairedEstimate | None:
+    def versus(self, a: str, b: str, metric: str, kind: str | None = None) -> PairedEstimate | None:
         """Paired difference of two columns, over the samples of one kind of prompt or of all."""
         left, right = self.scores.get((a, metric)), self.scores.get((b, metric))
         if left is None or right is None:
@@ -27,7 +27,7 @@ class Values:
         concepts = [self.concepts[key] for key in keys]
         if len(set(concepts)) < 2:
             return None
-        return paired_bootstrap([left[key] for key in keys], [right[key] for key in keys], concepts, n, seed)
+        return paired_estimate([left[key] for key in keys], [right[key] for key in keys], concepts)
 
 
 VALUES_FILE = "values.csv"

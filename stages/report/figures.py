@@ -1,4 +1,4 @@
-"""The report's figures. Each function turns plain numbers into an SVG text, the same text every time."""
+"""The report's figures. Each function turns plain numbers into SVG texts, the same texts every time."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -26,8 +28,21 @@ TEACHER = "#9aa2ab"
 PALETTE = ("#2f81c7", "#e08a1e", "#2a9d74", "#c95d97", "#8a6fd1", "#b6a12c")
 """Colours of the variants, in the order of `evaluate.variants`. Colour-blind readers can tell them apart."""
 BASE = "#d1495b"
+PANEL_WIDTH = 3.0
+"""In inches, of 72 px."""
 
 Series = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Panels:
+    """A figure: an SVG for each panel, which the page puts side by side or below each other, and one legend for all.
+
+    An entry of the legend is its name, its colour, and whether the line is dashed.
+    """
+
+    svgs: list[str]
+    legend: list[tuple[str, str, bool]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: PALETTE[i % len(PALETTE)] for i, name in enumerate(names)}
 
 
-def reward_curves(curves: Sequence[Curve], nfe: Sequence[int], reward: str) -> str:
+def reward_curves(curves: Sequence[Curve], nfe: Sequence[int], reward: str) -> Panels:
     """The paper's figure of reward dynamics: student against teacher over training, one panel an NFE."""
     shades = colours([curve.name for curve in curves])
 
@@ -98,7 +113,7 @@ def reward_curves(curves: Sequence[Curve], nfe: Sequence[int], reward: str) -> s
     return _panels([partial(draw, steps=n) for n in nfe], ylabel=f"{reward}, training batch", share_y=True)
 
 
-def gate_curves(curves: Sequence[Curve], nfe: Sequence[int]) -> str:
+def gate_curves(curves: Sequence[Curve], nfe: Sequence[int]) -> Panels:
     """The gate's mean over training, with a band of one standard deviation within the batch."""
     shades = colours([curve.name for curve in curves])
 
@@ -118,7 +133,7 @@ def gate_curves(curves: Sequence[Curve], nfe: Sequence[int]) -> str:
     return _panels([partial(draw, steps=n) for n in nfe], ylabel="gate g", share_y=True)
 
 
-def loss_curves(curve: Curve, nfe: Sequence[int]) -> str:
+def loss_curves(curve: Curve, nfe: Sequence[int]) -> Panels:
     """One run's shaping loss after each student step, and the gradient norm of each term (both logarithmic)."""
 
     def losses(axes: Axes, steps: int) -> None:
@@ -131,11 +146,11 @@ def loss_curves(curve: Curve, nfe: Sequence[int]) -> str:
         axes.set_xlabel("training step")
 
     def norms(axes: Axes) -> None:
-        steps = curve.columns["step"]
         for column, shade in (("grad_reward", PALETTE[1]), ("grad_shape", PALETTE[0]), ("grad_total", TEACHER)):
-            values = curve.columns.get(column, np.full(len(steps), np.nan))
-            keep = np.isfinite(values) & (values > 0)
-            axes.plot(steps[keep], values[keep], color=shade, linewidth=1.1, label=column.replace("_", " "))
+            for n, line in zip(nfe, cycle(("-", "--", ":"))):
+                x, y = curve.at(n, column)
+                name = column.replace("_", " ") if n == nfe[0] else None
+                axes.plot(x[y > 0], y[y > 0], line, color=shade, linewidth=1.1, label=name)
         axes.set_yscale("log")
         axes.set_title("gradient norms")
         axes.set_xlabel("training step")
@@ -144,7 +159,7 @@ def loss_curves(curve: Curve, nfe: Sequence[int]) -> str:
     return _panels([*draws, norms], ylabel="", share_y=False, own_legends=True)
 
 
-def forest(cells: Sequence[Cell], variants: Sequence[str]) -> str:
+def forest(cells: Sequence[Cell], variants: Sequence[str]) -> Panels:
     """Difference to the 50-step teacher with its interval, one panel a metric, one line a system and NFE."""
     metrics = list(dict.fromkeys(cell.metric for cell in cells))
     shown = [c for c in cells if c.system == "student" or c.system == "base_guided"]
@@ -175,7 +190,7 @@ def forest(cells: Sequence[Cell], variants: Sequence[str]) -> str:
     return _panels([partial(draw, metric=m) for m in metrics], ylabel="", share_y=True, height=0.9 + 0.16 * len(height))
 
 
-def histograms(columns: Sequence[tuple[str, Sequence[float]]]) -> str:
+def histograms(columns: Sequence[tuple[str, Sequence[float]]]) -> Panels:
     """How the scores of each (name, scores) are spread, one panel each, with their mean."""
 
     def draw(axes: Axes, name: str, scores: Sequence[float], shade: str) -> None:
@@ -197,21 +212,29 @@ def _panels(
     share_y: bool,
     height: float = 2.6,
     own_legends: bool = False,
-) -> str:
-    """A row of panels, as SVG."""
-    figure = Figure(figsize=(max(4.2, 2.75 * len(draws)), max(2.4, height)), layout="constrained")
+) -> Panels:
+    """A figure a panel, of one range of y if they share it. The legend is the first panel's, or each has its own."""
+    size = (PANEL_WIDTH, max(2.4, height))
+    figures = [Figure(figsize=size, layout="constrained") for _ in draws]
     with matplotlib.rc_context(_STYLE):
-        row = figure.subplots(1, len(draws), sharey=share_y, squeeze=False)[0]
-        for axes, draw in zip(row, draws, strict=True):
+        every = [figure.subplots() for figure in figures]
+        for axes, draw in zip(every, draws, strict=True):
             _dress(axes)
             draw(axes)
+            axes.set_ylabel(ylabel)
             if own_legends and axes.get_legend_handles_labels()[0]:
                 axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3, columnspacing=1)
-        row[0].set_ylabel(ylabel)
-        handles, labels = row[0].get_legend_handles_labels()
-        if handles and not own_legends:
-            figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)))
-        return _svg(figure)
+        if share_y:
+            low, high = zip(*(axes.get_ylim() for axes in every), strict=True)
+            for axes in every:
+                axes.set_ylim(min(low), max(high))
+        legend = [] if own_legends else _legend(every[0])
+        return Panels([_svg(figure) for figure in figures], legend)
+
+
+def _legend(axes: Axes) -> list[tuple[str, str, bool]]:
+    lines = zip(*axes.get_legend_handles_labels(), strict=True)
+    return [(str(name), to_hex(line.get_color()), line.get_linestyle() == "--") for line, name in lines]
 
 
 _STYLE: Any = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -9,14 +11,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from rats.schemas.reports import Cell
-from rats.stages.measure.bootstrap import PairedEstimate
+from rats.stages.measure.intervals import PairedEstimate
 from rats.stages.measure.values import Values
 from rats.stages.templates.render import PageData
 
 MARKS = {"good": "✓", "even": "≈", "bad": "✗"}
-LOWER_IS_BETTER = frozenset({"kid"})
+LOWER_IS_BETTER = frozenset({"kid", "kid open-nsfw"})
+NAMES = {"kid": "KID", "kid open-nsfw": "KID open-nsfw"}
+"""Metrics that a reader knows by another name."""
 JUDGE_TOLERANCE = 0.1
-"""KID and diversity may be worse than the teacher's by this share."""
+"""What a judge measures, such as KID and diversity, may be worse than the teacher's by this share."""
 
 
 def decimals(cells: Sequence[Cell]) -> dict[str, int]:
@@ -88,16 +92,29 @@ def full_table(cells: Sequence[Cell], main: str) -> PageData:
         title = f"{nfe} steps, the teacher" if system == "teacher" else f"{nfe} steps"
         groups.setdefault(title, []).append(row(found))
     heads = [_head(metric, role) for metric, role in roles.items()]
+    _mark_best([row["cells"] for rows in groups.values() for row in rows], list(roles))
     return {"metrics": heads, "groups": [{"name": name, "rows": rows} for name, rows in groups.items()]}
+
+
+def _mark_best(rows: Sequence[Sequence[PageData | None]], metrics: Sequence[str]) -> None:
+    for metric, column in zip(metrics, zip(*rows, strict=True), strict=True):
+        found = [entry for entry in column if entry is not None]
+        best = (min if metric in LOWER_IS_BETTER else max)(entry["mean"] for entry in found)
+        for entry in found:
+            entry["best"] = entry["mean"] == best
 
 
 def _head(metric: str, role: str) -> PageData:
     arrow = "↓" if metric in LOWER_IS_BETTER else "↑"
-    return {"name": metric, "role": role.replace("_", " "), "arrow": arrow}
+    return {"name": NAMES.get(metric, metric), "role": role.replace("_", " "), "arrow": arrow}
 
 
 def _cell_data(cell: Cell, places: int) -> PageData:
-    entry: PageData = {"value": number(cell.mean, places), "interval": interval(cell.ci_low, cell.ci_high, places)}
+    entry: PageData = {
+        "mean": cell.mean,
+        "value": number(cell.mean, places),
+        "interval": interval(cell.ci_low, cell.ci_high, places),
+    }
     entry |= {"delta": "", "tone": "even"}
     if cell.delta_vs_teacher is not None:
         delta = number(cell.delta_vs_teacher, places, sign=True)
@@ -106,13 +123,22 @@ def _cell_data(cell: Cell, places: int) -> PageData:
     return entry
 
 
+def cells_csv(cells: Sequence[Cell]) -> str:
+    """All cells as CSV, in full precision."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(Cell.model_fields), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cell.model_dump() for cell in cells)
+    return buffer.getvalue()
+
+
 def system_name(cell: Cell) -> str:
     """The system's name in words."""
     names = {"teacher": "teacher", "base_guided": "untrained, guided", "base_unguided": "untrained, unguided"}
     return names.get(cell.system, f"student: {cell.variant}")
 
 
-def claims(cells: Sequence[Cell], values: Values, main: str, n: int, seed: int) -> PageData:
+def claims(cells: Sequence[Cell], values: Values, main: str) -> PageData:
     """The claims, one row for each student: rewards, KID and diversity against the teacher, and against the base."""
     metrics = list(dict.fromkeys((cell.metric, cell.role) for cell in cells))
     rewards = [metric for metric, role in metrics if role != "judge"]
@@ -125,13 +151,37 @@ def claims(cells: Sequence[Cell], values: Values, main: str, n: int, seed: int) 
     rows = []
     for (variant, nfe), found in students.items():
         claimed = [_claim(found[m], teacher[m], places[m]) if m in found else NO_CLAIM for m, _ in metrics]
-        claimed.append(_above_base(variant, nfe, rewards, values, n, seed))
-        rows.append({"name": f"{variant}, {nfe} NFE", "claims": claimed, "main": variant == main})
+        claimed.append(_above_base(variant, nfe, rewards, values))
+        name = {"name": f"{variant}, {nfe} NFE", "variant": variant, "nfe": nfe}
+        rows.append({**name, "claims": claimed, "main": variant == main})
     columns = [f"{metric} ({role.replace('_', ' ')})" for metric, role in metrics]
-    return {"columns": [*columns, "untrained base, guided"], "rows": rows}
+    judged = [teacher[metric] for metric, role in metrics if role == "judge"]
+    return {"columns": [*columns, "untrained base, guided"], "rows": rows, "rules": _rules(judged, places)}
 
 
-NO_CLAIM: PageData = {"tone": "even", "mark": "–", "text": "", "detail": ""}
+def _rules(judged: Sequence[Cell], places: Mapping[str, int]) -> list[str]:
+    """What a tick stands for, with the limits that follow from the teacher's values."""
+    rules = [
+        "On a reward: ✓ where the whole interval of the difference to the teacher is above zero, ✗ where it is below, "
+        "≈ where it holds zero.",
+        "On the untrained base: ✓ where the interval of the difference to it is above zero on every reward, ≈ where "
+        "every difference is.",
+    ]
+    if judged:
+        limits = " and ".join(f"{NAMES.get(t.metric, t.metric)} {_limit(t, places[t.metric])}" for t in judged)
+        worse = f"at most {JUDGE_TOLERANCE * 100:.0f} % worse than the teacher's ({limits})"
+        rules.append(f"On a judge: ✓ where the mean is {worse}; the interval does not count.")
+    return rules
+
+
+def _limit(teacher: Cell, places: int) -> str:
+    allowed = JUDGE_TOLERANCE * abs(teacher.mean)
+    if teacher.metric in LOWER_IS_BETTER:
+        return f"at most {number(teacher.mean + allowed, places)}"
+    return f"at least {number(teacher.mean - allowed, places)}"
+
+
+NO_CLAIM: PageData = {"tone": "even", "mark": "–", "text": "", "short": "", "detail": ""}
 """For a metric that a student has no cell of."""
 
 
@@ -142,7 +192,7 @@ def _claim(cell: Cell, teacher: Cell, places: int) -> PageData:
         return {**_within_a_tenth(cell, teacher), "detail": detail}
     verdict = tone(cell.delta_ci_low, cell.delta_ci_high, cell.metric)
     words = {"good": "beats the teacher", "even": "level with it", "bad": "below the teacher"}
-    return {"tone": verdict, "mark": MARKS[verdict], "text": words[verdict], "detail": detail}
+    return {"tone": verdict, "mark": MARKS[verdict], "text": words[verdict], "short": "", "detail": detail}
 
 
 def _within_a_tenth(cell: Cell, teacher: Cell) -> PageData:
@@ -158,12 +208,12 @@ def _within_a_tenth(cell: Cell, teacher: Cell) -> PageData:
         share = 0.0
     verdict = "good" if share <= JUDGE_TOLERANCE else "bad"
     words = f"{abs(share) * 100:.0f} % {'worse' if share > 0 else 'better'}"
-    return {"tone": verdict, "mark": MARKS[verdict], "text": words}
+    return {"tone": verdict, "mark": MARKS[verdict], "text": words, "short": words}
 
 
-def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values, n: int, seed: int) -> PageData:
+def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values) -> PageData:
     """The student against the guided base: good if it is significantly above on all rewards, even if above on all."""
-    found = [values.versus(f"{variant}-{nfe}", f"base_guided-{nfe}", metric, n, seed) for metric in rewards]
+    found = [values.versus(f"{variant}-{nfe}", f"base_guided-{nfe}", metric) for metric in rewards]
     known = [result for result in found if result is not None]
     surely = sum(result.delta_ci[0] > 0 for result in known)
     verdict = "bad"
@@ -172,25 +222,23 @@ def _above_base(variant: str, nfe: int, rewards: Sequence[str], values: Values, 
     elif known and all(result.delta > 0 for result in known):
         verdict = "even"
     text = f"above it on {surely} of {len(rewards)} rewards"
-    return {"tone": verdict, "mark": MARKS[verdict], "text": text, "detail": ""}
+    return {"tone": verdict, "mark": MARKS[verdict], "text": text, "short": text, "detail": ""}
 
 
-def against_controls(
-    values: Values, cells: Sequence[Cell], variants: Sequence[str], n: int, seed: int
-) -> PageData | None:
+def against_controls(values: Values, cells: Sequence[Cell], variants: Sequence[str]) -> PageData | None:
     """Differences of the main variant to each other variant, on each reward."""
     places, rewards = decimals(cells), _rewards(cells)
     main, *others = variants
     rows = []
     for steps in sorted({cell.nfe for cell in cells if cell.system == "student"}):
         for other in others:
-            found = {m: values.versus(f"{main}-{steps}", f"{other}-{steps}", m, n, seed) for m in rewards}
+            found = {m: values.versus(f"{main}-{steps}", f"{other}-{steps}", m) for m in rewards}
             if any(found.values()):
                 rows.append({"name": f"{steps} NFE: {main} − {other}", "cells": _differences(found, places)})
     return {"columns": rewards, "rows": rows} if rows else None
 
 
-def by_kind(values: Values, cells: Sequence[Cell], main: str, n: int, seed: int) -> PageData | None:
+def by_kind(values: Values, cells: Sequence[Cell], main: str) -> PageData | None:
     """The main variant against the teacher, by kind of prompt."""
     places, rewards = decimals(cells), _rewards(cells)
     nfe = sorted({cell.nfe for cell in cells if cell.system == "student" and cell.variant == main})
@@ -200,7 +248,7 @@ def by_kind(values: Values, cells: Sequence[Cell], main: str, n: int, seed: int)
     rows = []
     for kind, count in sorted(counts.items()):
         for steps in nfe:
-            found = {m: values.versus(f"{main}-{steps}", "teacher", m, n, seed, kind) for m in rewards}
+            found = {m: values.versus(f"{main}-{steps}", "teacher", m, kind) for m in rewards}
             if any(found.values()):
                 rows.append({"name": f"{kind} ({count}), {steps} NFE", "cells": _differences(found, places)})
     return {"columns": rewards, "rows": rows} if rows else None

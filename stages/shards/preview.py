@@ -201,4 +201,7 @@ def _scores(gallery: Gallery, columns: Sequence[ScoreColumn], rows: Sequence[Ind
         absent = f"{len(rows) - len(column.rows):,}"
         entries.append(column.entry() | {"absent": absent, "best": best, "worst": worst})
     drawn = [(column.name, list(column.scores.values())) for column in columns if column.scores]
-    return {"columns": entries, "histograms": plot(figures.histograms(drawn), "")["source"] if drawn else ""}
+    if not drawn:
+        return {"columns": entries, "histograms": None}
+    panels = figures.histograms(drawn)
+    return {"columns": entries, "histograms": plot(panels.svgs, panels.legend, "histograms of the scores")}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +17,22 @@ from rats.stages.measure.pictures import Picture
 PageData = dict[str, Any]
 
 
-def plot(svg: str, caption: str) -> PageData:
-    """An SVG as the page takes it."""
-    data = base64.b64encode(svg.encode()).decode()
-    return {"source": f"data:image/svg+xml;base64,{data}", "caption": caption}
+def plot(svgs: Sequence[str], legend: Sequence[tuple[str, str, bool]], caption: str) -> PageData:
+    """Panels and their legend (name, colour, dashed) as `figure.html.j2` takes them."""
+    sources = [data_uri("image/svg+xml", svg.encode()) for svg in svgs]
+    return {"sources": sources, "legend": legend, "caption": caption}
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """A file inside the page."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def png(picture: Picture) -> str:
     """A picture as a data URI."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri("image/png", buffer.getvalue())
 
 
 def render(template: str, context: PageData) -> str:

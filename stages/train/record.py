@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -9,6 +11,8 @@ from pydantic import ValidationError
 from rats.pipeline.weights.hashes import hash_path
 from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.run import RunRecord
+
+log = logging.getLogger(__name__)
 
 
 def read_record(run: Path) -> RunRecord:
@@ -39,3 +43,16 @@ def checked_student(run: Path, record: RunRecord) -> Path:
             "in run.json): train again"
         )
     return folder
+
+
+def clipped_share(norms: Sequence[float], limit: float | None) -> float:
+    """Share of the steps whose gradient was longer than `train.clip_norm`; said aloud where it is most of them."""
+    share = sum(limit is not None and norm > limit for norm in norms) / max(1, len(norms))
+    if share > 0.5:
+        tenth = sorted(norms)[int(0.9 * len(norms))]
+        log.warning(
+            "the gradient was clipped in %.0f %% of the steps: not its size but train.lr decided how far they went; "
+            "train.clip_norm: %.2g would clip a tenth of them",
+            *(100 * share, tenth),
+        )
+    return share

@@ -32,13 +32,15 @@ Scores = dict[str, tuple[float, ...]]
 NOT_IN_SETTINGS = (
     *("steps", "checkpoint_every", "checkpoints_total_limit", "log_gradients_every", "max_bad"),
     *("micro_batch", "gradient_checkpointing", "compile", "fsdp", "loader_workers"),
-    *("guard", "samples_every", "trackers", "save_dtype"),
+    *("guard", "samples_every", "trackers", "save_dtype", "update_length"),
 )
 """Fields that may differ when a run goes on: they do not change the mathematics of a step."""
 ROUNDING = ("micro_batch", "log_gradients_every", "compile", "fsdp")
 """Those of them that change the order of a sum, and so its last bits."""
 RESOLVED = ("tau", "value", "value_from")
 """Fields of the gate that count by what they were resolved to."""
+NEWER = {"lr_schedule": "constant", "lr_steps": None}
+"""Fields that checkpoints of some time ago lack, which were trained with these values: left out where they are."""
 OLDER = (
     *("nfe", "batch", "micro_batch", "lr", "warmup", "alpha", "reward", "reward_weight", "margin", "last_k", "augment"),
     *("clip_norm", "ema", "seed", "log_gradients_every", "gate", "shape", "teacher", "lora", "black_box"),
@@ -56,6 +58,8 @@ class Source:
     columns: dict[str, ColumnAddress]
     scores: Scores
     """Scores by key, in the order of `columns`. A sample on which one of the rewards failed is left out."""
+    followed: Scores
+    """What the gate takes for R_T: the same, or the means over the noises of each prompt (`gate.teacher_reward`)."""
 
 
 def open_source(
@@ -71,9 +75,10 @@ def open_source(
     tables = [read_scores(shards, column.address, set(rows)) for column in columns.values()]
     complete = [key for key in tables[0] if all(key in table for table in tables)]
     scores = {key: tuple(table[key] for table in tables) for key in complete}
+    followed = scores
     if chosen.gate.teacher_reward == "prompt":
-        scores = prompt_means(scores, {key: rows[key].prompt_id for key in complete})
-    return Source(shards, snapshot, columns, scores)
+        followed = prompt_means(scores, {key: rows[key].prompt_id for key in complete})
+    return Source(shards, snapshot, columns, scores, followed)
 
 
 def prompt_means(scores: Scores, prompts: Mapping[str, str]) -> Scores:
@@ -87,6 +92,8 @@ def prompt_means(scores: Scores, prompts: Mapping[str, str]) -> Scores:
 
 def read_settings(chosen: TrainParams, source: Source) -> Settings:
     """The variant's settings with tau, the rewards' units and the gate's constant filled in.
+
+    Units and tau are spreads of the samples' own scores, whatever the gate takes for R_T.
 
     With `gate.tau: gap` tau is NaN until it is measured on the untrained student, or taken from a checkpoint.
     """
@@ -139,7 +146,8 @@ def identify(settings: Settings, source: Source) -> RunIdentity:
 
 def settings_values(settings: Settings, columns: Mapping[str, ColumnAddress]) -> dict[str, Any]:
     """What decides a step, by the names of `params.yaml`; the gate's tau and value as they were resolved."""
-    train = settings.train.model_dump(mode="json", exclude=set(NOT_IN_SETTINGS))
+    left_out = {name for name, default in NEWER.items() if getattr(settings.train, name) == default}
+    train = settings.train.model_dump(mode="json", exclude=left_out | set(NOT_IN_SETTINGS))
     train["gate"] |= {"tau": _tau(settings), "value": settings.gate_value}
     del train["gate"]["value_from"]
     addresses = {name: column.address for name, column in columns.items()}

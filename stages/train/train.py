@@ -30,12 +30,12 @@ from rats.schemas.params import Params, with_variant
 from rats.schemas.reports import TrainReport
 from rats.schemas.run import RunRecord, SettingChange
 from rats.schemas.train_params import TrainParams
-from rats.stages.progress import progress
+from rats.stages.progress import Advance, progress
 from rats.stages.rollout.columns import reward_params
 from rats.stages.train.callbacks import check_callbacks, training_callbacks
 from rats.stages.train.generations import list_generations, open_moving_teacher, training_segments
 from rats.stages.train.owner import owned
-from rats.stages.train.record import read_record
+from rats.stages.train.record import clipped_share, read_record
 from rats.stages.train.resume import OWN, Begin, Request, decide, is_of, requested_checkpoint, stop_flag
 from rats.stages.train.source import Source, identify, older_hash, open_source, read_settings
 from rats.stages.train.teacher_calls import CountedStream, CountedStudent, TeacherCallCounter
@@ -45,7 +45,7 @@ from rats.trainer.distributed import Accelerated, Ranks
 from rats.trainer.loop import train
 from rats.trainer.methods import METHODS
 from rats.trainer.methods.rats import gap_spread
-from rats.trainer.metrics import MetricsRow
+from rats.trainer.metrics import MetricsRow, note_of
 from rats.trainer.objective import Objective, Settings
 from rats.trainer.optim import Learner
 from rats.trainer.randomness import seed_all
@@ -186,7 +186,7 @@ def _train(objective: Objective, source: Source, run: Run, witness: TeacherCallC
     left = max(0, chosen.steps - run.state.step)
     with (
         closing(_stream(source, chosen, ranks, run.state.position)) as stream,
-        progress("train", left, "steps") if ranks.is_main else nullcontext(lambda done: None) as advance,
+        progress("train", left, "steps") if ranks.is_main else nullcontext(lambda done, note="": None) as advance,
         stop_flag() as stopping,
         witness.watching(objective.student.network),
         run.with_callbacks(partial(_count, advance)),
@@ -195,15 +195,15 @@ def _train(objective: Objective, source: Source, run: Run, witness: TeacherCallC
         train(objective, CountedStream(stream, witness), run)
 
 
-def _count(advance: Callable[[int], None], run: Run, row: MetricsRow) -> None:
-    advance(1)
+def _count(advance: Advance, run: Run, row: MetricsRow) -> None:
+    advance(1, note_of(row))
 
 
 def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) -> StoredSamples:
     return StoredSamples(
         source.shards,
         source.snapshot,
-        source.scores,
+        source.followed,
         chosen.seed,
         chosen.batch,
         position,
@@ -262,6 +262,8 @@ def _record(
         diffusers=diffusers.__version__,
         saved_dtype=saved_as.dtype,
         movement_kept=saved_as.kept,
+        update_length=settings.train.update_length,
+        clipped=clipped_share(run.gradient_norms(), settings.train.clip_norm),
         gate_form=settings.train.gate.form,
         gate_mean=state.gate_mean,
         gate_value=settings.gate_value,

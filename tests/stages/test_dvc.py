@@ -28,7 +28,7 @@ SIZES = {
     "compute": {"micro_batch": 4},
     "store": {"workers": 0},
     "train": {"nfe": [2, 3], "steps": 3, "batch": 2, "micro_batch": 2, "lr": 0.001, "checkpoint_every": 2},
-    "evaluate": {"bootstrap": 50, "pictures": 2},
+    "evaluate": {"pictures": 2},
 }
 VARIANTS = {"rats": {}, "constant": {"gate.form": "constant", "gate.value_from": "runs/rats"}}
 

@@ -66,7 +66,7 @@ def write_family(name: str, models: Path, folder: Path) -> None:
     write(folder / "models" / name)
     model = {"path": str(folder / "models" / name), "family": name}
     train = {"steps": 2, "lr": 0.02, "warmup": 0, "lora": {"rank": 2, "alpha": 5.0}}
-    rewards, evaluate = [reward(models, one) for one in ("hpsv2", "pickscore")], {"judge": None, "bootstrap": 20}
+    rewards, evaluate = [reward(models, one) for one in ("hpsv2", "pickscore")], {"judges": []}
     write_project(models, folder, model=model, teacher=teacher, train=train, rewards=rewards, evaluate=evaluate)
     (folder / "prompts.txt").write_text("\n".join(tiny.PROMPTS[:2]))
 
@@ -106,7 +106,7 @@ def check_export(out: Path, params: Params, name: str) -> None:
     found = {"transformer." + key.replace(".default_0.", "."): value for key, value in state if ".lora_" in key}
     file = load_file(out / "lora" / WEIGHTS)
     assert file.keys() == found.keys() and all(torch.equal(file[key], value) for key, value in found.items())
-    rats(out.parent, "generate", PROMPT, "--nfe", str(NFE), "--seed", str(SEED), "--out", "a.png")
+    rats(out.parent, "generate", PROMPT, "--nfe", str(NFE), "--seed", str(SEED), "--out", "a.png", "--no-enlarge")
     shown = np.concatenate(ours[evenly(len(ours), params.teacher.scored_frames)], axis=1)
     assert np.array_equal(np.asarray(Image.open(out.parent / "a.png")), (shown * 255).round().astype("uint8"))
 

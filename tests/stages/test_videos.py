@@ -16,7 +16,7 @@ from rats.pipeline.rewards.base import call_reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
 from rats.stages.generate import encode_videos
-from rats.stages.measure.judge import Judge
+from rats.stages.measure.networks import EfficientNetLite0
 from rats.stages.measure.pictures import to_picture
 from rats.stages.rollout.scorer import reward_hashes, score_images
 from rats.trainer.augment import RandomDraws, augment
@@ -74,7 +74,7 @@ def test_all_frames_of_a_video_are_moved_and_recoloured_as_one() -> None:
 
 
 def test_the_judge_sees_the_mean_of_a_videos_frames() -> None:
-    eye, shown = Judge(), videos(count=2, frames=2)
+    eye, shown = EfficientNetLite0(), videos(count=2, frames=2)
     each = torch.stack([eye.features(shown[:, frame]) for frame in range(2)])
     torch.testing.assert_close(eye.features(shown), each.mean(0), atol=1e-4, rtol=1e-4)
 
@@ -135,7 +135,7 @@ def test_a_step_is_trained_on_videos_and_the_student_draws_one(project: Path) ->
     assert "another scored_frames" in rats(project, "stage", "train", "--shards", "shards", *other, code=65).stderr
     rats(project, "generate", "a red fox", "--nfe", "2", "--count", "2", "--out", "a.webp")
     with Image.open(project / "a.webp") as drawn:
-        assert (drawn.n_frames, drawn.size) == (FRAMES, (32, 16))  # type: ignore[attr-defined]
+        assert (drawn.n_frames, drawn.size) == (FRAMES, (512, 256))  # type: ignore[attr-defined]
     assert (
         "end it in one of .png, .webp, .jpg, .jpeg, .gif"
         in rats(project, "generate", "a red fox", "--out", "a.mp4", code=2).stderr
@@ -149,7 +149,7 @@ def test_videos_are_compared_reported_previewed_and_watched_in_training(project:
     rats(project, "stage", "train", "--shards", "shards", "--out", "runs/rats", "--force", *sets, *guard)
     with Image.open(next((project / "runs" / "rats").rglob("*.png"))) as sheet:
         assert sheet.size[0] == 2 * 16  # a strip of two frames, one number of steps
-    rats(project, "stage", "evaluate", "--shards", "shards", "--set", "evaluate.bootstrap=20")
+    rats(project, "stage", "evaluate", "--shards", "shards")
     rats(project, "stage", "report")
     page = (project / "reports" / "report.html").read_text()
     assert "Of each video 2 frames" in page and ".sheet img { width: 192px; }" in page

@@ -238,7 +238,7 @@ compute: {device: cpu, threads: 1}
 rewards: [{name: hps, adapter: hpsv2, path: r}]
 train: {reward: hps, nfe: [3], lr: 1e-4, gate: {form: rats, tau: 1.0}}
 variants: {rats: {}, off: {gate.form: off, lr: 2e-5}}
-evaluate: {variants: [rats, off], bootstrap: 100}
+evaluate: {variants: [rats, off]}
 """
 LAUGHS = "{a: &a [1, 1], " + ", ".join(
     f"{b}: &{b} [{', '.join(['*' + a] * 9)}]" for a, b in zip("abcdefghi", "bcdefghij", strict=True)

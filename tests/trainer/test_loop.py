@@ -95,6 +95,22 @@ def test_logging_the_gradient_of_each_term_does_not_change_the_update(tmp_path):
         torch.testing.assert_close(p, dict(never.learner.network.named_parameters())[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("nfe", [(3, 5, 3, 8), (3, 5), (8,), (2, 3, 5, 8, 13)])
+@pytest.mark.parametrize("every", [1, 2, 10])
+def test_gradients_of_each_term_are_logged_at_every_number_of_steps(nfe, every):
+    chosen = settings(nfe=nfe, log_gradients_every=every)
+    moments = [chosen.moment(step) for step in range(120)]
+    logged = [moment.nfe for moment in moments if moment.split]
+    assert set(logged) == set(nfe) and moments[0].split
+    assert len(logged) >= 120 // (every + 2) and (every == 1 or not moments[1].split)
+
+
+def test_without_a_limit_no_gradient_is_clipped(tmp_path):
+    free, loose, tight = (train_in(tmp_path / str(n), settings(clip_norm=n)) for n in (None, 1e6, 1e-4))
+    assert weights(free) == weights(loose) != weights(tight)
+    assert len(free.gradient_norms()) == 6 and free.gradient_norms() == loose.gradient_norms()
+
+
 def test_two_runs_are_equal_to_the_last_bit(tmp_path):
     one, two = (train_in(tmp_path / name, settings(augment=1.0)) for name in "ab")
     assert weights(one) == weights(two) and trace(tmp_path / "a") == trace(tmp_path / "b")

@@ -32,8 +32,8 @@ COMMANDS = {
     "stage train": {"shards", "variant", "out", "resume", "force", "checkpoints_total_limit"}
     | {"max_bad", "seed", "dry_run"}
     | COMMON,
-    "stage evaluate": {"shards", "runs", "out", "seed", "dry_run"} | COMMON,
-    "stage report": {"runs", "evaluation", "out", "dry_run"} | COMMON,
+    "stage evaluate": {"split", "shards", "runs", "out", "update_lengths", "seed", "dry_run"} | COMMON,
+    "stage report": {"runs", "evaluation", "out", "sheet", "verdicts", "dry_run"} | COMMON,
     "shards ls": {"path", "json_"},
     "shards info": {"path", "json_"},
     "shards verify": {"path", "json_"},
@@ -43,8 +43,8 @@ COMMANDS = {
     "shards gc": {"store", "root", "older_than", "delete", "json_"},
     "shards diff": {"a", "b", "snapshot_a", "snapshot_b", "json_"},
     "plan": {"split", "experiments", "price", "workers", "rate"} | COMMON,
-    "init": {"folder", "model", "family", "prompts", "column", "field", "reward", "force", "dvc", "json_"},
-    "generate": {"prompt", "nfe", "run", "out", "count", "seed"} | COMMON,
+    "init": {"folder", "model", "family", "prompts", "column", "field", "reward", "force", "dvc", "demo", "json_"},
+    "generate": {"prompt", "nfe", "run", "out", "count", "enlarge", "seed"} | COMMON,
     "export": {"run", "out", "merged", "evaluation", "dry_run"} | COMMON,
     "serve": {"name", "host", "port", "max_batch", "queue", "token_file", "callable_"} | COMMON,
     "doctor": COMMON,

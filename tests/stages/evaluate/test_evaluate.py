@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +23,17 @@ from rats.pipeline.store.shards import read_sample
 from rats.pipeline.weights.hashes import hash_path
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import Params
-from rats.schemas.reports import Cell, EvaluateReport
+from rats.schemas.reports import Cell, EvaluateReport, LengthsReport
 from rats.stages.evaluate.evaluate import evaluate_stage
+from rats.stages.evaluate.lengths import chosen_length, lengths_stage
 from rats.stages.evaluate.systems import open_samples, systems
 from rats.stages.generate import generate
-from rats.stages.measure.bootstrap import paired_bootstrap
+from rats.stages.measure.intervals import paired_estimate
 from rats.stages.measure.kid import open_real, write_real
 from rats.stages.measure.pictures import load_pictures
 from rats.stages.measure.values import read_values
 from rats.stages.report.report import report_stage
+from rats.stages.report.verdict import length_lines
 from rats.stages.rollout.rollout import rollout_stage
 from tests.stages.report.test_report import write_record, write_run
 from tests.support import tiny
@@ -38,9 +42,15 @@ CONCEPTS = ("fox", "frog", "whale", "apple", "house", "star")
 NFE, STEPS = (2, 3), 8
 SYSTEMS = ("teacher", *(f"{name}-{n}" for n in NFE for name in ("base_guided", "base_unguided")), "rats-2", "rats-3")
 
+DIMENSIONS = {"efficientnet-lite0": 1280, "open-nsfw": 1024}
+"""Features of a picture, by judge."""
+
+JUDGED = [f"{metric}{judge}" for judge in ("", " open-nsfw") for metric in ("kid", "recognition", "diversity")]
+
 
 def settings(folder: Path, **changes: dict[str, object]) -> Params:
     rewards = [("hpsv2", "hpsv2"), ("pickscore", "pickscore")]
+    judges = [{"name": name, "real_features": str(folder / f"{name}.safetensors")} for name in DIMENSIONS]
     values: dict[str, dict] = {
         "model": {"path": str(folder / "teacher")},
         "prompts": {"train": str(folder / "train.txt"), "test": str(folder / "test.csv")},
@@ -48,7 +58,7 @@ def settings(folder: Path, **changes: dict[str, object]) -> Params:
         "compute": {"micro_batch": 6},
         "store": {"path": str(folder / "store"), "shard_samples": 8, "workers": 0},
         "train": {"reward": "hpsv2", "nfe": NFE},
-        "evaluate": {"bootstrap": 200, "pictures": 3, "real_features": str(folder / "real.safetensors")},
+        "evaluate": {"pictures": 3, "judges": judges},
     }
     values["teacher"] |= {"height": tiny.SIZE, "width": tiny.SIZE, "noises_per_prompt": 2}
     for block, change in changes.items():
@@ -76,7 +86,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "test.csv").write_text("\n".join(["prompt,concept,kind", *lines]) + "\n")
     (folder / "train.txt").write_text("something else\n")
     rng = np.random.default_rng(0)
-    write_real(folder / "real.safetensors", rng.random((18, 1280)), list(CONCEPTS) * 3)
+    for name, dimension in DIMENSIONS.items():
+        write_real(folder / f"{name}.safetensors", rng.random((18, dimension)), list(CONCEPTS) * 3)
     rollout_stage(settings(folder), "test", folder / "shards")
     write_student(folder, tiny.transformer(seed=7))
     (folder / "counts.json").write_text(json.dumps(counted_evaluation(folder)))
@@ -91,9 +102,10 @@ def counted_evaluation(folder: Path) -> dict[str, int]:
         counts["scored"] += isinstance(module, CLIPModel)
         counts["drawn"] += isinstance(module, FluxTransformer2DModel) and not module.proj_out.weight.is_meta
 
+    record = folder / "reports/evaluate.json", "rats stage evaluate --mine"
     handle = register_module_forward_pre_hook(hook)
     try:
-        evaluate_stage(settings(folder), folder / "shards", folder / "runs", folder / "reports/evaluate.json")
+        evaluate_stage(settings(folder), folder / "shards", folder / "runs", *record)
     finally:
         handle.remove()
     return counts
@@ -117,7 +129,7 @@ def test_every_system_has_every_metric_with_the_cost_it_had(world: Path):
     found = {(c.variant or c.system, c.nfe, c.evaluations, c.metric) for c in cells(world)}
     systems = [("teacher", 8, 16), ("base_guided", 2, 4), ("base_guided", 3, 6), ("base_unguided", 2, 2)]
     systems += [("base_unguided", 3, 3), ("rats", 2, 2), ("rats", 3, 3)]
-    metrics = ("hpsv2", "pickscore", "kid", "diversity")
+    metrics = ("hpsv2", "pickscore", *JUDGED)
     assert found == {(*system, metric) for system in systems for metric in metrics}
 
 
@@ -128,14 +140,23 @@ def test_a_cell_has_the_fields_of_the_design(world: Path):
     assert all(fields <= set(cell) for cell in raw)
     assert {(c.split, c.num_prompts, c.num_concepts) for c in cells(world)} == {("test", 6, 6)}
     assert {(c.metric, c.role) for c in cells(world)} == {
-        ("hpsv2", "trained"), ("pickscore", "held_out"), ("kid", "judge"), ("diversity", "judge")
-    }  # fmt: skip
+        ("hpsv2", "trained"),
+        ("pickscore", "held_out"),
+        *((metric, "judge") for metric in JUDGED),
+    }
 
 
 def test_intervals_hold_their_means_and_only_the_teacher_has_no_difference(world: Path):
     for cell in cells(world):
         assert cell.ci_low is not None and cell.ci_high is not None and cell.ci_low <= cell.mean <= cell.ci_high
         assert (cell.delta_vs_teacher is None) == (cell.system == "teacher")
+
+
+def test_the_evaluation_says_when_where_and_by_what_it_was_made(world: Path):
+    made = EvaluateReport.model_validate_json((world / "reports/evaluate.json").read_bytes()).made
+    assert made is not None and made.command == "rats stage evaluate --mine"
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d UTC", made.date) and re.match(r"rats \d", made.code)
+    assert f"torch {torch.__version__}" in made.machine and socket.gethostname() not in made.machine
 
 
 def test_no_teacher_sample_is_drawn_or_scored_again(world: Path):
@@ -156,9 +177,7 @@ def test_the_teachers_values_are_the_stored_scores(world: Path):
 def test_the_cells_follow_from_the_values(world: Path):
     values = read_values(world / "reports/values.csv")
     own, teacher = values.scores["rats-3", "pickscore"], values.scores["teacher", "pickscore"]
-    expected = paired_bootstrap(
-        list(own.values()), [teacher[k] for k in own], [values.concepts[k] for k in own], 200, 0
-    )
+    expected = paired_estimate(list(own.values()), [teacher[k] for k in own], [values.concepts[k] for k in own])
     cell = next(c for c in cells(world) if (c.variant, c.nfe, c.metric) == ("rats", 3, "pickscore"))
     assert (cell.mean, cell.delta_vs_teacher) == pytest.approx((expected.mean, expected.delta))
     assert (cell.delta_ci_low, cell.delta_ci_high) == pytest.approx(expected.delta_ci)
@@ -187,7 +206,7 @@ def test_an_untrained_student_is_the_unguided_base_to_the_last_bit(world: Path, 
     write_student(folder, tiny.transformer(seed=0))
     found = {(c.variant or c.system, c.nfe, c.metric): c for c in evaluate(folder).cells}
     for nfe in NFE:
-        for metric in ("hpsv2", "pickscore", "kid", "diversity"):
+        for metric in ("hpsv2", "pickscore", *JUDGED):
             assert found["rats", nfe, metric].mean == found["base_unguided", nfe, metric].mean
 
 
@@ -199,14 +218,14 @@ def test_a_number_of_steps_that_training_visits_twice_is_evaluated_once(world: P
 
 def test_a_second_evaluation_gives_the_same_files(world: Path, tmp_path: Path):
     folder = copy(world, tmp_path)
-    evaluate(folder, evaluate={"judge": None})
+    evaluate(folder, evaluate={"judges": []})
     for name in ("values.csv", "pictures.safetensors"):
         assert (folder / "new" / name).read_bytes() == (folder / "reports" / name).read_bytes()
 
 
 def test_without_guidance_there_is_one_base_and_without_a_judge_no_judged_metric(world: Path, tmp_path: Path):
     folder = copy(world, tmp_path)
-    plain = settings(folder, teacher={"true_cfg_scale": 1.0}, evaluate={"judge": None})
+    plain = settings(folder, teacher={"true_cfg_scale": 1.0}, evaluate={"judges": []})
     shutil.rmtree(folder / "shards")
     rollout_stage(plain, "test", folder / "shards")
     shutil.rmtree(folder / "runs/rats")
@@ -284,7 +303,7 @@ def test_a_student_that_draws_nan_is_named(world: Path, tmp_path: Path):
     shutil.rmtree(folder / "runs/rats")
     write_student(folder, network)
     with pytest.raises(DataError, match="hpsv2 gives nan to sample .* of rats-2: look at"):
-        evaluate(folder, evaluate={"judge": None})
+        evaluate(folder, evaluate={"judges": []})
 
 
 def test_shards_whose_prompts_no_file_has_are_refused(world: Path, tmp_path: Path):
@@ -312,6 +331,59 @@ def test_embeddings_are_read_and_not_made(world: Path):
     assert all(torch.equal(batch.conditioning[name][2], value) for name, value in stored.items())
 
 
+def as_validation(folder: Path, **changes: dict[str, object]) -> Params:
+    """The same prompts by the name of the validation split."""
+    return settings(folder, prompts={"validation": str(folder / "test.csv"), "test": None}, **changes)
+
+
+@pytest.mark.parametrize("saved_at", [1.0, 0.8])
+def test_a_student_at_half_its_length_is_measured_as_that_student_would_be(
+    world: Path, tmp_path: Path, saved_at: float
+):
+    folder = copy(world, tmp_path)
+    write_record(folder / "runs/rats", update_length=saved_at, **kept_of(folder))
+    params, out = as_validation(folder), folder / "lengths.json"
+    report = lengths_stage(params, folder / "shards", folder / "runs", out, [saved_at, saved_at / 2], "rats")
+    found = {(cell.length, cell.nfe, cell.metric): cell for cell in report.cells}
+    for cell in (c for c in cells(folder) if c.variant == "rats"):
+        assert found[saved_at, cell.nfe, cell.metric].mean == pytest.approx(cell.mean, rel=1e-5)
+    base, trained = tiny.transformer(seed=0).state_dict(), tiny.transformer(seed=7)
+    trained.load_state_dict({name: (base[name] + value) / 2 for name, value in trained.state_dict().items()})
+    shutil.rmtree(folder / "runs/rats")
+    write_student(folder, trained)
+    for cell in (c for c in evaluate(folder).cells if c.variant == "rats"):
+        other = found[saved_at / 2, cell.nfe, cell.metric]
+        assert other.mean == pytest.approx(cell.mean, rel=1e-4)
+        assert other.delta_vs_teacher == pytest.approx(cell.delta_vs_teacher, rel=2e-2)  # tiny models, tiny differences
+    assert LengthsReport.model_validate_json(out.read_bytes()) == report
+    said = "\n".join(length_lines(report))
+    assert said.isascii() and f"train.update_length: {report.chosen['rats']:g}" in said and "hpsv2, 3 steps" in said
+
+
+def kept_of(folder: Path) -> dict[str, object]:
+    record = json.loads((folder / "runs/rats/run.json").read_text())
+    return {name: record[name] for name in ("nfe", "recipe", "student", "vae")}
+
+
+def test_the_shortest_length_within_one_standard_error_of_the_best_is_chosen():
+    concepts, best = ["fox", "owl", "hen", "elk"], np.array([3.0, 5.0, 4.0, 6.0])
+    near = best + [-0.3, 0.2, -0.1, -0.1]  # 0.075 below, with an error of 0.103
+    far = best + [-0.6, 0.2, -0.1, -0.7]  # 0.3 below, with an error of 0.212: its 95 % interval holds zero
+    assert chosen_length({1.0: best - 0.2, 0.75: best, 0.5: near, 0.4: far, 0.25: best - 0.4}, concepts) == 0.5
+    assert chosen_length({1.0: best, 0.5: far}, concepts) == 1.0
+
+
+@pytest.mark.parametrize(("lengths", "words"), [([0.5], "two or more"), ([0.5, 1.5], "at most 1"), ([0.5, 0.5], "two")])
+def test_lengths_that_leave_nothing_to_choose_are_refused(world: Path, lengths: list[float], words: str):
+    with pytest.raises(ConfigError, match=words):
+        lengths_stage(as_validation(world), world / "shards", world / "runs", world / "no.json", lengths)
+
+
+def test_no_length_is_chosen_by_the_test_prompts(world: Path):
+    with pytest.raises(ConfigError, match="test prompts, by which nothing may be chosen.*--split validation"):
+        lengths_stage(settings(world), world / "shards", world / "runs", world / "no.json", [0.5, 1.0])
+
+
 def test_generate_draws_what_the_plain_pipeline_draws(world: Path, tmp_path: Path):
     ours = generate(settings(world), "a red fox", 3, world / "runs/rats", seed=5, out=tmp_path / "a.png", count=2)
     network = FluxTransformer2DModel.from_pretrained(world / "runs/rats/student")
@@ -320,9 +392,9 @@ def test_generate_draws_what_the_plain_pipeline_draws(world: Path, tmp_path: Pat
     options = {"num_inference_steps": 3, "max_sequence_length": tiny.LENGTH, "num_images_per_prompt": 2}
     noise = torch.Generator().manual_seed(5)
     theirs = pipeline("a red fox", height=tiny.SIZE, width=tiny.SIZE, generator=noise, **options).images
-    assert [image.tobytes() for image in ours] == [image.tobytes() for image in theirs]
+    assert [image.tobytes() for image in ours.pictures] == [image.tobytes() for image in theirs]
     base = generate(settings(world), "a red fox", 3, None, seed=5, out=tmp_path / "b.png", count=2)
-    assert [image.tobytes() for image in base] != [image.tobytes() for image in ours]
+    assert [image.tobytes() for image in base.pictures] != [image.tobytes() for image in ours.pictures]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import csv
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -12,9 +15,9 @@ import pytest
 
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import Params
-from rats.schemas.reports import Cell, EvaluateReport
+from rats.schemas.reports import Cell, EvaluateReport, Made
 from rats.schemas.run import RunRecord
-from rats.stages.measure.bootstrap import paired_bootstrap
+from rats.stages.measure.intervals import paired_estimate
 from rats.stages.measure.pictures import Pictures, SystemLabel, choose, load_pictures, save_pictures, to_picture
 from rats.stages.measure.values import VALUE_COLUMNS
 from rats.stages.report import figures, tables
@@ -23,9 +26,11 @@ from rats.stages.report.report import report_stage
 from rats.stages.train.record import read_record
 from rats.trainer import metrics
 
+KEYS = [f"{i:024d}-0000" for i in range(24)]
 CONCEPTS = ["cat", "dog", "owl", "crab", "star", "boat"]
 SCORES = {"hpsv2": "trained", "pickscore": "held_out", "image-reward": "held_out"}
 LIFT = {"teacher": 0.0, "base_guided": -0.6, "base_unguided": -0.9, "rats": 0.5, "constant": 0.3}
+MADE = Made(date="2026-03-04 05:06 UTC", code="rats 7.8", machine="a loom, 9 cores", command="rats stage evaluate")
 TRICKY = 'a cat, <b>bold</b> & "quoted"'
 
 
@@ -38,7 +43,7 @@ def params(folder: Path) -> Params:
             "rewards": [{"name": name, "adapter": "pickscore", "path": f"assets/{name}"} for name in SCORES],
             "train": {"reward": "hpsv2", "steps": 40, "batch": 8},
             "variants": {"rats": {}, "constant": {"gate.form": "constant"}},
-            "evaluate": {"variants": ["rats", "constant"], "bootstrap": 200},
+            "evaluate": {"variants": ["rats", "constant"]},
         }
     )
 
@@ -75,7 +80,7 @@ def make_cells(values: dict[tuple[str, str], list[float]]) -> list[Cell]:
         for metric, role in (*SCORES.items(), ("kid", "judge")):
             own = values.get((column.id, metric), values[column.id, "hpsv2"])
             other = values.get(("teacher", metric), values["teacher", "hpsv2"])
-            result = paired_bootstrap(own, other, concepts, 200, 0)
+            result = paired_estimate(own, other, concepts)
             delta = (None, None, None) if column.id == "teacher" else (result.delta, *result.delta_ci)
             made.append(
                 Cell(
@@ -114,12 +119,11 @@ def write_record(run: Path, **changes: object) -> None:
 
 def write_inputs(folder: Path) -> Path:
     """All that `report` reads, by the writers that the other stages use."""
-    keys = [f"{i:024d}-0000" for i in range(24)]
-    values = write_values(folder / "values.csv", keys)
-    report = EvaluateReport(cells=tuple(make_cells(values)), snapshot="cd" * 32, seconds=12.0)
+    values = write_values(folder / "values.csv", KEYS)
+    report = EvaluateReport(cells=tuple(make_cells(values)), snapshot="cd" * 32, seconds=12.0, made=MADE)
     (folder / "evaluate.json").write_text(report.model_dump_json())
     rng = np.random.default_rng(2)
-    shown = Pictures(columns(), [TRICKY, "an owl"], ["a star"], 0, (16, 16))
+    shown = Pictures(columns(), [TRICKY, "an owl"], KEYS[:2], ["a star"], 0, (16, 16))
     for column in columns():
         shown.side[column.id] = rng.integers(0, 255, (2, 16, 16, 3), np.uint8)
         shown.noises[column.id] = [rng.integers(0, 255, (3, 16, 16, 3), np.uint8)]
@@ -135,7 +139,8 @@ def write_inputs(folder: Path) -> Path:
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("report")
     evaluation = write_inputs(folder)
-    return report_stage(params(folder), evaluation, folder / "runs", folder / "report.html").read_text()
+    out, command = folder / "report.html", "rats stage report --here"
+    return report_stage(params(folder), evaluation, folder / "runs", out, folder / "sheet.png", command).read_text()
 
 
 class Outline(HTMLParser):
@@ -145,11 +150,13 @@ class Outline(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.sources: list[str] = []
+        self.ids: list[str] = []
         self.text: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.sources += [value or "" for name, value in attrs if name in ("src", "href", "data")]
-        if tag not in ("meta", "img", "br", "link"):
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag not in ("meta", "img", "br", "link", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -168,8 +175,37 @@ def outline(page: str) -> Outline:
 
 def test_the_page_loads_nothing_from_elsewhere(page: str):
     sources = outline(page).sources
-    assert len(sources) > 25 and all(source.startswith("data:image/") for source in sources)
+    assert len(sources) > 25 and all(source.startswith(("data:", "#")) for source in sources)
     assert "<script" not in page and not re.search(r"url\(|@import", page)
+
+
+def test_every_link_leads_to_a_place_of_the_page_and_every_section_can_be_linked(page: str):
+    found = outline(page)
+    assert {source[1:] for source in found.sources if source.startswith("#")} == set(found.ids)
+    assert len(found.ids) == len(set(found.ids)) == page.count("<h2") > 6
+
+
+def test_the_table_can_be_taken_along_as_csv(page: str):
+    (link, again) = re.findall(r'href="data:text/csv;base64,([^"]+)"', page)
+    rows = list(csv.DictReader(io.StringIO(base64.b64decode(link).decode())))
+    assert link == again and len(rows) == 9 * 4 and "rats" in {row["variant"] for row in rows}
+
+
+def test_the_page_says_when_where_and_by_what(page: str):
+    text = " ".join(outline(page).text)
+    for word in (MADE.date, MADE.code, MADE.machine, MADE.command, "rats stage report --here"):
+        assert word in text
+
+
+def test_the_best_value_of_each_metric_is_marked_once(page: str):
+    assert page.count("★") == 4 + 1  # of four metrics, and in the note that says so
+
+
+def test_a_tick_says_its_tolerance(tmp_path: Path, page: str):
+    cells = make_cells(write_values(tmp_path / "values.csv", KEYS))
+    teacher = next(cell for cell in cells if (cell.system, cell.metric) == ("teacher", "kid"))
+    limit = tables.number(teacher.mean + 0.1 * abs(teacher.mean), tables.decimals(cells)["kid"])
+    assert f"at most 10 % worse than the teacher&#39;s (KID at most {limit})" in page
 
 
 def test_a_prompt_with_markup_is_shown_as_text(page: str):
@@ -203,7 +239,8 @@ def test_the_cost_says_where_a_run_does_not_know_its_own(tmp_path: Path):
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, page: str):
-    again = report_stage(params(tmp_path), write_inputs(tmp_path), tmp_path / "runs", tmp_path / "report.html")
+    out, command = tmp_path / "report.html", "rats stage report --here"
+    again = report_stage(params(tmp_path), write_inputs(tmp_path), tmp_path / "runs", out, command=command)
     assert again.read_text().replace(str(tmp_path), "") == re.sub(r"/\S*?/report\d+", "", page)
 
 

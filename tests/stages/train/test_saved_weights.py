@@ -69,6 +69,33 @@ def test_a_whole_network_is_saved_as_it_was_trained(model: Model, moved: Learner
     assert (saved_as.dtype, saved_as.kept) == ("float32", 1.0)
 
 
+def test_a_shorter_update_is_saved_as_that_share_of_the_way(model: Model, moved: Learner, tmp_path: Path):
+    shorter = settings().model_copy(update={"update_length": 0.25})
+    save_student(moved, tmp_path / "student", model, shorter)
+    saved, start = files(tmp_path / "student"), model.base_network().state_dict()
+    for name, trained in moved.weights().items():
+        assert torch.allclose(saved[name], 0.75 * start[name].float() + 0.25 * trained, rtol=0, atol=1e-7)
+    assert share(start, moved.weights(), saved) == pytest.approx(0.25, rel=1e-2)
+
+
+def test_shorter_adapters_are_a_share_of_their_update(model: Model, tmp_path: Path):
+    lora = LoraParams(rank=2)
+    student = model.open_student(lora=lora)
+    learner = Learner(student.network, settings())
+    with torch.no_grad():
+        for name, parameter in learner.named.items():
+            parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
+    for length in (1.0, 0.25):
+        chosen = settings().model_copy(update={"lora": lora, "update_length": length})
+        save_student(learner, tmp_path / str(length), model, chosen)
+    whole, quarter = (files(tmp_path / str(length)) for length in (1.0, 0.25))
+    modules = {name.split(".lora_")[0] for name in whole}
+    assert modules and whole.keys() == quarter.keys()
+    for module in modules:
+        long, short = (side[f"{module}.lora_B.weight"] @ side[f"{module}.lora_A.weight"] for side in (whole, quarter))
+        torch.testing.assert_close(short, 0.25 * long)
+
+
 def test_the_share_that_the_model_s_dtype_keeps_is_measured_and_below_a_half_it_is_said(
     model: Model, moved: Learner, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

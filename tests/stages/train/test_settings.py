@@ -22,6 +22,8 @@ HASHED: dict[str, Any] = {
     "batch": 3,
     "lr": 0.3,
     "warmup": 7,
+    "lr_schedule": "cosine",
+    "lr_steps": 9,
     "alpha": {"start": 2.0, "end": 0.5, "over": 5},
     "reward": "dark",
     "reward_weight": 0.7,
@@ -64,7 +66,10 @@ FREE: dict[str, Any] = {
     "samples_every": 3,
     "trackers": ("tensorboard",),
     "save_dtype": "model",
+    "update_length": 0.4,
 }
+FOLLOWED = {"lr_schedule": "train.lr_steps"}
+"""Fields that set another one which is not set."""
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -95,7 +100,13 @@ def test_every_field_is_on_exactly_one_list():
 @pytest.mark.parametrize("field", HASHED)
 def test_a_field_that_decides_a_step_is_hashed_under_its_name(field):
     found = differing(toy.settings(), changed(field, HASHED[field]))
-    assert found and all(name == f"train.{field}" or name.startswith(f"train.{field}.") for name in found)
+    own = [name for name in found if name == f"train.{field}" or name.startswith(f"train.{field}.")]
+    assert own and set(found) - set(own) <= {FOLLOWED.get(field)}
+
+
+def test_settings_of_before_a_rate_could_fall_are_those_of_a_rate_that_stays():
+    assert "lr_schedule" not in settings_values(toy.settings(), {})["train"]
+    assert settings_values(toy.settings(lr_schedule="linear"), {})["train"]["lr_steps"] == 6
 
 
 def test_the_gate_counts_by_what_it_was_resolved_to():
