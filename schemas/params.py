@@ -15,6 +15,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from rats.schemas.blocks import Block, NonNegative, PathText, Positive, Seed
 from rats.schemas.errors import ConfigError, brief, nearest
 from rats.schemas.evaluate_params import EvaluateParams
+from rats.schemas.fused_lora import FusedLora
 from rats.schemas.plugins import FAMILIES, REWARDS, check_name
 from rats.schemas.train_params import TrainParams
 from rats.schemas.validation import validate
@@ -24,28 +25,6 @@ _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 """What a folder, the shell, `--set` and DVC's templates all take as it is."""
 
 Split = Literal["train", "validation", "test"]
-
-
-class FusedLora(Block):
-    """A LoRA that is part of the teacher: a .safetensors file, a folder, or a hub id (`org/name` or `org/name/file`).
-
-    `weight`: its strength, as in diffusers' `fuse_lora(lora_scale=weight)`.
-    """
-
-    path: PathText
-    weight: float = 1.0
-    revision: str | None = None
-
-    @field_validator("weight")
-    @classmethod
-    def _changes_something(cls, weight: float) -> float:
-        if weight == 0:
-            raise ValueError("a LoRA of weight 0 changes nothing: leave it out")
-        return weight
-
-    def __str__(self) -> str:
-        """For tables and cards."""
-        return f"{self.path} at {self.weight:g}"
 
 
 class ModelParams(Block):

@@ -49,9 +49,10 @@ def family_of(model: str, asked: str | None = None) -> str:
     network = load_plugin(FAMILIES, asked).network_class.__name__ if asked else None
     named = ModelParams.model_construct(path=model, family=asked or "")
     index = _index(named, network)
+    _check_name(named, index)
     family = asked or family_for_index(index)
     if family is None:
-        raise ConfigError(f"--model {model}: {no_family(index)}")
+        raise ConfigError(f"--model {model}: {_no_family(index)}")
     check_index(named.model_copy(update={"family": family}), load_plugin(FAMILIES, family), index)
     return family
 
@@ -84,20 +85,24 @@ def _index(model: ModelParams, network: str | None) -> dict[str, Any]:
 
 def check_index(model: ModelParams, cls: type[Family], index: Mapping[str, Any]) -> None:
     """Raises ConfigError when `index`, a model_index.json, is of another pipeline than the family's."""
+    _check_name(model, index)
     name = index.get("_class_name")
-    if index and name is None:
-        raise DataError(f"the {INDEX} of {model.path} names no pipeline (_class_name): fetch or export it again")
     if name not in (None, cls.pipeline_class.__name__):
         fitting = family_for_index(index)
         if fitting is None:
-            raise ConfigError(f"{model.path}: {no_family(index)}")
+            raise ConfigError(f"{model.path}: {_no_family(index)}")
         drawn = f"model.family {model.family} draws as a {cls.pipeline_class.__name__}"
         raise ConfigError(f"{model.path} is a {brief(name)}, and {drawn}: set model.family: {fitting}")
     _check_libraries(model, cls, index)
     cls.check_index(index)
 
 
-def no_family(index: Mapping[str, Any]) -> str:
+def _check_name(model: ModelParams, index: Mapping[str, Any]) -> None:
+    if index and index.get("_class_name") is None:
+        raise DataError(f"the {INDEX} of {model.path} names no pipeline (_class_name): fetch or export it again")
+
+
+def _no_family(index: Mapping[str, Any]) -> str:
     """What to say of a pipeline that no installed family draws as."""
     return f"no installed family draws as a {plain(str(index.get('_class_name')))}: docs/families.md"
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 from rats.pipeline.weights.hashes import read_json
 from rats.schemas.errors import ConfigError, DataError
@@ -83,12 +86,15 @@ def opened_files(folder: Path, name: str) -> list[Path]:
     return [*weights, *(path for pattern in SETTINGS for path in folder.glob(pattern))]
 
 
-def weight_files(folder: Path, class_name: str) -> WeightFiles:
-    """The same. Raises ConfigError where there are none; `class_name`: of the component, for the way out."""
+def weight_files(folder: Path) -> WeightFiles:
+    """The same. Raises ConfigError where there are none."""
     if found := find_weights(folder):
         return found
     if other := next(_single_files(folder), None):
-        raise ConfigError(_one_file(other, class_name, f"no weights in {folder} but"))
+        raise ConfigError(
+            f"no weights in {folder} under a name of diffusers or transformers ({NAMES[0][0]}.safetensors, "
+            f"{NAMES[1][0]}.safetensors): take {other.name} away, and fetch or export the component again"
+        )
     raise ConfigError(f"no weights (.safetensors or .bin) in {folder}: fetch or export the model again")
 
 
@@ -111,7 +117,7 @@ def check_layout(model: ModelParams, class_name: str) -> None:
     for place in map(Path, filter(None, (model.path, model.transformer))):
         if place.is_file():
             raise ConfigError(_one_file(place, class_name, "rats reads folders in diffusers' format, and"))
-        if place.is_dir() and not any(place.glob("**/config.json")):
+        if place.is_dir() and not [*place.glob("config.json"), *place.glob("*/config.json")]:
             for file in _single_files(place):
                 raise ConfigError(_one_file(file, class_name, f"no diffusers pipeline in {place}, and"))
 
@@ -120,13 +126,21 @@ def _single_files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.glob("*")) if path.suffix in ONE_FILE and path.is_file())
 
 
+def _is_lora(file: Path) -> bool:
+    if file.suffix != ".safetensors":
+        return False
+    with suppress(OSError, SafetensorError), safe_open(file, "np") as opened:
+        return any("lora_" in name for name in opened.keys())  # noqa: SIM118
+    return False  # a damaged one is no LoRA either
+
+
 def _one_file(file: Path, class_name: str, before: str) -> str:
     """One line about a file of weights, with the command that makes a network's folder of it.
 
     `config`: without it, diffusers asks the hub for the configuration of the model that it takes the file for.
     """
-    if "lora" in file.name.lower():
-        return f"{before} {file} looks like a LoRA: name a pipeline's folder, and the LoRA under model.loras"
+    if _is_lora(file):
+        return f"{before} {file} is a LoRA: name a pipeline's folder, and the LoRA under model.loras"
     dtype, then = "torch_dtype=torch.bfloat16", ""
     if file.suffix == ".gguf":  # with the package gguf
         dtype += ", quantization_config=d.GGUFQuantizationConfig(compute_dtype=torch.bfloat16)"

@@ -22,7 +22,8 @@ from rats.pipeline.weights.hub import (
     resolve_checkpoint,
 )
 from rats.schemas.errors import ConfigError
-from rats.schemas.params import FusedLora, ModelParams
+from rats.schemas.fused_lora import FusedLora
+from rats.schemas.params import ModelParams
 from rats.schemas.recipe import DECODER
 
 INDEX, SCHEDULER, LORA_FILE = "model_index.json", "scheduler", "pytorch_lora_weights.safetensors"

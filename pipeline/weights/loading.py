@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from rats.pipeline.weights.files import weight_files
 from rats.pipeline.weights.hashes import read_json
-from rats.pipeline.weights.opening import check_config, check_headers, opening, stock_class
+from rats.pipeline.weights.opening import check_config, check_headers, opening
 from rats.pipeline.weights.vocabulary import check_files, check_vocabulary
 from rats.schemas.errors import ConfigError, DataError, brief, reason
 from rats.schemas.params import ComputeParams, ModelParams
@@ -70,7 +70,7 @@ def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeP
     """
     device = torch_device(compute.device)
     check_config(cls, folder)
-    files = weight_files(folder, stock_class(cls).__name__)
+    files = weight_files(folder)
     check_headers(cls, files.paths)
     settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True, **_renaming(cls)}
     settings |= {"variant": files.variant} if files.variant else {}

@@ -89,6 +89,7 @@ FOREIGN = {
     "black-forest-labs/FLUX.1-Fill-dev": ({"_class_name": "FluxFillPipeline"}, "family draws as a FluxFillPipeline"),
     "black-forest-labs/FLUX.1-Kontext-dev": ({"_class_name": "FluxKontextPipeline"}, "draws as a FluxKontextPipeline"),
     "black-forest-labs/FLUX.2-klein-4B": ({"_class_name": "Flux2KleinPipeline", "is_distilled": True}, "is_distilled"),
+    "Qwen/Qwen-Image-Edit": ({"_class_name": "QwenImageEditPipeline"}, "family draws as a QwenImageEditPipeline"),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ({"_class_name": "WanPipeline", "expand_timesteps": True}, "a Wan2.2 pipeline"),
     "Wan-AI/Wan2.1-T2V-1.3B": (None, "has no model_index.json: it is no diffusers pipeline .*-Diffusers"),
     "stabilityai/stable-diffusion-3-medium": (None, "has no model_index.json"),

@@ -85,7 +85,9 @@ def test_dvc_reads_odd_names_and_a_path_below_home(
     folder = tmp_path / "project"
     folder.mkdir()
     evaluated = [*variants, "control"]
-    changes = {"model": {"path": "~/flux #1"}, "prompts": {"train": "prompts.txt"}}
+    (folder / "style.safetensors").write_bytes(b"a LoRA")
+    loras = [{"path": "style.safetensors"}]
+    changes = {"model": {"path": "~/flux #1", "loras": loras}, "prompts": {"train": "prompts.txt"}}
     write_project(models, folder, variants=variants | bound, evaluate={"variants": evaluated}, **changes)
     write_dvc(folder)
     subprocess.run(["git", "init", "--quiet"], cwd=folder, check=True)
@@ -94,7 +96,8 @@ def test_dvc_reads_odd_names_and_a_path_below_home(
         stages = {stage.name: stage for stage in repo.index.stages}
     assert {f"train@{name}" for name in variants} | {"control@control"} < set(stages)
     assert "--variant 007 " in stages["train@007"].cmd
-    assert str(tmp_path / "flux #1") in [dep.def_path for dep in stages["train@off"].deps]
+    deps = [dep.def_path for dep in stages["train@off"].deps]
+    assert str(tmp_path / "flux #1") in deps and "style.safetensors" in deps
     assert "runs/a: b/run.json" in [dep.def_path for dep in stages["control@control"].deps]
 
 

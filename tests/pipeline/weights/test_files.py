@@ -173,7 +173,7 @@ def test_one_file_of_weights_is_refused_with_the_command_that_converts_it(
     [
         ("unet.gguf", r"GGUFQuantizationConfig.*\)\.dequantize\(\)\.save_pretrained\('NETWORK'\)"),
         ("sd.ckpt", r"d\.FluxTransformer2DModel\.from_single_file\('.*sd\.ckpt', config='PIPELINE'"),
-        ("my_LoRA.safetensors", r"looks like a LoRA: .* under model\.loras"),
+        ("flora.safetensors", r"flora\.safetensors is one file of weights"),
     ],
 )
 def test_a_folder_that_holds_one_file_alone_says_what_it_is(name: str, hint: str, tmp_path: Path) -> None:
@@ -184,6 +184,13 @@ def test_a_folder_that_holds_one_file_alone_says_what_it_is(name: str, hint: str
         assert "\n" not in str(refused.value)
 
 
+def test_a_lora_in_the_models_place_is_called_one(tmp_path: Path) -> None:
+    save_file({"transformer.a.lora_A.weight": torch.full((2, 3), 0.5)}, tmp_path / "style.safetensors")
+    for place in (tmp_path, tmp_path / "style.safetensors"):
+        with pytest.raises(ConfigError, match=r"style\.safetensors is a LoRA: .* under model\.loras"):
+            check_model(opened("flux", place))
+
+
 def test_one_file_in_a_components_folder_or_for_a_network_is_refused_alike(flux: Path, tmp_path: Path) -> None:
     file = one_file("other.safetensors", flux / "transformer", tmp_path)
     model = opened("flux", flux)
@@ -191,9 +198,7 @@ def test_one_file_in_a_components_folder_or_for_a_network_is_refused_alike(flux:
     with pytest.raises(ConfigError, match=r"other\.safetensors is one file of weights"):
         check_model(model)
     (flux / "vae" / NETWORK).rename(flux / "vae" / "ae.safetensors")
-    with pytest.raises(
-        ConfigError, match=r"no weights in .*vae but .*ae\.safetensors.*AutoencoderKL\.from_single_file"
-    ):
+    with pytest.raises(ConfigError, match=r"no weights in .*vae under a name of diffusers.*take ae\.safetensors away"):
         opened("flux", flux).open_decoder()
 
 

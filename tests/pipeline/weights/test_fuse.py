@@ -8,33 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.weights.folder import LORA_FILE
 from rats.schemas.errors import ConfigError, DataError
-from rats.schemas.params import FusedLora, ModelParams
+from rats.schemas.fused_lora import FusedLora
+from rats.schemas.params import ModelParams
 from rats.stages.doctor.params import check_model
 from tests.support import tiny
 from tests.support.model_fuzz import WRITERS, opened
-
-TARGETS = ("attn.to_q", "attn.to_v", "attn1.to_q", "attn1.to_v")
-"""Of every family's network, some."""
-
-
-def write_lora(model: Model, folder: Path, seed: int = 3, alpha: float = 5.0) -> Path:
-    """A LoRA of rank 2 for the network, as diffusers' training scripts save it; alpha in its metadata."""
-    network = model.open_pipeline().transformer
-    torch.manual_seed(seed)
-    network.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=[*TARGETS], init_lora_weights=False), "a")
-    layers, config = get_peft_model_state_dict(network, adapter_name="a"), network.peft_config["a"].to_dict()
-    about = {name: config[name] for name in ("r", "lora_alpha")} | {"target_modules": sorted(config["target_modules"])}
-    model.family.pipeline_class.save_lora_weights(
-        folder, transformer_lora_layers=layers, transformer_lora_adapter_metadata=about
-    )
-    return folder / LORA_FILE
+from tests.support.styles import write_lora
 
 
 def with_loras(model: Model, *loras: tuple[Path, float]) -> Model:
@@ -161,22 +146,6 @@ def test_a_lora_of_another_model_is_refused_before_a_weight_is_read(
         assert "\n" not in str(refused.value)
 
 
-def test_what_diffusers_leaves_out_with_a_warning_is_refused(flux: Model, style: Path, tmp_path: Path) -> None:
-    """ComfyUI's layout of FLUX, with a tensor of which the converter knows no place."""
-
-    def comfy(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        renamed = {}
-        for name, tensor in state.items():
-            module, side = name.removeprefix("transformer.").split(".lora_")
-            flat = f"lora_unet_{module.replace('.', '_')}"
-            renamed[f"{flat}.lora_{'down' if side.startswith('A') else 'up'}.weight"] = tensor
-        return renamed | {"lora_unet_nothing_like_it.lora_down.weight": torch.full((2, 32), 0.5)}
-
-    model = with_loras(flux, (changed(style, tmp_path / "comfy.safetensors", comfy), 0.8))
-    with pytest.raises(DataError, match=r"comfy\.safetensors"):
-        check_model(model)
-
-
 def test_a_lora_by_the_names_of_kohyas_scripts_is_fused_at_its_alpha(flux: Model, tmp_path: Path) -> None:
     down, up = torch.linspace(-0.5, 0.7, 64).reshape(2, 32), torch.linspace(0.9, -0.4, 64).reshape(32, 2)
     name, path = "lora_unet_double_blocks_0_img_attn_proj", tmp_path / "kohya.safetensors"
@@ -186,6 +155,20 @@ def test_a_lora_by_the_names_of_kohyas_scripts_is_fused_at_its_alpha(flux: Model
     before = flux.base_network().state_dict()[module]
     after = with_loras(flux, (path, 0.8)).base_network().state_dict()[module]
     assert torch.allclose(after - before, 0.8 * 3 / 2 * up @ down, atol=1e-6)
+
+
+def test_what_a_converter_passes_over_with_a_warning_is_refused(tmp_path: Path) -> None:
+    model, path = opened("flux2", WRITERS["flux2"][0](tmp_path / "model")), tmp_path / "kohya.safetensors"
+    layer = model.outline.network.transformer_blocks[0].attn.to_out[0]
+    sizes = {"lora_down": (2, layer.in_features), "lora_up": (layer.out_features, 2)}
+    named = {
+        f"lora_unet_double_blocks_0_img_attn_proj.{side}.weight": torch.ones(*size) for side, size in sizes.items()
+    }
+    save_file(named, path)
+    assert "kohya.safetensors at 0.8" in check_model(with_loras(model, (path, 0.8)))
+    save_file(named | {"lora_unet_nowhere.lora_up.weight": torch.full((3, 2), 0.5)}, path)
+    with pytest.raises(DataError, match="does not load whole as a LoRA of a Flux2KleinPipeline .*lora_unet_nowhere"):
+        check_model(with_loras(model, (path, 0.8)))
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,10 @@ from rats.schemas.params import load_params
 from rats.schemas.recipe import IN_RECIPE
 from rats.stages.generate import open_pipeline
 from rats.stages.plan.plan import plan_rollout
-from tests.pipeline.weights.test_fuse import write_lora
 from tests.support import tiny
 from tests.support.exporting import SHORT, drawn, export
 from tests.support.project import rats, write_project
+from tests.support.styles import write_lora
 
 LORA = {"rank": 2, "alpha": 5.0}
 WEIGHT = 0.8
@@ -107,6 +107,6 @@ def test_a_whole_network_is_trained_from_the_styled_base_and_is_not_styled_twice
 
 def test_doctor_and_plan_say_what_is_fused(home: Path) -> None:
     said = f"{home}/style/pytorch_lora_weights.safetensors at {WEIGHT}"
-    assert said in rats(home, "doctor", "--set", "evaluate.judge=null").stdout
+    assert said in rats(home, "doctor", "--set", "evaluate.judges=[]").stdout
     assert f"{said}, fused into the network" in rats(home, "plan", "--rate", "2").stdout
     assert json.loads(rats(home, "plan", "--rate", "2", "--json").stdout)["loras"] == [said]

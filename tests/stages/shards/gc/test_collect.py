@@ -26,6 +26,7 @@ from rats.stages.shards.verify import verify
 from tests.support.experiments import collected, files, name_it, stranger, write_params
 from tests.support.project import rats, tree, write_project
 from tests.support.shards import params, recipe_of, score, wanted, write_samples
+from tests.support.styles import write_lora
 
 
 def test_nothing_is_touched_before_it_is_asked_for(shards: ShardSet, tmp_path: Path) -> None:
@@ -146,9 +147,11 @@ def test_a_parameter_file_holds_the_samples_it_asks_for_of_the_set_that_its_mode
 ) -> None:
     (tmp_path / "work").mkdir()
     shutil.copytree(models / "flux", tmp_path / "work" / "flux")
-    write_project(models, tmp_path / "work", model={"path": "flux"}, prompts={"train": "prompts.txt"})
+    changes = {"path": "flux", "loras": [{"path": "style", "weight": 0.7}]}
+    write_project(models, tmp_path / "work", model=changes, prompts={"train": "prompts.txt"})
     with contextlib.chdir(tmp_path / "work"):
         params = load_params(Path("params.yaml"))
+        write_lora(Model.of(load_params(Path("params.yaml"), ["model.loras=[]"])), Path("style"))
         recipe = read_recipe(params, Model.of(params))
     mine = ShardSet.open_or_create(tmp_path / "store", recipe)
     asked = planned_samples(read_prompts(tmp_path / "work" / "prompts.txt"), 1)
