@@ -233,8 +233,9 @@ def _panels(
 
 
 def _legend(axes: Axes) -> list[tuple[str, str, bool]]:
-    lines = zip(*axes.get_legend_handles_labels(), strict=True)
-    return [(str(name), to_hex(line.get_color()), line.get_linestyle() == "--") for line, name in lines]
+    """The lines that have a name."""
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    return [(str(line.get_label()), to_hex(line.get_color()), line.get_linestyle() == "--") for line in lines]
 
 
 _STYLE: Any = {
