@@ -83,7 +83,7 @@ def settings(options: argparse.Namespace, url: str, folder: Path) -> Params:
         "variants": {"black-box": {}, "control": {"reward_weight": 0.0}},
         "teacher": base["teacher"] | {"noises_per_prompt": options.noises},
         "store": base["store"] | {"path": str(folder / "store"), "workers": 0},
-        "evaluate": base["evaluate"] | {"variants": ["black-box", "control"], "judge": None, "real_features": None},
+        "evaluate": base["evaluate"] | {"variants": ["black-box", "control"], "judges": []},
     }
     return Params.model_validate(base | changes)
 

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from mini.concepts import CONCEPTS, STYLES
-from mini.judges import Eye, Judge, ResidualJudge, distance, recognition, write_real
+from mini.judges import distance, recognition
 from mini.pipelines import open_pipeline, sample
 from mini.prompts import named, styled
 from mini.rewards import to_images
 from mini.vae import rebuilt
+from rats.stages.measure.kid import write_real
+from rats.stages.measure.networks import NETWORKS, Judge
 
 JUDGED = np.array([i for i, concept in enumerate(CONCEPTS) if concept.split != "train"])
 REAL_VARIANTS, OTHER_VARIANTS = slice(0, 4), slice(4, 8)
@@ -50,7 +52,7 @@ def drawn_set(folder: Path, steps: int, guidance: float, seeds: int, device: str
     return Set(pictures, np.array(concepts))
 
 
-def measure(judge: Eye, sets: dict[str, Set]) -> dict[str, dict[str, tuple[float, float]]]:
+def measure(judge: Judge, sets: dict[str, Set]) -> dict[str, dict[str, tuple[float, float]]]:
     """Each set's distance and recognition with half-widths; the reference is the set "real"."""
     features = {name: judge.features(to_images(s.pictures)).numpy().astype(np.float64) for name, s in sets.items()}
     real = sets["real"].concepts
@@ -72,7 +74,7 @@ def write(pictures: np.ndarray, folder: Path, path: Path, device: str, guidance:
     sets["autoencoder"] = Set(rebuilt(pipe.vae, other.pictures), other.concepts)
     for count in steps:
         sets[f"teacher {count}"] = drawn_set(folder, count, guidance, seeds=5, device=device)
-    figures = {name: measure(judge, sets) for name, judge in (("lite0", Judge()), ("open_nsfw", ResidualJudge()))}
+    figures = {name: measure(judge, sets) for name, judge in networks().items()}
     bars = {name: verdicts(values, f"teacher {max(steps)}") for name, values in figures.items()}
     path.write_text(json.dumps({"figures": figures, "bars": bars}, indent=2) + "\n")
     return bars
@@ -89,7 +91,12 @@ def verdicts(figures: dict[str, dict[str, tuple[float, float]]], system: str) ->
     }
 
 
-def write_judge(pictures: np.ndarray, path: Path, judge: Eye) -> None:
+def write_judge(pictures: np.ndarray, path: Path, judge: Judge) -> None:
     """A judge's features of the reference pictures, for `rats stage evaluate`."""
     real = real_set(pictures, REAL_VARIANTS)
     write_real(path, judge.features(to_images(real.pictures)).numpy(), [CONCEPTS[i].name for i in real.concepts])
+
+
+def networks() -> dict[str, Judge]:
+    """The judges of `rats stage evaluate`."""
+    return {name: network() for name, network in NETWORKS.items()}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mini.flow import Schedule
 
-STEPS = {"vae": 2400, "polish": 3000, "rival": 3000, "pickscore": 4000, "hpsv2": 4000, "image-reward": 4000}
+STEPS = {"vae": 2400, "polish": 3000, "rival": 700, "pickscore": 4000, "hpsv2": 4000, "image-reward": 4000}
 
 SHARES = {
     "vae": 0.16,

@@ -8,7 +8,7 @@ minutes from drawings to weights in pieces of at most 15 MiB (`cat assets.part-*
     python -m mini.build --work /tmp/mini --drawings drawings.tar --minutes 8 --device cuda --threads 16 --batch 512 \
         --only vae teacher polish folder rival rewards --parcel "$OUT"
 
-The stages `judge` and `bars` need the two judges' packages (see `mini/judges.py`) and run anywhere afterwards.
+The stages `judge` and `bars` need the two judges' packages (`pip install .[judge]`) and run anywhere afterwards.
 """
 
 from __future__ import annotations
@@ -95,10 +95,10 @@ def measure(place: Workplace, assets: Path) -> None:
 
 def write_judges(place: Workplace, assets: Path) -> None:
     """What the judges see in the real drawings."""
-    from mini import bars, judges
+    from mini import bars
 
-    bars.write_judge(place.pictures, assets / "judge" / "real.safetensors", judges.Judge())
-    bars.write_judge(place.pictures, assets / "judge" / "real-open-nsfw.safetensors", judges.ResidualJudge())
+    for name, judge in bars.networks().items():
+        bars.write_judge(place.pictures, assets / "judge" / f"{name}.safetensors", judge)
 
 
 def build(place: Workplace, assets: Path, budget: Budget, how: flow.Settings, wanted: list[str]) -> None:

@@ -118,7 +118,7 @@ class Networks:
     autocast: bool
 
     def velocity(self, network: Miniature, *arguments: Tensor) -> Tensor:
-        """Of one of the two, in bf16 where that pays, as float32 (B, 64, 64)."""
+        """Of one of the two, in bf16 where that pays, as float32 (B, 16, 128)."""
         with torch.autocast(arguments[0].device.type, torch.bfloat16, enabled=self.autocast):
             return network(*arguments).float()
 
@@ -231,7 +231,7 @@ class Training:
         return losses.detach()
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """Random variants of random drawings (B, 64, 64), and a caption's row for each."""
+        """Random variants of random drawings (B, 16, 128), and a caption's row for each."""
         drawings, variants = (self._random(count) for count in self.latents.shape[:2])
         home = self.latents.device
         x0 = self.latents[drawings.to(home), variants.to(home)].to(self.how.device).float()

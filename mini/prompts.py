@@ -54,25 +54,43 @@ def captions_of(concept: int, style: int, keywords: dict[str, list[str]]) -> lis
     return [""] * 4 + [named(thing)] * 16 + [styled(thing, STYLES[style])] * 14 + [str(p) for p in picked]
 
 
-def split_prompts(split: str, keywords: dict[str, list[str]], keyword_count: int = 2) -> list[dict[str, str]]:
-    """Rows (prompt, concept, kind) of one split; kind: open | style | unseen-pair | keywords."""
+def split_prompts(split: str, keywords: dict[str, list[str]]) -> list[dict[str, str]]:
+    """Rows (prompt, concept, kind) of one split; kind: open | style | unseen-pair | keywords.
+
+    A concept of the training has all styles and two pairs of keywords, a judged one a style and a pair, so that many
+    concepts cost few samples. An unseen pair of concept and style is always there.
+    """
     frequency = Counter(itertools.chain.from_iterable(keywords.values()))
     rows = []
     for index, concept in enumerate(CONCEPTS):
         if concept.split != split:
             continue
         rows.append({"prompt": named(concept), "concept": concept.name, "kind": "open"})
-        for s, style in enumerate(STYLES):
-            kind = "unseen-pair" if is_held_out(index, s) else "style"
-            rows.append({"prompt": styled(concept, style), "concept": concept.name, "kind": kind})
+        for style in _styles(index, everything=split == "train"):
+            kind = "unseen-pair" if is_held_out(index, style) else "style"
+            rows.append({"prompt": styled(concept, STYLES[style]), "concept": concept.name, "kind": kind})
         # Only pairs that some caption of the training has, and that mean this concept alone.
-        known = {
-            text for s in range(len(STYLES)) if not is_held_out(index, s) for text in captions_of(index, s, keywords)
-        }
-        own = [words for words in keywords[concept.name] if frequency[words] == 1 and words in known]
-        picked = np.random.default_rng([11, index]).permutation(own)[:keyword_count]
+        own = [
+            words for words in keywords[concept.name] if frequency[words] == 1 and words in _learned(index, keywords)
+        ]
+        picked = np.random.default_rng([11, index]).permutation(own)[: 2 if split == "train" else 1]
         rows += [{"prompt": str(words), "concept": concept.name, "kind": "keywords"} for words in picked]
     return rows
+
+
+def _styles(concept: int, everything: bool) -> list[int]:
+    """Of a concept's prompts: all, or those that the teacher never saw and one that it did, in turn."""
+    styles = range(len(STYLES))
+    if everything:
+        return list(styles)
+    seen = [s for s in styles if not is_held_out(concept, s)]
+    return [*(s for s in styles if is_held_out(concept, s)), seen[concept % len(seen)]]
+
+
+def _learned(concept: int, keywords: dict[str, list[str]]) -> set[str]:
+    """All captions of a concept's drawings that the teacher sees."""
+    seen = [s for s in range(len(STYLES)) if not is_held_out(concept, s)]
+    return {text for style in seen for text in captions_of(concept, style, keywords)}
 
 
 def write_splits(folder: Path, keywords: dict[str, list[str]]) -> None:

@@ -41,7 +41,7 @@ def drawings(place: Workplace) -> np.ndarray:
 
 
 def normalised(place: Workplace, model: AutoencoderKL, pictures_N: np.ndarray) -> Tensor:
-    """Latents (N, 16, 16, 16) of mean 0 and deviation 1."""
+    """Latents (N, 32, 8, 8) of mean 0 and deviation 1."""
     return (vae.encode(model, pictures_N).float() - model.config.shift_factor) * model.config.scaling_factor
 
 

@@ -112,7 +112,7 @@ class Workplace:
 
     @property
     def latents(self) -> Tensor:
-        """Normalised latents of the drawings that the teacher sees, (drawings, variants, 64, 64) in fp16."""
+        """Normalised latents of the drawings that the teacher sees, (drawings, variants, 16, 128) in fp16."""
         return self._latents["latents"]
 
     def write_latents(self, model: AutoencoderKL) -> None:
@@ -132,9 +132,10 @@ class Workplace:
 
 
 def pack(z: Tensor) -> Tensor:
-    """(..., 16, 16, 16) latents to FLUX's tokens (..., 64, 64)."""
+    """(..., 32, 8, 8) latents to FLUX's tokens (..., 16, 128)."""
     flat = z.flatten(0, -4)
-    return FluxPipeline._pack_latents(flat, len(flat), 16, 16, 16).reshape(*z.shape[:-3], 64, 64)
+    packed = FluxPipeline._pack_latents(flat, len(flat), vae.CHANNELS, vae.SIDE, vae.SIDE)
+    return packed.reshape(*z.shape[:-3], *packed.shape[1:])
 
 
 def tokenize(captions: list[list[str]], clip: Any, t5: Any) -> Captions:

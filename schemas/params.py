@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from rats.schemas.blocks import Block, NonNegative, PathText, Positive
 from rats.schemas.errors import ConfigError, brief, nearest
+from rats.schemas.evaluate_params import EvaluateParams
 from rats.schemas.plugins import FAMILIES, REWARDS, check_name
 from rats.schemas.train_params import TrainParams
 from rats.schemas.validation import validate
@@ -171,16 +172,6 @@ class RewardParams(Block):
         if file is not None and info.data.get("adapter") != "url":
             raise ValueError("only a reward of adapter url has a token: leave token_file out")
         return file
-
-
-class EvaluateParams(Block):
-    """Which runs are compared, with how many pictures, and by which judge."""
-
-    variants: tuple[str, ...] = ("rats",)
-    judge: Literal["efficientnet-lite0"] | None = "efficientnet-lite0"
-    real_features: PathText | None = None
-    pictures: Positive = 8
-    seed: int = 0
 
 
 class Params(Block):

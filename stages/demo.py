@@ -43,7 +43,8 @@ def demo_project(folder: Path, force: bool) -> list[Path]:
         values[block] |= changes
     values["variants"] = {"rats": {}}
     values["model"]["path"] = _from(folder, default.model.path)
-    values["evaluate"]["real_features"] = _from(folder, default.evaluate.real_features)
+    for judge in values["evaluate"]["judges"]:
+        judge["real_features"] = judge["real_features"] and _from(folder, judge["real_features"])
     for reward in values["rewards"]:
         reward["path"] = _from(folder, reward["path"])
     splits = {split: _few(read_prompts(ROOT / getattr(default.prompts, split)), n) for split, n in CONCEPTS.items()}

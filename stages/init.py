@@ -176,9 +176,11 @@ class _Deps:
 
 def dvc_yaml(params: Params, folder: Path, at_home: Collection[str] = ()) -> str:
     """The pipeline of `params`: a stage for each split and variant; the arguments are those of `_Deps`."""
-    deps, features = _Deps(params, folder, at_home), params.evaluate.real_features
+    deps = _Deps(params, folder, at_home)
     models = {"model.path": params.model.path}
     models |= {f"rewards[{i}].path": reward.path for i, reward in enumerate(params.rewards)}
+    real = [judge.real_features for judge in params.evaluate.judges]
+    features = {f"evaluate.judges[{i}].real_features": path for i, path in enumerate(real) if path}
     bound = {name: source for name in params.evaluate.variants if (source := _source(params, name))}
     judged = "test" if params.prompts.test else "train"
     values = {
@@ -186,7 +188,7 @@ def dvc_yaml(params: Params, folder: Path, at_home: Collection[str] = ()) -> str
         "tables": any(isinstance(source, PromptSource) for _, source in params.prompts),
         "judged": judged,
         "models": deps.those_there(models),
-        "features": deps.those_there({"evaluate.real_features": features}) if features else [],
+        "features": deps.those_there(features),
         "variants": params.evaluate.variants,
         "free": [name for name in params.evaluate.variants if name not in bound],
         "bound": list(bound.items()),

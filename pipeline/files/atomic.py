@@ -1,7 +1,8 @@
 """Atomic writes of local files and folders: temporary name, fsync, rename.
 
-A final name never holds a partial file. A temporary file that a killed process left is removed when the same file is
-written next. In a remote store, a single upload does what the rename does here (`remote`).
+A final name never holds a partial file. What killed processes left in a folder is removed when a process first writes
+into it: once, because listing a folder of a million files takes longer than a write. In a remote store, a single
+upload does what the rename does here (`remote`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from glob import escape
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rats.pipeline.files.leftovers import is_abandoned, own_prefix, temporary_name
+from rats.pipeline.files.leftovers import is_abandoned, temporary_name
 from rats.schemas.errors import CannotCreateError, RatsError, StorageError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -160,11 +161,19 @@ def _free(size: int | None) -> str:
 
 
 def _temporary(path: Path) -> Path:
-    """A temporary name in the same folder. Temporary files that dead writers of the file left are removed first."""
-    for stale in path.parent.glob(f"{escape(own_prefix(path.name))}*.tmp"):
-        if is_abandoned(stale.name):
-            remove(stale)
+    """A temporary name in the same folder."""
+    _sweep(path.parent.absolute(), os.getpid())
     return path.parent / temporary_name(path.name)
+
+
+@lru_cache(maxsize=4096)
+def _sweep(folder: Path, process: int) -> None:
+    """Removes what dead writers of this machine left in a folder. Once for each process, forked ones too."""
+    with os.scandir(folder) as entries:
+        stale = [entry.path for entry in entries if is_abandoned(entry.name)]
+    for path in stale:
+        with suppress(FileNotFoundError):  # another process is sweeping too
+            remove(Path(path))
 
 
 @contextmanager

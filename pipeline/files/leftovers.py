@@ -16,12 +16,7 @@ _DAY = 24 * 3600.0
 
 def temporary_name(name: str) -> str:
     """A new name beside `name` for this process to write under."""
-    return f"{own_prefix(name)}{os.getpid()}-{os.urandom(4).hex()}.tmp"
-
-
-def own_prefix(name: str) -> str:
-    """The prefix of all temporary names of `name` that were made on this machine."""
-    return f".{name}.{socket.gethostname()}-"
+    return f".{name}.{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}.tmp"
 
 
 def is_temporary(name: str) -> bool:

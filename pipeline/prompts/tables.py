@@ -148,7 +148,8 @@ def _parquet_rows(path: Path, names: Sequence[str]) -> Iterator[Numbered]:
     number = 0
     try:
         with _parquet(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH, columns=list(names)):
+            # no pool thread of pyarrow may hold a buffer of Python's when the process ends: that aborts it
+            for batch in file.iter_batches(batch_size=_BATCH, columns=list(names), use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row

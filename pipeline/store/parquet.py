@@ -72,7 +72,8 @@ def _table(data: bytes, schema: Any) -> Any:
     if about.num_rows > len(data) or size > _UNFOLDS * len(data):
         raise ValueError(f"{about.num_rows} rows, {size} bytes in a file of {len(data)}")
     texts = [field.name for field in schema if field.type == pa.string()]
-    table = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts).read()
+    # pyarrow's pool threads would hold `data`, and one that lets go of it while Python ends aborts the process
+    table = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts).read(use_threads=False)
     if (size := sum(_text_bytes(table[name]) for name in texts)) > _UNFOLDS * len(data):
         raise ValueError(f"{size} bytes of text in a file of {len(data)}")
     return table.cast(schema)

@@ -55,7 +55,7 @@ def _wanted(params: Params) -> set[str]:
     trackers = {tracker for name in params.evaluate.variants for tracker in with_variant(params, name).trackers}
     store = EXTRAS.get(params.store.path.partition("://")[0], "")
     official = any(reward.backend == "official" for reward in params.rewards)
-    used = {"judge": params.evaluate.judge is not None, "tracking": "tensorboard" in trackers, "rewards": official}
+    used = {"judge": bool(params.evaluate.judges), "tracking": "tensorboard" in trackers, "rewards": official}
     used["datasets"] = any(_needs_datasets(getattr(params.prompts, split)) for split in SPLITS)
     return {name for name, is_used in used.items() if is_used} | ({store} if store else set())
 

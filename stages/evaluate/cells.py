@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from rats.schemas.evaluate_params import JudgeName, JudgeParams
 from rats.schemas.params import Params, with_variant
 from rats.schemas.reports import Cell, Role
 from rats.stages.evaluate.systems import Samples
+from rats.stages.measure.features import diversity_by_group
 from rats.stages.measure.intervals import Interval, PairedEstimate, paired_estimate
-from rats.stages.measure.judge import diversity_by_group
 from rats.stages.measure.kid import RealSet, open_real, paired_kid
 from rats.stages.measure.pictures import (
     Picture,
@@ -29,11 +30,11 @@ Features = NDArray[np.float64]
 
 @dataclass
 class SystemResult:
-    """Results of one system: scores by reward and sample, the judge's features (N, F), the pictures to show."""
+    """Results of one system: scores by reward and sample, features (N, F) by judge, the pictures to show."""
 
     column: SystemLabel
     scores: dict[str, list[float]]
-    features: Features | None = None
+    features: dict[str, Features] = field(default_factory=dict)
     pictures: dict[int, Picture] = field(default_factory=dict)
     size: tuple[int, int] = (0, 0)
 
@@ -43,20 +44,15 @@ def cells_by_system(
 ) -> Iterator[tuple[SystemLabel, Cell]]:
     """A cell for each system and metric, the teacher first, paired by sample (docs/design.md#reports)."""
     teacher = measured[0]
-    distances = _distances(params, samples, measured)
+    views = [_view(judge, f" {judge.name}" if i else "", samples) for i, judge in enumerate(params.evaluate.judges)]
     for system in measured:
-        column = system.column
         for reward, scores in system.scores.items():
             result = paired_estimate(scores, teacher.scores[reward], samples.concepts)
-            yield column, _cell(column, reward, _role(params, column, reward), samples, result)
-        if column.id in distances:
-            own, reference = distances[column.id], distances[teacher.column.id]
-            result = paired_kid(own, reference, samples.concepts)
-            yield column, _cell(column, "kid", "judge", samples, result)
-        diversity = _diversity(samples, system, teacher)
-        if diversity is not None:
-            kept, result = diversity
-            yield column, _cell(column, "diversity", "judge", kept, result)
+            role = _role(params, system.column, reward)
+            yield system.column, _cell(system.column, reward, role, samples, result)
+        for view in views:
+            for cell in _judged(view, samples, system, teacher):
+                yield system.column, cell
 
 
 def _role(params: Params, column: SystemLabel, reward: str) -> Role:
@@ -65,23 +61,50 @@ def _role(params: Params, column: SystemLabel, reward: str) -> Role:
     return "trained" if reward in train.reward_weights else "held_out"
 
 
-def _distances(params: Params, samples: Samples, measured: Sequence[SystemResult]) -> dict[str, NDArray[np.float64]]:
-    """Each system's distances to the real pictures, by concept. Empty without a judge or real pictures."""
-    if params.evaluate.real_features is None or measured[0].features is None:
-        return {}
-    features, concepts = open_real(Path(params.evaluate.real_features))
-    real = RealSet(features, concepts, samples.concepts)
-    return {m.column.id: real.distance(m.features, samples.concepts) for m in measured if m.features is not None}
+@dataclass(frozen=True)
+class View:
+    """What one judge has to say: its own features, and if there are any, those of real pictures."""
+
+    judge: JudgeName
+    suffix: str
+    """Of its metrics: none for the first judge."""
+    real: RealSet | None
 
 
-def _diversity(samples: Samples, system: SystemResult, teacher: SystemResult) -> tuple[Samples, PairedEstimate] | None:
+def _view(judge: JudgeParams, suffix: str, samples: Samples) -> View:
+    if judge.real_features is None:
+        return View(judge.name, suffix, None)
+    features, concepts = open_real(Path(judge.real_features))
+    return View(judge.name, suffix, RealSet(features, concepts, samples.concepts))
+
+
+def _judged(view: View, samples: Samples, system: SystemResult, teacher: SystemResult) -> Iterator[Cell]:
+    """KID, recognition (where the real pictures have all concepts) and diversity of one system, by one judge."""
+    own, reference = system.features[view.judge], teacher.features[view.judge]
+    if view.real is not None:
+        result = _kid(view.real, samples, own, reference)
+        yield _cell(system.column, f"kid{view.suffix}", "judge", samples, result)
+    if view.real is not None and view.real.matched:
+        seen, teachers = (view.real.recognised(features, samples.concepts).tolist() for features in (own, reference))
+        result = paired_estimate(seen, teachers, samples.concepts)
+        yield _cell(system.column, f"recognition{view.suffix}", "judge", samples, result)
+    diversity = _diversity(samples, own, reference)
+    if diversity is not None:
+        kept, result = diversity
+        yield _cell(system.column, f"diversity{view.suffix}", "judge", kept, result)
+
+
+def _kid(real: RealSet, samples: Samples, features: Features, teachers: Features) -> PairedEstimate:
+    own, reference = (real.distance(one, samples.concepts) for one in (features, teachers))
+    return paired_kid(own, reference, samples.concepts)
+
+
+def _diversity(samples: Samples, features: Features, teachers: Features) -> tuple[Samples, PairedEstimate] | None:
     """Diversity within a prompt, over prompts with several noises. None if these have fewer than two concepts."""
-    if system.features is None or teacher.features is None:
-        return None
     prompts = [row.prompt_id for row in samples.rows]
     concept_of = dict(zip(prompts, samples.concepts, strict=True))
-    own = diversity_by_group(system.features, prompts)
-    reference = diversity_by_group(teacher.features, prompts)
+    own = diversity_by_group(features, prompts)
+    reference = diversity_by_group(teachers, prompts)
     # a prompt with a single noise has no diversity; sorted, since sums depend on the order
     names = sorted(prompt for prompt in concept_of if prompt in own)
     concepts = [concept_of[prompt] for prompt in names]

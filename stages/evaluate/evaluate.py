@@ -27,7 +27,7 @@ from rats.schemas.run import RunRecord
 from rats.stages.evaluate.cells import Features, SystemResult, cells_by_system, values_csv
 from rats.stages.evaluate.made import made_here
 from rats.stages.evaluate.systems import Samples, System, open_samples, systems
-from rats.stages.measure.judge import Judge
+from rats.stages.measure.networks import Judge, open_network
 from rats.stages.measure.pictures import (
     PICTURES_FILE,
     Choice,
@@ -45,13 +45,13 @@ from rats.trainer.data import Batch
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The samples, rewards and judge that every system is measured by."""
+    """The samples, rewards and judges that every system is measured by."""
 
     samples: Samples
     rewards: dict[str, Reward]
     stored: dict[str, dict[str, float]]
     """The teacher's scores as the shards hold them, by reward and key: a teacher sample is never scored here."""
-    judge: Judge | None
+    judges: dict[str, Judge]
     choice: Choice
     micro_batch: int
     device: torch.device
@@ -125,7 +125,7 @@ def check_student(record: RunRecord, run: Path, shards: ShardSet) -> None:
 
 
 def open_evaluator(params: Params, samples: Samples, vae: str) -> Evaluator:
-    """Rewards, the teacher's stored scores with the VAE of the hash `vae`, the judge, and which samples are shown.
+    """Rewards, the teacher's stored scores with the VAE of the hash `vae`, the judges, and which samples are shown.
 
     A sample that a reward failed on has no stored score: it is left out for all systems.
     """
@@ -140,26 +140,26 @@ def open_evaluator(params: Params, samples: Samples, vae: str) -> Evaluator:
     rewards = {reward.name: open_reward(reward, str(device)) for reward in params.rewards}
     prompts = [row.prompt_id for row in samples.rows]
     choice = choose(samples.concepts, prompts, params.evaluate.pictures, params.evaluate.seed)
-    judge = Judge(str(device)) if params.evaluate.judge else None
-    return Evaluator(samples, rewards, stored, judge, choice, params.compute.micro_batch, device)
+    judges: dict[str, Judge] = {judge.name: open_network(judge.name, str(device)) for judge in params.evaluate.judges}
+    return Evaluator(samples, rewards, stored, judges, choice, params.compute.micro_batch, device)
 
 
 def measure(system: System, bench: Evaluator, advance: Callable[[int], None]) -> SystemResult:
     """Draws, decodes, scores and judges all samples of one system."""
     result = SystemResult(system.column, {name: [] for name in bench.rewards})
-    features: list[Features] = []
+    features: dict[str, list[Features]] = {name: [] for name in bench.judges}
     start = 0
     for batch in bench.samples.batches(bench.micro_batch, bench.device):
         images = system.decode(system.draw(batch))
         for name in bench.rewards:
             scores = _scores(system, bench, name, batch, images)
             result.scores[name] += _finite(scores, name, system.column.id, batch.keys)
-        if bench.judge is not None:
-            features.append(bench.judge.features(images).double().numpy())
+        for name, judge in bench.judges.items():
+            features[name].append(judge.features(images).double().numpy())
         _show(result, images, start, bench.choice.rows())
         start += len(batch.keys)
         advance(len(batch.keys))
-    result.features = np.concatenate(features) if features else None
+    result.features = {name: np.concatenate(parts) for name, parts in features.items()}
     return result
 
 

@@ -1,4 +1,4 @@
-"""The real pictures that KID compares with: the file of their features, and the distance to them by concept.
+"""Real pictures, to compare with: the file of their features, the distance to them by concept, recognition by them.
 
 Shapes: N generated and M real pictures, C concepts, F features.
 """
@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from rats.pipeline.files.atomic import atomic_write
 from rats.schemas.errors import ConfigError, DataError
+from rats.stages.measure.features import kernel, recognised
 from rats.stages.measure.intervals import Array, PairedEstimate, Rows, group, interval, leave_one_out
-from rats.stages.measure.judge import kernel
 
 
 class RealSet:
@@ -54,6 +54,10 @@ class RealSet:
         cross = np.broadcast_to(means, (size, size))
         return own + self.own - cross - cross.T
 
+    def recognised(self, features_NF: Array, concepts: Sequence[str]) -> Array:
+        """1.0 for each picture that is nearest to its own concept's real pictures, else 0.0, (N,). Needs `matched`."""
+        return recognised(features_NF, concepts, self.features, [self.names[row] for row in self.rows])
+
 
 def write_real(path: Path, features_NF: NDArray[np.floating], concepts: Sequence[str]) -> None:
     """Features (N, F) of real pictures as float16, with the concept of each, in one safetensors file."""
@@ -71,7 +75,9 @@ def open_real(path: Path) -> tuple[NDArray[np.float64], list[str]]:
         ConfigError: there is no such file. DataError: it is something else.
     """
     if not path.is_file():
-        raise ConfigError(f"evaluate.real_features names {path}, which is not there: set it to null to go without KID")
+        raise ConfigError(
+            f"evaluate.judges name {path} as real_features, which is not there: set it to null to go without KID"
+        )
     try:
         with safe_open(str(path), framework="numpy") as file:
             features = np.asarray(file.get_tensor("features"), np.float64)

@@ -247,7 +247,8 @@ def _provenance(
     rows = [("page", command)] if command else []
     if made := result.made:
         rows += [("evaluation", made.command), ("date", made.date), ("code", made.code), ("machine", made.machine)]
-    rows += [("model", params.model.path), ("judge", params.evaluate.judge or "none")]
+    judges = ", ".join(judge.name for judge in params.evaluate.judges)
+    rows += [("model", params.model.path), ("judges", judges or "none")]
     rows += [("evaluated snapshot", result.snapshot)]
     rows += [(f"reward {reward.name}", f"{reward.adapter}, {reward.path}") for reward in params.rewards]
     for name, record in records.items():

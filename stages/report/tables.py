@@ -16,8 +16,8 @@ from rats.stages.measure.values import Values
 from rats.stages.templates.render import PageData
 
 MARKS = {"good": "✓", "even": "≈", "bad": "✗"}
-LOWER_IS_BETTER = frozenset({"kid"})
-NAMES = {"kid": "KID"}
+LOWER_IS_BETTER = frozenset({"kid", "kid open-nsfw"})
+NAMES = {"kid": "KID", "kid open-nsfw": "KID open-nsfw"}
 """Metrics that a reader knows by another name."""
 JUDGE_TOLERANCE = 0.1
 """What a judge measures, such as KID and diversity, may be worse than the teacher's by this share."""

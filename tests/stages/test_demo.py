@@ -19,7 +19,7 @@ def test_a_demonstration_is_of_the_embedded_model_with_few_prompts_and_steps(tmp
     params = load_params(folder / "params.yaml")
     for ours, theirs in ((params.model.path, default.model.path), (params.rewards[1].path, default.rewards[1].path)):
         assert os.path.samefile(folder / ours, ROOT / theirs)
-    assert params.evaluate.real_features and (folder / params.evaluate.real_features).is_file()
+    assert [(folder / str(judge.real_features)).is_file() for judge in params.evaluate.judges] == [True]
     splits = ("train", "validation", "test")
     prompts = {split: read_prompts(folder / getattr(params.prompts, split)) for split in splits}
     concepts = {split: {prompt.concept for prompt in found} for split, found in prompts.items()}

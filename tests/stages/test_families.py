@@ -66,7 +66,7 @@ def write_family(name: str, models: Path, folder: Path) -> None:
     write(folder / "models" / name)
     model = {"path": str(folder / "models" / name), "family": name}
     train = {"steps": 2, "lr": 0.02, "warmup": 0, "lora": {"rank": 2, "alpha": 5.0}}
-    rewards, evaluate = [reward(models, one) for one in ("hpsv2", "pickscore")], {"judge": None}
+    rewards, evaluate = [reward(models, one) for one in ("hpsv2", "pickscore")], {"judges": []}
     write_project(models, folder, model=model, teacher=teacher, train=train, rewards=rewards, evaluate=evaluate)
     (folder / "prompts.txt").write_text("\n".join(tiny.PROMPTS[:2]))
 

@@ -16,7 +16,7 @@ from rats.pipeline.rewards.base import call_reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
 from rats.stages.generate import encode_videos
-from rats.stages.measure.judge import Judge
+from rats.stages.measure.networks import EfficientNetLite0
 from rats.stages.measure.pictures import to_picture
 from rats.stages.rollout.scorer import reward_hashes, score_images
 from rats.trainer.augment import RandomDraws, augment
@@ -74,7 +74,7 @@ def test_all_frames_of_a_video_are_moved_and_recoloured_as_one() -> None:
 
 
 def test_the_judge_sees_the_mean_of_a_videos_frames() -> None:
-    eye, shown = Judge(), videos(count=2, frames=2)
+    eye, shown = EfficientNetLite0(), videos(count=2, frames=2)
     each = torch.stack([eye.features(shown[:, frame]) for frame in range(2)])
     torch.testing.assert_close(eye.features(shown), each.mean(0), atol=1e-4, rtol=1e-4)
 

@@ -18,8 +18,9 @@ from torch import Tensor
 from rats.pipeline.protocols import Reward, Student
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params
-from rats.stages.measure.judge import Judge, diversity_by_sample, kernel, kid_by_sample, mean_off_diagonal
+from rats.stages.measure.features import diversity_by_sample, kernel, kid_by_sample, mean_off_diagonal
 from rats.stages.measure.kid import RealSet, open_real
+from rats.stages.measure.networks import Judge, open_network
 from rats.stages.measure.pictures import to_picture
 from rats.stages.train.guard.rules import Array, ValidationScores
 from rats.stages.train.guard.validation import ValidationSet
@@ -127,14 +128,15 @@ def averaged(learner: Learner) -> Iterator[None]:
 
 
 def open_judge(params: Params, concepts: Sequence[str], device: str) -> tuple[Judge | None, RealFeatures | None]:
-    """The judge of `evaluate`, and the features of the real pictures that it compares with, if there are any."""
-    if params.evaluate.judge is None:
+    """The first judge of `evaluate`, and the features of the real pictures that it compares with, if there are any."""
+    if not params.evaluate.judges:
         return None, None
-    judge = Judge(device)
-    if params.evaluate.real_features is None:
+    chosen = params.evaluate.judges[0]
+    judge = open_network(chosen.name, device)
+    if chosen.real_features is None:
         return judge, None
-    features_MF, labels = open_real(Path(params.evaluate.real_features))
+    features_MF, labels = open_real(Path(chosen.real_features))
     kept_MF = RealSet(features_MF, labels, concepts).features
     if len(kept_MF) < 2:
-        raise ConfigError(f"{params.evaluate.real_features} has {len(kept_MF)} pictures: KID needs two")
+        raise ConfigError(f"{chosen.real_features} has {len(kept_MF)} pictures: KID needs two")
     return judge, RealFeatures(kept_MF, mean_off_diagonal(kernel(kept_MF, kept_MF)))

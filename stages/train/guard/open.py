@@ -58,7 +58,7 @@ def check_guard(params: Params, chosen: TrainParams) -> None:
     if not roles_of(params, chosen).panel:
         raise ConfigError(
             "train.guard has nothing to hold the trained reward against: list another reward under rewards:, or set "
-            "evaluate.judge"
+            "evaluate.judges"
         )
     if guard.keep == "best" and guard.every % chosen.checkpoint_every:
         raise ConfigError(
@@ -70,7 +70,7 @@ def check_guard(params: Params, chosen: TrainParams) -> None:
 def roles_of(params: Params, chosen: TrainParams) -> Roles:
     """Which metrics are trained, and which form the panel: all other rewards and the judge."""
     held_out = tuple(reward.name for reward in params.rewards if reward.name not in chosen.reward_weights)
-    judged = ((KID if params.evaluate.real_features else DIVERSITY),) if params.evaluate.judge else ()
+    judged = tuple(KID if judge.real_features else DIVERSITY for judge in params.evaluate.judges[:1])
     return Roles(chosen.reward_weights, held_out + judged)
 
 

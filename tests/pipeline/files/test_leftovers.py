@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from rats.pipeline.files.atomic import atomic_path
+from rats.pipeline.files.atomic import atomic_path, atomic_write
 from rats.pipeline.files.leftovers import is_abandoned, is_dead, is_temporary, temporary_name
+from tests.support.damage import fork
 
 DAY = 24 * 3600.0
 CHILD = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
@@ -43,10 +44,25 @@ def test_a_number_that_no_process_can_have_is_nobodys_death() -> None:
     assert not is_abandoned(made_by(10**30))
 
 
-def test_writing_a_file_removes_what_dead_writers_left_of_it_and_nothing_else(tmp_path: Path) -> None:
-    names = [made_by(DEAD), made_by(LIVE), made_by(DEAD, "other.tar"), made_by(DEAD, "rollout-000003.tar.old")]
-    for name in names:
+def test_the_first_write_into_a_folder_removes_what_dead_writers_left_in_it_and_nothing_else(tmp_path: Path) -> None:
+    gone = [made_by(DEAD), made_by(DEAD, "other.tar"), made_by(DEAD, "rollout-000003.tar.old")]
+    kept = [made_by(LIVE), "somebody-1-00000000.tmp", ".hidden.tmp"]
+    for name in gone + kept:
         (tmp_path / name).write_bytes(b"torn")
     with atomic_path(tmp_path / "rollout-000003.tar") as temporary:
         temporary.write_bytes(b"whole")
-    assert {path.name for path in tmp_path.iterdir()} == {"rollout-000003.tar", *names[1:]}
+    assert {path.name for path in tmp_path.iterdir()} == {"rollout-000003.tar", *kept}
+
+
+def test_a_folder_is_listed_once_by_each_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = []
+    monkeypatch.setattr(os, "scandir", lambda path, scandir=os.scandir: listed.append(Path(path)) or scandir(path))
+
+    def write(names: str, looks: int) -> None:
+        for name in names:
+            atomic_write(tmp_path / name, b"new")
+        assert listed == [tmp_path] * looks
+
+    write("abc", looks=1)
+    child = fork(lambda: write("de", looks=2))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -7,8 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -152,19 +150,6 @@ def test_a_folder_replaces_an_old_one_whole_or_not_at_all(tmp_path: Path) -> Non
         (folder / "three").write_text("")
         raise KeyError
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["f", "sub", "two"]
-
-
-def test_what_a_killed_writer_left_goes_when_the_file_is_written_again(tmp_path: Path) -> None:
-    child = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
-    mine, dead = os.getpid(), int(child.stdout)
-    with atomic_path(tmp_path / "a") as path:
-        host = path.name.removeprefix(".a.").rpartition(f"-{mine}-")[0]
-        path.write_bytes(b"")
-    left = {pid: tmp_path / f".a.{host}-{pid}-00000000.tmp" for pid in (mine, dead)}
-    for path in left.values():
-        path.write_bytes(b"torn")
-    atomic_write(tmp_path / "a", b"new")
-    assert left[mine].exists() and not left[dead].exists()
 
 
 @pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.slow)])

@@ -55,7 +55,7 @@ def test_the_doctor_and_the_stages_refuse_a_broken_model(name: str, intact: Path
 def test_the_command_line_says_it_in_the_row_of_the_model(intact: Path, models: Path, tmp_path: Path) -> None:
     folder = copied(intact / "flux", tmp_path / "model")
     fields("transformer/config.json", num_single_layers=2)(folder)
-    write_project(models, tmp_path, model={"path": str(folder)}, evaluate={"judge": None})
+    write_project(models, tmp_path, model={"path": str(folder)}, evaluate={"judges": []})
     said = rats(tmp_path, "doctor", code=2).stdout.splitlines()
     rows = [line for line in said if line.startswith("model ")]
     assert len(rows) == 1 and "lacks" in rows[0] and "weights" in rows[0]

@@ -28,7 +28,7 @@ def findings(folder: Path, *arguments: str, code: int = 0) -> dict[str, dict[str
 
 
 def project(models: Path, folder: Path, **changes: Any) -> Path:
-    write_project(models, folder, evaluate={"judge": None}, **changes)
+    write_project(models, folder, evaluate={"judges": []}, **changes)
     return folder
 
 

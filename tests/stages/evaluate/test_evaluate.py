@@ -42,9 +42,15 @@ CONCEPTS = ("fox", "frog", "whale", "apple", "house", "star")
 NFE, STEPS = (2, 3), 8
 SYSTEMS = ("teacher", *(f"{name}-{n}" for n in NFE for name in ("base_guided", "base_unguided")), "rats-2", "rats-3")
 
+DIMENSIONS = {"efficientnet-lite0": 1280, "open-nsfw": 1024}
+"""Features of a picture, by judge."""
+
+JUDGED = [f"{metric}{judge}" for judge in ("", " open-nsfw") for metric in ("kid", "recognition", "diversity")]
+
 
 def settings(folder: Path, **changes: dict[str, object]) -> Params:
     rewards = [("hpsv2", "hpsv2"), ("pickscore", "pickscore")]
+    judges = [{"name": name, "real_features": str(folder / f"{name}.safetensors")} for name in DIMENSIONS]
     values: dict[str, dict] = {
         "model": {"path": str(folder / "teacher")},
         "prompts": {"train": str(folder / "train.txt"), "test": str(folder / "test.csv")},
@@ -52,7 +58,7 @@ def settings(folder: Path, **changes: dict[str, object]) -> Params:
         "compute": {"micro_batch": 6},
         "store": {"path": str(folder / "store"), "shard_samples": 8, "workers": 0},
         "train": {"reward": "hpsv2", "nfe": NFE},
-        "evaluate": {"pictures": 3, "real_features": str(folder / "real.safetensors")},
+        "evaluate": {"pictures": 3, "judges": judges},
     }
     values["teacher"] |= {"height": tiny.SIZE, "width": tiny.SIZE, "noises_per_prompt": 2}
     for block, change in changes.items():
@@ -80,7 +86,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "test.csv").write_text("\n".join(["prompt,concept,kind", *lines]) + "\n")
     (folder / "train.txt").write_text("something else\n")
     rng = np.random.default_rng(0)
-    write_real(folder / "real.safetensors", rng.random((18, 1280)), list(CONCEPTS) * 3)
+    for name, dimension in DIMENSIONS.items():
+        write_real(folder / f"{name}.safetensors", rng.random((18, dimension)), list(CONCEPTS) * 3)
     rollout_stage(settings(folder), "test", folder / "shards")
     write_student(folder, tiny.transformer(seed=7))
     (folder / "counts.json").write_text(json.dumps(counted_evaluation(folder)))
@@ -122,7 +129,7 @@ def test_every_system_has_every_metric_with_the_cost_it_had(world: Path):
     found = {(c.variant or c.system, c.nfe, c.evaluations, c.metric) for c in cells(world)}
     systems = [("teacher", 8, 16), ("base_guided", 2, 4), ("base_guided", 3, 6), ("base_unguided", 2, 2)]
     systems += [("base_unguided", 3, 3), ("rats", 2, 2), ("rats", 3, 3)]
-    metrics = ("hpsv2", "pickscore", "kid", "diversity")
+    metrics = ("hpsv2", "pickscore", *JUDGED)
     assert found == {(*system, metric) for system in systems for metric in metrics}
 
 
@@ -133,8 +140,10 @@ def test_a_cell_has_the_fields_of_the_design(world: Path):
     assert all(fields <= set(cell) for cell in raw)
     assert {(c.split, c.num_prompts, c.num_concepts) for c in cells(world)} == {("test", 6, 6)}
     assert {(c.metric, c.role) for c in cells(world)} == {
-        ("hpsv2", "trained"), ("pickscore", "held_out"), ("kid", "judge"), ("diversity", "judge")
-    }  # fmt: skip
+        ("hpsv2", "trained"),
+        ("pickscore", "held_out"),
+        *((metric, "judge") for metric in JUDGED),
+    }
 
 
 def test_intervals_hold_their_means_and_only_the_teacher_has_no_difference(world: Path):
@@ -197,7 +206,7 @@ def test_an_untrained_student_is_the_unguided_base_to_the_last_bit(world: Path, 
     write_student(folder, tiny.transformer(seed=0))
     found = {(c.variant or c.system, c.nfe, c.metric): c for c in evaluate(folder).cells}
     for nfe in NFE:
-        for metric in ("hpsv2", "pickscore", "kid", "diversity"):
+        for metric in ("hpsv2", "pickscore", *JUDGED):
             assert found["rats", nfe, metric].mean == found["base_unguided", nfe, metric].mean
 
 
@@ -209,14 +218,14 @@ def test_a_number_of_steps_that_training_visits_twice_is_evaluated_once(world: P
 
 def test_a_second_evaluation_gives_the_same_files(world: Path, tmp_path: Path):
     folder = copy(world, tmp_path)
-    evaluate(folder, evaluate={"judge": None})
+    evaluate(folder, evaluate={"judges": []})
     for name in ("values.csv", "pictures.safetensors"):
         assert (folder / "new" / name).read_bytes() == (folder / "reports" / name).read_bytes()
 
 
 def test_without_guidance_there_is_one_base_and_without_a_judge_no_judged_metric(world: Path, tmp_path: Path):
     folder = copy(world, tmp_path)
-    plain = settings(folder, teacher={"true_cfg_scale": 1.0}, evaluate={"judge": None})
+    plain = settings(folder, teacher={"true_cfg_scale": 1.0}, evaluate={"judges": []})
     shutil.rmtree(folder / "shards")
     rollout_stage(plain, "test", folder / "shards")
     shutil.rmtree(folder / "runs/rats")
@@ -294,7 +303,7 @@ def test_a_student_that_draws_nan_is_named(world: Path, tmp_path: Path):
     shutil.rmtree(folder / "runs/rats")
     write_student(folder, network)
     with pytest.raises(DataError, match="hpsv2 gives nan to sample .* of rats-2: look at"):
-        evaluate(folder, evaluate={"judge": None})
+        evaluate(folder, evaluate={"judges": []})
 
 
 def test_shards_whose_prompts_no_file_has_are_refused(world: Path, tmp_path: Path):

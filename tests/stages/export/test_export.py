@@ -95,7 +95,7 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_it_did(home: Path, 
 
 
 def test_evaluate_says_which_students_it_measured(home: Path, tmp_path: Path) -> None:
-    values = params(home, "evaluate.variants=[lora]", "evaluate.judge=null")
+    values = params(home, "evaluate.variants=[lora]", "evaluate.judges=[]")
     report = evaluate_stage(values, home / "shards", home / "runs", tmp_path / "evaluate.json")
     assert report.students == {"lora": hash_path(home / "runs/lora/student")}
     assert {cell.variant for cell in report.cells if cell.system == "student"} == {"lora"}

@@ -7,7 +7,7 @@ import pytest
 
 from rats.schemas.errors import ConfigError, DataError
 from rats.stages.measure import intervals as st
-from rats.stages.measure.judge import kernel
+from rats.stages.measure.features import kernel
 from rats.stages.measure.kid import RealSet, kid_of, paired_kid
 
 

@@ -72,7 +72,7 @@ def test_a_set_of_all_horizons_trains_and_evaluates_and_holds_the_same_states(
     rolled: Path, models: Path, tmp_path: Path
 ):
     few = only_set(rolled)
-    evaluation = {"pictures": 2, "judge": None}
+    evaluation = {"pictures": 2, "judges": []}
     params = project(rolled, tmp_path, models, teacher={"horizons": "all"}, evaluate=evaluation)
     report = rollout_stage(params, "train", tmp_path / "all")
     assert report.shards_reused == 0

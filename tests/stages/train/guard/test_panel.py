@@ -153,7 +153,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(train, rewards, m
             "prompts": {"train": "nowhere.txt"},
             "rewards": [{"name": name, "adapter": "hpsv2", "path": "nowhere"} for name in rewards],
             "train": {"reward": "a"} | train,
-            "evaluate": {"judge": None},
+            "evaluate": {"judges": []},
         }
     )
     with pytest.raises(ConfigError, match=message):

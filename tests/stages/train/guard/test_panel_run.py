@@ -58,7 +58,7 @@ def params_of(home: Path, **changes: Any) -> Params:
             "store": {"path": str(home / "store"), "shard_samples": 4, "workers": 0},
             "rewards": [reward | {"path": str(home / reward["name"])} for reward in rewards],
             "train": TRAIN | changes,
-            "evaluate": {"judge": None},
+            "evaluate": {"judges": []},
         }
     )
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rats.schemas.errors import DataError
-from rats.stages.measure.judge import diversity, diversity_by_sample, kernel, kid, kid_by_sample, mean_off_diagonal
+from rats.stages.measure.features import diversity, diversity_by_sample, kernel, kid, kid_by_sample, mean_off_diagonal
 from rats.stages.train.guard.rules import (
     Roles,
     ValidationScores,

