@@ -133,7 +133,7 @@ def _putter(model: Model, student: FamilyStudent, folder: Path) -> Callable[[flo
     return lambda share: put(shortened(start, trained, share))
 
 
-def _rewards(params: Params, name: str, teacher: SystemResult, measured: Measured) -> dict[float, NDArray[np.float64]]:
+def _rewards(params: Params, name: str, teacher: SystemResult, measured: Measured) -> dict[float, list[float]]:
     """Each sample's trained reward by length: the mean over the numbers of steps, of several rewards their sum."""
     train = with_variant(params, name)
     rewards = list(train.reward_weights)
@@ -145,7 +145,7 @@ def _rewards(params: Params, name: str, teacher: SystemResult, measured: Measure
         return weighted_sum(scores_RB, parts).numpy()
 
     return {
-        length: np.mean([total(system) for system in found], axis=0)
+        length: np.mean([total(system) for system in found], axis=0).tolist()
         for (variant, length), found in measured.items()
         if variant == name
     }
