@@ -15,6 +15,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from rats.schemas.blocks import Block, NonNegative, PathText, Positive, Seed
 from rats.schemas.errors import ConfigError, brief, nearest
 from rats.schemas.evaluate_params import EvaluateParams
+from rats.schemas.fused_lora import FusedLora
 from rats.schemas.plugins import FAMILIES, REWARDS, check_name
 from rats.schemas.train_params import TrainParams
 from rats.schemas.validation import validate
@@ -27,11 +28,15 @@ Split = Literal["train", "validation", "test"]
 
 
 class ModelParams(Block):
-    """The teacher: a diffusers folder or hub id; `transformer`: a folder whose network replaces the pipeline's."""
+    """The teacher: a diffusers folder or hub id; `transformer`: a folder whose network replaces the pipeline's.
+
+    `loras` are fused into that network, one after the other: teacher and untrained student both have them.
+    """
 
     path: PathText
     revision: str | None = None
     transformer: PathText | None = None
+    loras: tuple[FusedLora, ...] = ()
     family: str = "flux"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 

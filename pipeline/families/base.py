@@ -57,8 +57,10 @@ class Family(ABC):
     is_video: ClassVar[bool] = False
     longest_text: ClassVar[int] = 512
     """The largest `max_sequence_length` that the pipeline's call takes."""
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """Fields of `teacher` that the family does not read (keys of `schemas.recipe.NEUTRAL`): they are in no address."""
     published: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the hub ids of its pipelines. `rats init` finds the family by them before anything is fetched."""
+    """Hub ids of its pipelines, whole. `rats init` finds the family by them without asking the hub."""
     suggested: ClassVar[Mapping[str, Any]] = {}
     """Fields of `teacher` that `rats init` writes into params.yaml, where they differ from the schema's defaults."""
 

@@ -40,7 +40,7 @@ class Flux(PatchFamily):
     depth = ("num_layers", "num_single_layers")
     embeds_guidance = True
     scheduler_fields = (*PatchFamily.scheduler_fields, "use_dynamic_shifting")
-    published = ("black-forest-labs/FLUX.1-",)
+    published = tuple(f"black-forest-labs/FLUX.1-{name}" for name in ("dev", "schnell", "Krea-dev"))
 
     @classmethod
     def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:

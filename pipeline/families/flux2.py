@@ -51,7 +51,7 @@ class Flux2Klein(PatchFamily):
     depth = ("num_layers", "num_single_layers")
     scheduler_fields = (*PatchFamily.scheduler_fields, "use_dynamic_shifting")
     dynamic_fields = ()  # the pipeline has a shift of its own
-    published = ("black-forest-labs/FLUX.2-klein",)
+    published = ("black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.2-klein-base-9B")
     suggested = {"true_cfg_scale": 4.0, "height": 1024, "width": 1024}
 
     @classmethod

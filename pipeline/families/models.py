@@ -102,6 +102,11 @@ class FamilyStudent(FamilyDecoder):
         self._dtype: torch.dtype = self.network.dtype
         self._embeds_guidance = bool(self.network.config.get("guidance_embeds"))
 
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Settings of the teacher that this model does not read, so that they change no sample."""
+        return (*self.family.ignored, *(() if self._embeds_guidance else ("guidance_scale",)))
+
     def checkpoint_activations(self) -> None:
         """Recompute the activations of network and decoder in the backward pass: less memory, about a third slower."""
         self.network.enable_gradient_checkpointing()

@@ -49,7 +49,9 @@ class StableDiffusion3(PatchFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     depth = ("num_layers",)
-    published = ("stabilityai/stable-diffusion-3",)
+    published = tuple(
+        f"stabilityai/stable-diffusion-{name}" for name in ("3-medium-diffusers", "3.5-medium", "3.5-large")
+    )
     suggested = {"true_cfg_scale": 4.5, "max_sequence_length": 256, "height": 1024, "width": 1024}
 
     @classmethod

@@ -95,7 +95,7 @@ class Wan(Family):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     depth = ("num_layers",)
     is_video = True
-    published = ("Wan-AI/Wan2.1-T2V-",)
+    published = ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers")
     # WanPipeline's own defaults; of the published sizes the smaller one
     suggested = {"true_cfg_scale": 5.0, "height": 480, "width": 832, "frames": 81}
 

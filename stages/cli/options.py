@@ -162,6 +162,14 @@ def place(text: str) -> Place:
     return found
 
 
+def creatable(path: Path | None) -> None:
+    """Refuses a file that could not be written at the end, before there is anything to write."""
+    from rats.pipeline.files.atomic import check_creatable
+
+    if path is not None:
+        check_creatable(path)
+
+
 def existing(path: Path) -> Path:
     if not path.is_dir():
         raise ConfigError(f"no folder {path}: run the stage that makes it first")

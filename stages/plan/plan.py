@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files.places import Place, open_place
+from rats.pipeline.files.places import Place, open_store
 from rats.pipeline.store.plans import needed_plans, new_plans
 from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.pipeline.weights.loading import torch_dtype
@@ -21,7 +22,7 @@ from rats.stages.plan.flops import conditioning_shapes, decode_flops, evaluation
 from rats.stages.plan.memory import rollout_memory, train_memory
 from rats.stages.plan.result import Comparison, Expense, Plan, RolloutWork
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
-from rats.stages.rollout.rollout import read_recipe, texts_of, wanted_samples
+from rats.stages.rollout.rollout import check_before, read_recipe, texts_of, wanted_samples
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ def survey(params: Params, model: Model, split: Split) -> Survey:
     check_dtype(params.model.dtype)
     wanted = wanted_samples(params, split)
     recipe = read_recipe(params, model)
-    root = open_place(params.store.path) / fingerprint(recipe)
+    root = open_store(params.store.path) / fingerprint(recipe)
     shards = ShardSet.open(root) if is_set(root) else None
     plans, done = (shards.plans(), shards.finished()) if shards else ([], [])
     encoded = shards.encoded() if shards else set()
@@ -90,10 +91,12 @@ def rollout_work(found: Survey, params: Params) -> RolloutWork:
     )
 
 
-def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
-    """What `rollout_stage` would do, for --dry-run: the fields of `RolloutWork`."""
+def plan_rollout(params: Params, split: Split, out: Path | None = None) -> dict[str, Any]:
+    """What `rollout_stage` would do, for --dry-run: the fields of `RolloutWork`. Raises what it would raise first."""
     model = Model.of(params)
     found = survey(params, model, split)
+    if found.groups:
+        check_before(params, model, found.root, out)
     model.lengths(texts_of(found.wanted)).tell(log)
     return rollout_work(found, params).model_dump()
 
@@ -130,6 +133,7 @@ def plan_stage(
     embedding = embedding_bytes(conditioning_shapes(outline), torch_dtype(params.model.dtype))
     return Plan(
         split=split,
+        loras=tuple(map(str, params.model.loras)),
         work=work,
         lengths=model.lengths(texts_of(found.wanted)),
         evaluation_flops=flops,

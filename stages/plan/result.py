@@ -73,6 +73,7 @@ class Plan(Record):
     """
 
     split: str
+    loras: tuple[str, ...] = ()
     work: RolloutWork
     lengths: Lengths
     evaluation_flops: int

@@ -26,6 +26,8 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     ]
     if plan.usd is not None:
         rows.insert(8, ("cost", f"{plan.usd:,.2f} USD at {plan.price:.2f} USD an hour of a worker"))
+    if plan.loras:
+        rows.insert(0, ("LoRAs", f"{', '.join(plan.loras)}, fused into the network"))
     memory = [("memory", "of a device at most, in tensors"), ("  rollout", _memory(plan.rollout_memory))]
     return [*rows, *memory, ("  training", _memory(plan.train_memory)), *_comparison(plan.comparison)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -204,3 +205,18 @@ def test_init_for_a_hub_model_names_no_file_that_is_not_there(tmp_path: Path):
     text = (tmp_path / "flux" / "dvc.yaml").read_text()
     assert "${model.path}" not in text and "${rewards" not in text
     assert load_params(tmp_path / "flux" / "params.yaml").model.path == "black-forest-labs/FLUX.1-dev"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_spinning_unless_told_and_before_torch_reads_it(given: str | None, expected: str) -> None:
+    code = "import os, sys; from rats.stages.cli.console import guarded\n"
+    code += "guarded(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules))"
+    child = {name: value for name, value in environment().items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=child | ({"OMP_WAIT_POLICY": given} if given else {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [expected, "False"]
