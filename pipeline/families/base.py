@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rats.pipeline import solver
 from rats.pipeline.families.fit import Fit, PartConfig
-from rats.pipeline.prompts.lengths import Window
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.errors import ConfigError, DataError, brief
 from rats.schemas.params import TeacherParams

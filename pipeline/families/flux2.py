@@ -15,7 +15,7 @@ from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from rats.pipeline.families.base import PATCH, PatchFamily
 from rats.pipeline.families.fit import Fit, PartConfig
-from rats.pipeline.prompts.lengths import Window
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError, DataError

@@ -17,7 +17,10 @@ from rats.pipeline.weights.loading import quiet_imports, quiet_notices
 from rats.pipeline.weights.opening import opening
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.horizons import aligned
-from rats.schemas.params import evaluations_per_step
+from rats.schemas.params import ComputeParams, evaluations_per_step
+
+ATTENTION = {"sdpa": "native"}
+"""The names that diffusers has for the values of `compute.attention`."""
 
 MISFIT = "take its config.json, its weights and the other parts from one pipeline"
 OTHER = {
@@ -176,7 +179,7 @@ class FamilyText:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """The prompts' embeddings, batch first. Each is encoded alone, so that its bits do not depend on the others."""
-        # the pipelines' lines on each long prompt are `prompts.lengths`' one line
+        # the pipelines' lines on each long prompt are `pipeline.lengths`' one line
         with opening("the model's text encoders", "one pipeline", MISFIT), quiet_notices(), quiet_imports():
             each = [self.family.encode(self._pipeline, prompt) for prompt in prompts]
         return {name: torch.cat([one[name] for one in each]) for name in each[0]}
@@ -232,3 +235,11 @@ class FamilyTeacher(FamilyStudent):
         if self._negative is None:
             self._negative = self.encode([self.settings.negative_prompt])
         return {name: value.expand(batch, *value.shape[1:]) for name, value in self._negative.items()}
+
+
+def apply_kernels(network: Any, compute: ComputeParams) -> None:
+    """Sets the recipe's attention and compilation. The environment (DIFFUSERS_ATTN_BACKEND) is overridden."""
+    with quiet_notices():
+        network.set_attention_backend(ATTENTION[compute.attention])
+    if compute.compile:
+        network.compile()

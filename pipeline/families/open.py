@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from rats.pipeline.families.base import Family
 from rats.pipeline.families.fit import check_fit, part_configs
 from rats.pipeline.families.index import check_index
-from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText
-from rats.pipeline.prompts.lengths import Lengths, read_lengths
+from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText, apply_kernels
+from rats.pipeline.lengths import Lengths, read_lengths
 from rats.pipeline.weights.files import check_layout
 from rats.pipeline.weights.folder import SCHEDULER, ModelFolder
 from rats.pipeline.weights.fuse import fuse_loras
@@ -36,9 +36,6 @@ from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParam
 from rats.schemas.plugins import FAMILIES, load_plugin
 from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import LoraParams
-
-ATTENTION = {"sdpa": "native"}
-"""The names that diffusers has for the values of `compute.attention`."""
 
 
 @dataclass(eq=False)
@@ -303,11 +300,3 @@ class Model:
         encoder = encoders.get(name.replace("tokenizer", "text_encoder"))
         config = None if encoder is None else encoder.config.get_text_config()
         return load_tokenizer(self.family.tokenizers[name], folder, config)
-
-
-def apply_kernels(network: Any, compute: ComputeParams) -> None:
-    """Sets the recipe's attention and compilation. The environment (DIFFUSERS_ATTN_BACKEND) is overridden."""
-    with quiet_notices():
-        network.set_attention_backend(ATTENTION[compute.attention])
-    if compute.compile:
-        network.compile()

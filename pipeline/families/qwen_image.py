@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 from rats.pipeline.families.base import PATCH, SAMPLING, PatchFamily
 from rats.pipeline.families.fit import Fit, PartConfig
-from rats.pipeline.prompts.lengths import Window
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError

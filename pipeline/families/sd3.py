@@ -15,7 +15,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderMo
 
 from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchFamily, clip_window
 from rats.pipeline.families.fit import Fit, PartConfig
-from rats.pipeline.prompts.lengths import Window
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.params import TeacherParams

@@ -21,7 +21,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from rats.pipeline.families.base import EULER, Family
 from rats.pipeline.families.fit import Fit, PartConfig
-from rats.pipeline.prompts.lengths import Window
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from rats.pipeline.families.models import FamilyStudent
-from rats.pipeline.families.open import Model, apply_kernels
+from rats.pipeline.families.models import FamilyStudent, apply_kernels
+from rats.pipeline.families.open import Model
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_notices, torch_device, torch_dtype
 

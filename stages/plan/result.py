@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rats.pipeline.prompts.lengths import Lengths
+from rats.pipeline.lengths import Lengths
 from rats.schemas.manifest import Record
 
 

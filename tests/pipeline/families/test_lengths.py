@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.prompts.lengths import Cut
+from rats.pipeline.lengths import Cut
 from rats.schemas.params import TeacherParams
 from tests.support.model_fuzz import WRITERS, opened
 

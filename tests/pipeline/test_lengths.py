@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mini.tokenizers import t5_tokenizer
-from rats.pipeline.prompts.lengths import AT_ONCE, Window, read_lengths
+from rats.pipeline.lengths import AT_ONCE, Window, read_lengths
 
 WORDS = "a red fox at night"
 
