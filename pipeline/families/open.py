@@ -186,20 +186,18 @@ class Model:
     def open_text(self) -> FamilyText:
         """Loads the text encoders, and nothing else."""
         self._check_fit()
-        vae = outline_component(self.family.vae_class, self.folder.parts(DECODER)[DECODER])
-        return self._text(self._family_of(vae, self.folder.parts(DECODER)[DECODER]))
+        folder = self.folder.parts(DECODER)[DECODER]
+        family = self._family_of(outline_component(self.family.vae_class, folder), folder)
+        return FamilyText(family, self._text_parts())
 
     def lengths(self, prompts: Sequence[str], guided: bool = True) -> Lengths:
         """What the text encoders read of different prompts, and of the negative prompt where it is used.
 
         Opens the tokenizers alone. `guided`: whether the prompts are for the teacher.
         """
-        family = self.outline.family
-        parts = self.folder.parts(*family.tokenizers)
-        tokenizers = {name: load_tokenizer(cls, parts[name]) for name, cls in family.tokenizers.items()}
+        family, tokenizers = self.outline.family, self._tokenizers({})
+        negative = self.teacher.negative_prompt if guided and self.teacher.true_cfg_scale > 1 else None
         with opening(self.folder.root, "a pipeline with its tokenizers"):
-            family.check_tokenizers(tokenizers)
-            negative = self.teacher.negative_prompt if guided and self.teacher.true_cfg_scale > 1 else None
             return read_lengths(family.windows(tokenizers), prompts, negative)
 
     def open_live_teacher(self, student: FamilyStudent) -> FamilyTeacher:
@@ -208,7 +206,7 @@ class Model:
         The text encoders are loaded only if there is guidance against a negative prompt, and freed after encoding it.
         """
         family = self.family(self.teacher, student.vae)
-        text = self._text(family) if self.teacher.true_cfg_scale > 1 else None
+        text = FamilyText(family, self._text_parts()) if self.teacher.true_cfg_scale > 1 else None
         network = copy.deepcopy(student.network)
         apply_kernels(network, self.compute)
         live = FamilyTeacher(family, network, student.vae, student.scheduler, text)
@@ -281,19 +279,20 @@ class Model:
         fuse_loras(network, self.family.pipeline_class, loras)
         return network.to(torch_device(self.compute.device))
 
-    def _text(self, family: Family) -> FamilyText:
-        return FamilyText(family, self._text_parts())
-
     def _text_parts(self) -> dict[str, Any]:
         """The text encoders and their tokenizers by name."""
-        family = self.family
-        parts = self.folder.parts(*family.encoders, *family.tokenizers)
-        how = self.params, self.compute
-        encoders = {name: load_component(cls, parts[name], *how) for name, cls in family.encoders.items()}
-        tokenizers = {name: self._tokenizer(name, parts[name], encoders) for name in family.tokenizers}
+        classes = self.family.encoders
+        parts = self.folder.parts(*classes)
+        encoders = {name: load_component(cls, parts[name], self.params, self.compute) for name, cls in classes.items()}
+        return encoders | self._tokenizers(encoders)
+
+    def _tokenizers(self, encoders: Mapping[str, Any]) -> dict[str, Any]:
+        """All tokenizers by name, checked against those text encoders that are there."""
+        parts = self.folder.parts(*self.family.tokenizers)
+        tokenizers = {name: self._tokenizer(name, parts[name], encoders) for name in self.family.tokenizers}
         with opening(self.folder.root, "a pipeline with its tokenizers"):
-            family.check_tokenizers(tokenizers)
-        return encoders | tokenizers
+            self.family.check_tokenizers(tokenizers)
+        return tokenizers
 
     def _tokenizer(self, name: str, folder: Path, encoders: Mapping[str, Any]) -> Any:
         """The tokenizer `name`, checked against the text encoder of the same number."""
