@@ -146,9 +146,8 @@ class Model:
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The pipeline's scheduler in the form in which the family samples by it."""
-        config = self.folder.scheduler_config
         with opening(self.folder.parts(SCHEDULER)[SCHEDULER], "a scheduler"), quiet_notices():
-            return self.family.scheduler(config)
+            return self.family.scheduler(self.folder.scheduler_config)
 
     def sigmas(self, counts: Iterable[int]) -> dict[int, tuple[float, ...]]:
         """The grid of each number of steps, as the scheduler makes it now: `FamilyStudent.stock_sigmas`."""
@@ -175,7 +174,7 @@ class Model:
     def open_teacher(self) -> FamilyTeacher:
         """Loads the whole pipeline, frozen."""
         parts = self._sampling_parts(None)
-        return FamilyTeacher(*parts, self._text(parts[0]))
+        return FamilyTeacher(*parts, FamilyText(parts[0], self._text_parts()))
 
     def open_decoder(self) -> FamilyDecoder:
         """Loads the VAE. The other parts of the model need not exist."""
