@@ -10,6 +10,7 @@ from typing import Any
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder
+from rats.pipeline.prompts.splits import shared_with_train
 from rats.pipeline.weights.loading import read_state, save_component
 from rats.pipeline.weights.lora import export_lora, is_lora, merge_lora
 from rats.pipeline.weights.movement import share_kept
@@ -80,7 +81,8 @@ def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation:
             kept = _write_pipeline(model, export.student, target / PIPELINE)
         call = {**export.call, "sigmas": export.sigmas}
         (target / CALL).write_text(json.dumps(call, indent=1, sort_keys=True) + "\n")
-        card = model_card(model, export.record, export.parts, export.sigmas, kept, evaluation)
+        leaks = shared_with_train(params.prompts)
+        card = model_card(model, export.record, export.parts, export.sigmas, kept, evaluation, leaks)
         (target / CARD).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
     return {**summary(export, run, out), "files": len(sizes), "bytes": sum(sizes), "movement_kept": kept}

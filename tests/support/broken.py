@@ -150,8 +150,8 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "another sampler": ("flux", fields("scheduler/scheduler_config.json", _class_name="DDIM"), "scheduler is DDIM"),
     "a scheduler without shift": ("flux", fields("scheduler/scheduler_config.json", shift=remove), "lacks shift"),
     "words for a shift": ("flux", fields("scheduler/scheduler_config.json", shift="three"), "scheduler"),
-    "equal lengths of a shift": ("flux", fields("scheduler/scheduler_config.json", **DYNAMIC), "scheduler"),
-    "another pipeline": ("flux", fields("model_index.json", _class_name="ZImagePipeline"), "is a 'ZImagePipeline'"),
+    "equal lengths of a shift": ("flux", fields("scheduler/scheduler_config.json", **DYNAMIC), "are both 256, between"),
+    "another pipeline": ("flux", fields("model_index.json", _class_name="ZImagePipeline"), "draws as a ZImagePipeline"),
     "an index of nothing": ("flux", fields("model_index.json", _class_name=remove), "names no pipeline"),
     "an index cut off": ("flux", cut_off("model_index.json"), "model_index.json is not readable as JSON"),
 }

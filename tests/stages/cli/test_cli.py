@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from rats.pipeline.prompts import read_prompts
+from rats.schemas.identity import LARGEST_SEED
 from rats.schemas.params import load_params
 from rats.stages.cli.main import app
 from rats.stages.cli.shards import shards
@@ -136,6 +137,17 @@ def test_a_wrong_argument_is_one_line_with_exit_code_2(models: Path, tmp_path: P
     write_project(models, tmp_path)
     done = rats(tmp_path, *arguments, code=2)
     assert hint in done.stderr and done.stderr.count("\n") == 1
+
+
+SEEDED = [name for name, flags in COMMANDS.items() if "seed" in flags]
+
+
+@pytest.mark.parametrize("name", SEEDED)
+@pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, 2**65])
+def test_every_command_refuses_a_seed_that_is_none(tmp_path: Path, name: str, seed: int):
+    arguments = ["a fox"] if name == "generate" else ["."] if name == "shards preview" else []
+    said = rats(tmp_path, *name.split(), *arguments, "--seed", str(seed), code=2).stderr
+    assert "Invalid value for '--seed'" in said and "Traceback" not in said
 
 
 def test_a_folder_that_is_no_shard_set_exits_65(tmp_path: Path):
