@@ -23,6 +23,7 @@ from rats.pipeline.weights.fuse import fuse_loras
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.loading import (
     META,
+    apply_kernels,
     load_component,
     load_pipeline,
     load_tokenizer,
@@ -36,9 +37,6 @@ from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParam
 from rats.schemas.plugins import FAMILIES, load_plugin
 from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import LoraParams
-
-ATTENTION = {"sdpa": "native"}
-"""The names that diffusers has for the values of `compute.attention`."""
 
 
 @dataclass(eq=False)
@@ -103,8 +101,7 @@ class Model:
 
     def hashes(self) -> dict[str, str]:
         """Content hashes of all components that the family opens, by name."""
-        family = self.family
-        return self.folder.hashes((NETWORK, DECODER, *family.encoders, *family.tokenizers))
+        return self.folder.hashes((NETWORK, DECODER, *self.family.encoders, *self.family.tokenizers))
 
     def examined(self) -> FamilyTeacher:
         """The teacher as a stage opens it, without the values of its weights: on torch's meta device.
@@ -178,7 +175,7 @@ class Model:
     def open_teacher(self) -> FamilyTeacher:
         """Loads the whole pipeline, frozen."""
         parts = self._sampling_parts(None)
-        return FamilyTeacher(*parts, self._text(parts[0]))
+        return FamilyTeacher(*parts, FamilyText(parts[0], self._text_parts()))
 
     def open_decoder(self) -> FamilyDecoder:
         """Loads the VAE. The other parts of the model need not exist."""
@@ -190,7 +187,7 @@ class Model:
         """Loads the text encoders, and nothing else."""
         self._check_fit()
         vae = outline_component(self.family.vae_class, self.folder.parts(DECODER)[DECODER])
-        return self._text(self._family_of(vae, self.folder.parts(DECODER)[DECODER]))
+        return FamilyText(self._family_of(vae, self.folder.parts(DECODER)[DECODER]), self._text_parts())
 
     def lengths(self, prompts: Sequence[str], guided: bool = True) -> Lengths:
         """What the text encoders read of different prompts, and of the negative prompt where it is used.
@@ -211,7 +208,7 @@ class Model:
         The text encoders are loaded only if there is guidance against a negative prompt, and freed after encoding it.
         """
         family = self.family(self.teacher, student.vae)
-        text = self._text(family) if self.teacher.true_cfg_scale > 1 else None
+        text = FamilyText(family, self._text_parts()) if self.teacher.true_cfg_scale > 1 else None
         network = copy.deepcopy(student.network)
         apply_kernels(network, self.compute)
         live = FamilyTeacher(family, network, student.vae, student.scheduler, text)
@@ -284,9 +281,6 @@ class Model:
         fuse_loras(network, self.family.pipeline_class, loras)
         return network.to(torch_device(self.compute.device))
 
-    def _text(self, family: Family) -> FamilyText:
-        return FamilyText(family, self._text_parts())
-
     def _text_parts(self) -> dict[str, Any]:
         """The text encoders and their tokenizers by name."""
         family = self.family
@@ -303,11 +297,3 @@ class Model:
         encoder = encoders.get(name.replace("tokenizer", "text_encoder"))
         config = None if encoder is None else encoder.config.get_text_config()
         return load_tokenizer(self.family.tokenizers[name], folder, config)
-
-
-def apply_kernels(network: Any, compute: ComputeParams) -> None:
-    """Sets the recipe's attention and compilation. The environment (DIFFUSERS_ATTN_BACKEND) is overridden."""
-    with quiet_notices():
-        network.set_attention_backend(ATTENTION[compute.attention])
-    if compute.compile:
-        network.compile()

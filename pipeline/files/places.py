@@ -14,8 +14,8 @@ from typing import Any, Protocol, Self, TypeVar
 from upath.registry import available_implementations
 
 from rats.pipeline.files.local import LocalPlace
-from rats.pipeline.files.project import real_folder
 from rats.pipeline.files.remote import RemotePlace
+from rats.pipeline.project import real_folder
 from rats.schemas.errors import ConfigError
 
 Item = TypeVar("Item")

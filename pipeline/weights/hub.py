@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
-from rats.pipeline.files.project import real_folder
+from rats.pipeline.project import real_folder
 from rats.pipeline.weights.hashes import SMALL_FILES
 from rats.schemas.errors import ConfigError, StorageError, reason
 

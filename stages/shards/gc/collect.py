@@ -26,7 +26,7 @@ from typing import Any
 from rats.pipeline.files.atomic import file_lock, remove, storage_errors, sync
 from rats.pipeline.files.leftovers import is_dead, temporary_name
 from rats.pipeline.files.places import open_place
-from rats.pipeline.files.project import worktrees
+from rats.pipeline.project import worktrees
 from rats.pipeline.store import layout
 from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.schemas.errors import CannotCreateError, ConfigError, RetryLaterError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rats.pipeline.files.places import open_store
-from rats.pipeline.files.project import real_folder, worktrees
+from rats.pipeline.project import real_folder, worktrees
 from rats.pipeline.weights.hub import resolve
 from rats.schemas.errors import ConfigError
 
