@@ -17,10 +17,7 @@ from rats.pipeline.weights.loading import quiet_imports, quiet_notices
 from rats.pipeline.weights.opening import opening
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.horizons import aligned
-from rats.schemas.params import ComputeParams, evaluations_per_step
-
-ATTENTION = {"sdpa": "native"}
-"""The names that diffusers has for the values of `compute.attention`."""
+from rats.schemas.params import evaluations_per_step
 
 MISFIT = "take its config.json, its weights and the other parts from one pipeline"
 OTHER = {
@@ -235,11 +232,3 @@ class FamilyTeacher(FamilyStudent):
         if self._negative is None:
             self._negative = self.encode([self.settings.negative_prompt])
         return {name: value.expand(batch, *value.shape[1:]) for name, value in self._negative.items()}
-
-
-def apply_kernels(network: Any, compute: ComputeParams) -> None:
-    """Sets the recipe's attention and compilation. The environment (DIFFUSERS_ATTN_BACKEND) is overridden."""
-    with quiet_notices():
-        network.set_attention_backend(ATTENTION[compute.attention])
-    if compute.compile:
-        network.compile()

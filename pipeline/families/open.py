@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rats.pipeline.families.base import Family
 from rats.pipeline.families.fit import check_fit, part_configs
 from rats.pipeline.families.index import check_index
-from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText, apply_kernels
+from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText
 from rats.pipeline.lengths import Lengths, read_lengths
 from rats.pipeline.weights.files import check_layout
 from rats.pipeline.weights.folder import SCHEDULER, ModelFolder
@@ -23,6 +23,7 @@ from rats.pipeline.weights.fuse import fuse_loras
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.loading import (
     META,
+    apply_kernels,
     load_component,
     load_pipeline,
     load_tokenizer,
@@ -100,8 +101,7 @@ class Model:
 
     def hashes(self) -> dict[str, str]:
         """Content hashes of all components that the family opens, by name."""
-        family = self.family
-        return self.folder.hashes((NETWORK, DECODER, *family.encoders, *family.tokenizers))
+        return self.folder.hashes((NETWORK, DECODER, *self.family.encoders, *self.family.tokenizers))
 
     def examined(self) -> FamilyTeacher:
         """The teacher as a stage opens it, without the values of its weights: on torch's meta device.

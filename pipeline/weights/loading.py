@@ -29,6 +29,8 @@ from rats.schemas.params import ComputeParams, ModelParams
 
 META = "meta"
 """torch's device of tensors with shapes and no values."""
+ATTENTION = {"sdpa": "native"}
+"""The names that diffusers has for the values of `compute.attention`."""
 HARMLESS = r"|".join(
     (
         r"(^|\.)position_ids$",  # counted, not trained; saved by old releases
@@ -94,6 +96,14 @@ def load_pipeline(cls: Any, folder: Path | None, dtype: str, parts: dict[str, An
         # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
         warnings.simplefilter("ignore", FutureWarning)
         return cls.from_pretrained(str(folder), torch_dtype=torch_dtype(dtype), **parts)
+
+
+def apply_kernels(network: Any, compute: ComputeParams) -> None:
+    """Sets the recipe's attention and compilation. The environment (DIFFUSERS_ATTN_BACKEND) is overridden."""
+    with quiet_notices():
+        network.set_attention_backend(ATTENTION[compute.attention])
+    if compute.compile:
+        network.compile()
 
 
 def _outlined(cls: Any, paths: Iterable[Path], folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:

@@ -12,7 +12,6 @@ from rats.pipeline.files.atomic import check_creatable
 from rats.pipeline.files.local import LocalPlace
 from rats.pipeline.files.places import EXTRAS, open_store
 from rats.pipeline.prompts import Prompt, planned_samples
-from rats.pipeline.prompts.splits import shared_with_train
 from rats.pipeline.rewards.clip import vocabulary
 from rats.pipeline.rewards.open import examine_reward, reward_fingerprint
 from rats.pipeline.store.publish import check_out
@@ -28,6 +27,7 @@ from rats.schemas.recipe import DECODER, make_recipe
 from rats.schemas.train_params import check_dtype
 from rats.stages.doctor.devices import devices, driver
 from rats.stages.doctor.packages import CheckRow, check_row, extras, plugins
+from rats.stages.measure.splits import shared_with_train
 from rats.stages.plan.flops import conditioning_shapes
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.stages.plan.text import size

@@ -10,7 +10,6 @@ from typing import Any
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import check_creatable
 from rats.pipeline.files.places import Place
-from rats.pipeline.prompts.splits import check_concepts, shared_with_train
 from rats.pipeline.rewards.open import examine_reward
 from rats.pipeline.store.scores import read_scores
 from rats.pipeline.store.shard_set import ShardSet
@@ -21,6 +20,7 @@ from rats.schemas.recipe import DECODER
 from rats.schemas.run import RunRecord
 from rats.stages.evaluate.systems import Samples, open_samples
 from rats.stages.measure.kid import open_real
+from rats.stages.measure.splits import check_concepts, shared_with_train
 from rats.stages.rollout.columns import check_recipe, find_column
 from rats.stages.train.record import checked_student, read_record
 

@@ -10,7 +10,6 @@ from typing import Any
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder
-from rats.pipeline.prompts.splits import shared_with_train
 from rats.pipeline.weights.loading import read_state, save_component
 from rats.pipeline.weights.lora import export_lora, is_lora, merge_lora
 from rats.pipeline.weights.movement import share_kept
@@ -18,6 +17,7 @@ from rats.schemas.errors import CannotCreateError, ConfigError
 from rats.schemas.params import Params
 from rats.schemas.run import RunRecord
 from rats.stages.export.model_card import model_card
+from rats.stages.measure.splits import shared_with_train
 from rats.stages.train.origin import changed_call, check_base, check_grid
 from rats.stages.train.record import checked_student, read_record
 

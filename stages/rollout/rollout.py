@@ -13,7 +13,6 @@ from pathlib import Path
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place, open_store
 from rats.pipeline.prompts import planned_samples, read_prompts
-from rats.pipeline.prompts.splits import check_concepts, shared_with_train
 from rats.pipeline.rewards.open import examine_reward, pin_reward
 from rats.pipeline.store.publish import check_out, publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward
@@ -24,6 +23,7 @@ from rats.schemas.params import Params, Split
 from rats.schemas.recipe import DECODER, Recipe, make_recipe
 from rats.schemas.reports import RolloutReport
 from rats.schemas.train_params import check_dtype
+from rats.stages.measure.splits import check_concepts, shared_with_train
 from rats.stages.rollout.columns import check_failed, column_hashes
 from rats.stages.rollout.scorer import missing_columns
 from rats.stages.rollout.worker import RolloutSetup, RolloutTask, do_task

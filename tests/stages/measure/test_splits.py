@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from rats.pipeline.prompts.splits import check_concepts, shared_with_train
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import PromptParams
+from rats.stages.measure.splits import check_concepts, shared_with_train
 
 TRAIN = "prompt,concept\na red fox,fox\na small fox,fox\na green frog,frog\na blue whale,whale\n"
 OTHERS = "prompt,concept\na yellow star,star\na house at night,house\n"
