@@ -281,7 +281,7 @@ class Model:
     def _text_parts(self) -> dict[str, Any]:
         """The text encoders and their tokenizers by name."""
         classes = self.family.encoders
-        parts = self.folder.parts(*classes)
+        parts = self.folder.parts(*classes, *self.family.tokenizers)  # all are looked for before one is loaded
         encoders = {name: load_component(cls, parts[name], self.params, self.compute) for name, cls in classes.items()}
         return encoders | self._tokenizers(encoders)
 

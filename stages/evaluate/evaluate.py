@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +110,8 @@ def measure(system: System, bench: Evaluator, advance: Callable[[int], None]) ->
     features: dict[str, list[Features]] = {name: [] for name in bench.judges}
     start = 0
     for batch in bench.samples.batches(bench.micro_batch, bench.device):
-        images = system.decode(system.draw(batch))
+        with named(system):
+            images = system.decode(system.draw(batch))
         for name in bench.rewards:
             scores = _scores(system, bench, name, batch, images)
             result.scores[name] += _finite(scores, name, system.column.id, batch.keys)
@@ -120,6 +122,15 @@ def measure(system: System, bench: Evaluator, advance: Callable[[int], None]) ->
         advance(len(batch.keys))
     result.features = {name: np.concatenate(parts) for name, parts in features.items()}
     return result
+
+
+@contextmanager
+def named(system: System) -> Iterator[None]:
+    """Errors of what it draws begin with its name."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{system.column.id}: {error.what}", error.remedy) from error
 
 
 def _scores(system: System, bench: Evaluator, reward: str, batch: Batch, images: torch.Tensor) -> list[float]:

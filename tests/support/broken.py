@@ -122,7 +122,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "a cut encoder": ("flux", cut_off(f"text_encoder_2/{TEXT_WEIGHTS}"), f"text_encoder_2/{TEXT_WEIGHTS} does not"),
     "an error page for weights": ("flux", content(f"vae/{WEIGHTS}", b"<html>404</html>"), f"vae/{WEIGHTS} does not"),
     "another part's weights": ("flux", moved(f"vae/{WEIGHTS}", f"transformer/{WEIGHTS}"), "transformer"),
-    "a damaged pickle": ("flux", pickled, "no weights|text_encoder does not load as CLIPTextModel"),
+    "a damaged pickle": ("flux", pickled, "no weights|pytorch_model.bin does not load as CLIPTextModel"),
     "no weights": ("flux", remove(f"vae/{WEIGHTS}"), "no weights|vae does not load"),
     "NF4": ("flux", fields("transformer/config.json", quantization_config=BNB), "quantized weights .'bitsandbytes'"),
     # configurations

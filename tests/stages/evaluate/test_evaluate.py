@@ -305,7 +305,7 @@ def test_a_student_that_draws_nan_is_named(world: Path, tmp_path: Path):
         network.proj_out.bias.fill_(float("nan"))
     shutil.rmtree(folder / "runs/rats")
     write_student(folder, network)
-    with pytest.raises(DataError, match="hpsv2 gives nan to sample .* of rats-2: look at"):
+    with pytest.raises(DataError, match="rats-2: 6 of 6 final latents are not finite"):
         evaluate(folder, evaluate={"judges": []})
 
 
@@ -426,12 +426,16 @@ def one_concept(folder: Path) -> None:
 
 
 def no_real_pictures(folder: Path) -> None:
-    (folder / "real.safetensors").unlink()
+    (folder / "efficientnet-lite0.safetensors").unlink()
 
 
 @pytest.mark.parametrize(
     ("breaks", "said"),
-    [(blocked, "cannot create"), (one_concept, "is about 'thing' alone"), (no_real_pictures, r"real\.safetensors")],
+    [
+        (blocked, "cannot create"),
+        (one_concept, "is about 'thing' alone"),
+        (no_real_pictures, r"efficientnet-lite0\.safetensors"),
+    ],
 )
 def test_what_would_stop_it_at_its_end_stops_it_before_a_network_is_loaded(
     breaks: Callable[[Path], None], said: str, world: Path, tmp_path: Path
