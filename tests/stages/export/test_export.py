@@ -68,7 +68,8 @@ def test_what_is_exported_names_no_path_of_this_machine(home: Path, exported: Pa
 
 
 def test_the_commands_draw_and_measure_with_adapters(home: Path, tmp_path: Path) -> None:
-    rats(home, "generate", PROMPT, "--run", "runs/lora", "--nfe", "3", "--seed", "4", "--out", str(tmp_path / "a.png"))
+    flags = ("--run", "runs/lora", "--nfe", "3", "--seed", "4", "--out", str(tmp_path / "a.png"))
+    rats(home, "generate", PROMPT, *flags, "--no-enlarge")
     picture = np.asarray(Image.open(tmp_path / "a.png"))
     assert np.array_equal(picture, (ours(home, "lora") * 255).round().astype("uint8"))
 
