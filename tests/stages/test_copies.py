@@ -24,7 +24,7 @@ def project(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rats(top, "init", "repository/sub", "--prompts", "mine.csv", *flags)
     mine = top / "repository" / "sub"
     shrink(mine / "params.yaml")
-    no_judge = yaml.safe_load((mine / "params.yaml").read_text()) | {"evaluate": {"judge": None}}
+    no_judge = yaml.safe_load((mine / "params.yaml").read_text()) | {"evaluate": {"judges": []}}
     (mine / "params.yaml").write_text(yaml.safe_dump(no_judge))
     rats(top, "init", "repository/sub", "--dvc")
     git(mine.parent, "init", "--quiet")

@@ -426,12 +426,12 @@ def one_concept(folder: Path) -> None:
 
 
 def no_real_pictures(folder: Path) -> None:
-    (folder / "real.safetensors").unlink()
+    (folder / f"{next(iter(DIMENSIONS))}.safetensors").unlink()
 
 
 @pytest.mark.parametrize(
     ("breaks", "said"),
-    [(blocked, "cannot create"), (one_concept, "is about 'thing' alone"), (no_real_pictures, r"real\.safetensors")],
+    [(blocked, "cannot create"), (one_concept, "is about 'thing' alone"), (no_real_pictures, next(iter(DIMENSIONS)))],
 )
 def test_what_would_stop_it_at_its_end_stops_it_before_a_network_is_loaded(
     breaks: Callable[[Path], None], said: str, world: Path, tmp_path: Path

@@ -27,7 +27,7 @@ def project(models: Path, folder: Path, **changes: Any) -> Path:
         shutil.copytree(models / name, folder / name)
     rewards = [{"name": "hpsv2", "adapter": "hpsv2", "path": str(folder / "hpsv2")}]
     model = {"path": str(folder / "flux")}
-    write_project(models, folder, model=model, rewards=rewards, evaluate={"judge": None}, **changes)
+    write_project(models, folder, model=model, rewards=rewards, evaluate={"judges": []}, **changes)
     return folder
 
 
