@@ -164,7 +164,9 @@ def _samples(params: Params, split: Split) -> list[PlannedSample] | None:
 
 def _published(params: Params, out: str) -> str:
     """Where `rats init`'s dvc.yaml publishes a split, and the other stages look for it."""
-    check_out(open_store(params.store.path).absolute() / "set", Path(out))
+    store = params.store.path
+    place = LocalPlace(store) if "://" in store else open_store(store)  # in a bucket there is no local folder
+    check_out(place.absolute() / "set", Path(out))
     return "a rollout can be published there"
 
 

@@ -79,7 +79,7 @@ def test_what_the_parameters_need_and_is_not_there_is_a_failure(
 ):
     found = findings(project(models, tmp_path, **change), code=2)
     bad = {name: one for name, one in found.items() if one["needed"] and not one["ok"]}
-    assert hint in bad[check]["found"] and set(bad) <= {check, "disk", "data/teacher/train"}
+    assert hint in bad[check]["found"] and set(bad) <= {check, "disk"}
 
 
 @pytest.mark.parametrize("device", ["hip", "mps:9", "gpu", ""])
