@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rats.schemas.identity import LARGEST_SEED
 from rats.stages.cli.console import print_result, print_rows
 from rats.stages.cli.options import DEFAULT_PARAMS, HELP_STYLE, Json, ParamsFile, Sets, load
 
@@ -73,7 +74,7 @@ def shards_preview(
     path: SetPath,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")] = Path("preview.html"),
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of samples.")] = 24,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed that selects the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed that selects the samples.")] = 0,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     json_: Json = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rats.pipeline.lengths import Lengths
 from rats.schemas.record import Record
 
 
@@ -72,7 +73,9 @@ class Plan(Record):
     """
 
     split: str
+    loras: tuple[str, ...] = ()
     work: RolloutWork
+    lengths: Lengths
     evaluation_flops: int
     decode_flops: int
     flops: int

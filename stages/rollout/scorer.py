@@ -149,6 +149,11 @@ class Scorer:
             self._rewards[name] = reward
         return self._rewards[name]
 
+    def open_rewards(self, columns: dict[str, str]) -> None:
+        """Loads the rewards of the columns (reward name -> fingerprint) that are not loaded yet."""
+        for name, column in columns.items():
+            self.reward(name, column)
+
     def score(self, done: ShardDone, columns: dict[str, str]) -> int:
         """Score a finished shard into the columns (reward name -> fingerprint); returns how many rows."""
         for name, column in columns.items():

@@ -87,8 +87,11 @@ def do_task(context: RolloutModels, task: RolloutTask) -> TaskResult | ShardBusy
     with claimed(context.shards, task.shard, task.wait) as mine, threads(context.params.compute.threads):
         if not mine:
             return ShardBusy(task.shard)
+        done = context.shards.done(task.shard)
+        if done is None:
+            context.open_rewards(task.columns)  # one that does not load is found before the teacher runs
         encode_prompts(context, task.plan)
-        done = context.shards.done(task.shard) or _made(context, task.plan)
+        done = done or _made(context, task.plan)
         scored = context.score(done, missing_columns(context.shards, done, task.columns))
     return TaskResult(len(done.rows), context.teacher_forwards - before, scored)
 
