@@ -56,7 +56,7 @@ def lengths_stage(
     _check(lengths, what.samples.split, shards)
     bench = open_evaluator(params, what)
     with torch.no_grad():
-        measured = _measured(params, what.model, runs, bench, sorted(lengths))
+        measured = _measured(params, what.model, runs, bench, sorted(set(lengths)))
     by_id = {id_: length for (_, length), found in measured.items() for id_ in (one.column.id for one in found)}
     teacher, students = measured[TEACHER], [one for found in measured.values() for one in found]
     report = LengthsReport(
