@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rats.schemas.manifest import Record
+from rats.schemas.record import Record
 
 AT_ONCE = 1000
 """Texts in one call of a tokenizer: that is fast, and takes little memory."""

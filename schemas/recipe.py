@@ -12,8 +12,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from rats.schemas.canonical import canonical_json, sha256
-from rats.schemas.manifest import FORMAT_VERSION, Record
+from rats.schemas.manifest import FORMAT_VERSION
 from rats.schemas.params import Params, Positive, evaluations_per_step
+from rats.schemas.record import Record
 
 SOLVER_VERSION = 1
 """Increased when the golden-latents test (tests/stages/rollout) shows that the same recipe gives other latents."""

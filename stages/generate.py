@@ -21,6 +21,7 @@ from PIL import Image
 from rats.pipeline.families.models import checked_decoding
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
+from rats.pipeline.machine import on_its_threads
 from rats.pipeline.weights.loading import quiet_imports, quiet_notices, torch_device
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
@@ -61,6 +62,7 @@ class Drawn(NamedTuple):
         return size if self.factor == 1 else f"{size}, written {self.factor} times as large (nearest)"
 
 
+@on_its_threads
 def generate(
     params: Params,
     prompt: str,

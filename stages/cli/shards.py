@@ -44,16 +44,29 @@ def shards_info(
 @shards.command("verify")
 def shards_verify(
     path: SetPath,
+    rescore: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Also compute N samples' noise, embedding and scores again.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Draws them [default: a new one].")] = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
     json_: Json = False,
 ) -> None:
     """Compare every hash.
 
-    Reads every byte of the set and lists everything that is damaged or missing.
+    Reads every byte of the set and lists everything that is damaged or missing. Hashes do not show a lie that somebody
+    has sealed: --rescore does, by the model and the rewards of the parameter file.
     """
+    values = None if rescore is None else load(params, set_)
     from rats.pipeline.files.places import open_place
     from rats.stages.shards.verify import verify
 
-    print_result(verify(open_place(path)), json_)
+    result = verify(open_place(path))
+    if rescore is not None and values is not None:
+        from rats.stages.shards.rescore import rescore as computed_again
+
+        result |= computed_again(open_place(path), values, rescore, seed)
+    print_result(result, json_)
 
 
 @shards.command("preview")

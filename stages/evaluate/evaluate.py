@@ -13,6 +13,7 @@ import torch
 
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.files.places import Place
+from rats.pipeline.machine import on_its_threads
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.base import call_reward
 from rats.pipeline.rewards.open import open_reward
@@ -52,6 +53,7 @@ class Evaluator:
     device: torch.device
 
 
+@on_its_threads
 def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path, command: str = "") -> EvaluateReport:
     """Writes `out` (all cells), and beside it every sample's scores and the pictures of the report.
 

@@ -15,6 +15,7 @@ from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.files.places import Place
+from rats.pipeline.machine import on_its_threads
 from rats.pipeline.weights.loading import load_component
 from rats.pipeline.weights.lora import is_lora, shortened_lora
 from rats.pipeline.weights.movement import shortened
@@ -35,6 +36,7 @@ from rats.trainer.gate import weighted_sum
 from rats.trainer.sampling import few_steps
 
 
+@on_its_threads
 def lengths_stage(
     params: Params, shards: Place, runs: Path, out: Path, lengths: Sequence[float], command: str = ""
 ) -> LengthsReport:

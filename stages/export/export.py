@@ -10,6 +10,7 @@ from typing import Any
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder
+from rats.pipeline.machine import on_its_threads
 from rats.pipeline.weights.loading import read_state, save_component
 from rats.pipeline.weights.lora import export_lora, is_lora, merge_lora
 from rats.pipeline.weights.movement import share_kept
@@ -54,6 +55,7 @@ def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Expo
     return ExportPlan(record, student, parts, model.call(), model.sigmas(record.nfe))
 
 
+@on_its_threads
 def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation: Path) -> dict[str, Any]:
     """Writes the folder `out` atomically; an older export is replaced.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rats.pipeline.lengths import Lengths
-from rats.schemas.manifest import Record
+from rats.schemas.record import Record
 
 
 class RolloutWork(Record):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place, open_store
+from rats.pipeline.machine import software
 from rats.pipeline.prompts import planned_samples, read_prompts
 from rats.pipeline.rewards.open import examine_reward, pin_reward
 from rats.pipeline.store.publish import check_out, publish
@@ -25,6 +26,7 @@ from rats.schemas.reports import RolloutReport
 from rats.schemas.train_params import check_dtype
 from rats.stages.measure.splits import check_concepts, shared_with_train
 from rats.stages.rollout.columns import check_failed, column_hashes
+from rats.stages.rollout.makers import say_other_machines, say_other_software
 from rats.stages.rollout.scorer import missing_columns
 from rats.stages.rollout.worker import RolloutSetup, RolloutTask, do_task
 from rats.stages.workers.run import WorkerTarget
@@ -78,7 +80,7 @@ def rollout_stage(
     _announce(shards, plans, reused, tasks)
     if tasks and samples is None:
         model.lengths(texts_of(wanted)).tell(log)
-    made = _make(params, shards, tasks, where or WorkerTarget(workers=params.store.workers))
+    made = _make(params, shards, tasks, where or WorkerTarget(workers=params.store.workers), done)
     done = shards.finished(done)
     snapshot = shards.write_snapshot((sample.key for sample in wanted), done)
     failed = check_failed(shards, columns, snapshot, {sample.key for sample in wanted}, max_bad)
@@ -161,9 +163,18 @@ def _announce(shards: ShardSet, plans: Sequence[ShardPlan], reused: int, tasks: 
         log.info("%s: %d of %d shards are there, %d to do", where, reused, len(plans), len(tasks))
 
 
-def _make(params: Params, shards: ShardSet, tasks: Sequence[RolloutTask], where: WorkerTarget) -> list[TaskResult]:
+def _make(
+    params: Params, shards: ShardSet, tasks: Sequence[RolloutTask], where: WorkerTarget, there: Sequence[ShardDone]
+) -> list[TaskResult]:
+    """Runs the tasks. Says where the shards that are `there`, or the new ones, are of another kind."""
+    if not tasks:
+        return []
+    driver = software(params)
+    say_other_software(driver, there)
     samples = sum(len(task.plan.samples) for task in tasks)
-    return run_tasks(do_task, tasks, RolloutSetup(params, shards.root), where, "rollout", samples)
+    made = run_tasks(do_task, tasks, RolloutSetup(params, shards.root, driver), where, "rollout", samples)
+    say_other_machines(shards.finished(there))
+    return made
 
 
 def pin_params(params: Params, decoder_alone: bool = False) -> tuple[Params, Model]:

@@ -11,13 +11,14 @@ from typing import Any
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place, open_place, open_store
+from rats.pipeline.machine import software
 from rats.pipeline.rewards.open import examine_reward
 from rats.pipeline.store.publish import check_out, publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward, scores_done
 from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.schemas.errors import ConfigError, DataError, nearest
 from rats.schemas.manifest import RewardRecord, ShardDone, Snapshot
-from rats.schemas.params import Params, Split
+from rats.schemas.params import Params, Split, TeacherParams
 from rats.schemas.recipe import DECODER, Recipe, fingerprint
 from rats.schemas.reports import ScoreReport
 from rats.stages.rollout.columns import check_failed, column_hashes, reward_params
@@ -89,7 +90,7 @@ def score_stage(
     columns = {name: record_reward(source.shards, name, hashes[name]) for name in chosen}
     tasks = _tasks(source.shards, done, columns, retry_failed)
     _announce(source.shards, done, tasks)
-    setup = ScoreSetup(source.params, source.shards.root)
+    setup = ScoreSetup(source.params, source.shards.root, software(source.params))
     rows = {part.shard: len(part.rows) for part in done}
     samples = sum(rows[task.shard] for task in tasks)
     made = run_tasks(do_score, tasks, setup, where or WorkerTarget(workers=params.store.workers), "score", samples)
@@ -168,19 +169,19 @@ def _open_split(params: Params, model: Model, split: Split) -> ScoringSource:
 
 
 def as_made(params: Params, recipe: Recipe) -> Params:
-    """The parameters with the recipe's size, dtype, threads and micro-batch, which change the last bits of a score.
+    """The parameters with the recipe's teacher, dtype, threads and micro-batch, which change embeddings or scores.
 
     The device is not changed, since this machine may have another one. If its kind differs, a warning is logged.
     """
     if params.compute.device.partition(":")[0] != recipe.compute.device:
         here, there = params.compute.device, recipe.compute.device
         log.warning("scoring on %s what was made on %s: the scores' last bits may be others", here, there)
-    size = {"height": recipe.height, "width": recipe.width, "frames": recipe.frames}
+    teacher = {name: getattr(recipe, name) for name in TeacherParams.model_fields if name in Recipe.model_fields}
     bits = {"threads": recipe.compute.threads, "micro_batch": recipe.compute.micro_batch}
     return params.model_copy(
         update={
             "model": params.model.model_copy(update={"dtype": recipe.dtype}),
-            "teacher": params.teacher.model_copy(update=size),
+            "teacher": params.teacher.model_copy(update=teacher),
             "compute": params.compute.model_copy(update=bits),
         }
     )

@@ -23,6 +23,7 @@ from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write, remove
 from rats.pipeline.files.places import Place
+from rats.pipeline.machine import on_its_threads
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.weights.hashes import hash_path
@@ -56,6 +57,7 @@ from rats.trainer.saving import SavedAs, save_student
 log = logging.getLogger(__name__)
 
 
+@on_its_threads
 def train_stage(
     params: Params, variant: str, shards: Place, out: Path, resume: str | None = None, force: bool = False
 ) -> TrainReport:

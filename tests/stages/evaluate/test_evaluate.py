@@ -98,7 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def counted_evaluation(folder: Path) -> dict[str, int]:
-    """Evaluates under a forward hook: batches that a reward scored, and evaluations of a transformer."""
+    """Evaluates under a forward hook: batches that a reward scored, evaluations of a transformer, its threads."""
     counts = {"scored": 0, "drawn": 0}
 
     def hook(module: torch.nn.Module, args: tuple) -> None:
@@ -108,9 +108,11 @@ def counted_evaluation(folder: Path) -> dict[str, int]:
     record = folder / "reports/evaluate.json", "rats stage evaluate --mine"
     handle = register_module_forward_pre_hook(hook)
     try:
-        evaluate_stage(settings(folder), folder / "shards", folder / "runs", *record)
+        with tiny.threads_seen(given=5) as seen:
+            evaluate_stage(settings(folder), folder / "shards", folder / "runs", *record)
     finally:
         handle.remove()
+    (counts["threads"],) = seen
     return counts
 
 
@@ -167,6 +169,7 @@ def test_no_teacher_sample_is_drawn_or_scored_again(world: Path):
     assert json.loads((world / "counts.json").read_text()) == {
         "drawn": batches * evaluations,
         "scored": batches * (len(SYSTEMS) - 1) * 2,
+        "threads": 1,
     }
 
 
