@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rats.schemas.blocks import Block, PathText, Positive, Seed
 
@@ -22,7 +22,7 @@ class JudgeParams(Block):
 class EvaluateParams(Block):
     """Which runs are compared, with how many pictures, and by which judges."""
 
-    variants: tuple[str, ...] = ("rats",)
+    variants: Annotated[tuple[str, ...], Field(min_length=1)] = ("rats",)
     judges: tuple[JudgeParams, ...] = (JudgeParams(name="efficientnet-lite0"),)
     """The first is also the guard's. Metrics of the others carry their name: `kid open-nsfw`."""
     pictures: Positive = 8

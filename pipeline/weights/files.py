@@ -22,7 +22,10 @@ NAMES = (
 """What diffusers and transformers call weights: stem and ending. Those that come first are read first."""
 COPIES = (None, "fp32", "bf16", "fp16")
 """Variants: copies in another dtype, such as model.fp16.safetensors. One is read where there is none before it."""
-SETTINGS = ("config.json", "generation_config.json", "adapter_config.json", "adapter_model.safetensors")
+SETTINGS = (
+    *("config.json", "generation_config.json"),
+    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+)
 """What diffusers and transformers read beside weights. They add a text encoder's adapters by themselves."""
 TOKENIZER = "tokenizer"
 VOCABULARY = (

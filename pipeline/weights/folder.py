@@ -73,7 +73,7 @@ class ModelFolder:
             return self.index_root
         found = resolve(self.params.path, self.index_root.name, patterns)
         for endings in INSTEAD:
-            names = (path.parent.name for path in found.glob("*/config.json") if find_weights(path.parent) is None)
+            names = (path.parent.name for path in found.glob("*/config.json") if _lacks_weights(path.parent))
             if lacking := [f"{name}/{end}" for name in names if name.startswith(weighed) for end in endings]:
                 resolve(self.params.path, found.name, lacking, without=())
         return found
@@ -175,6 +175,14 @@ class ModelFolder:
             if loras:
                 self._hashes[NETWORK] = fused_hash(self._hashes[NETWORK], loras)
         return {name: self._hashes[name] for name in names}
+
+
+def _lacks_weights(folder: Path) -> bool:
+    """Whether they are not there, or not all that an index names: of pickles in shards a hub's index comes first."""
+    try:
+        return find_weights(folder) is None
+    except ConfigError:
+        return True
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,11 @@ PIPELINE_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt
 VARIANTS = ["*.fp16.*", "*.fp16-*", "*.fp32.*", "*.fp32-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*"]
 """Patterns of further copies of the same weights, which are fetched only where a component has no others."""
 
-INSTEAD = (("*.fp16.*", "*.fp16-*"), ("*.bin",))
-"""What is fetched of a component whose weights are not among the pipeline's patterns, the first that exists."""
+INSTEAD = (("*.bin",), *((f"*.{copy}.*", f"*.{copy}-*") for copy in ("fp32", "bf16", "fp16")))
+"""What is fetched of a component whose weights are not among the pipeline's patterns, the first that exists.
+
+In the order of `weights.files.find_weights`, so that a hub and a clone of it are read alike.
+"""
 DECODER_PATTERNS = ("model_index.json", "vae/*.json", "vae/*.safetensors")
 """The files of a pipeline that are needed to decode stored latents."""
 

@@ -58,7 +58,7 @@ def lengths_stage(
     _check(lengths, what.samples.split, shards)
     bench = open_evaluator(params, what)
     with torch.no_grad():
-        measured = _measured(params, what.model, runs, bench, sorted(lengths))
+        measured = _measured(params, what.model, runs, bench, sorted(set(lengths)))
     by_id = {id_: length for (_, length), found in measured.items() for id_ in (one.column.id for one in found)}
     teacher, students = measured[TEACHER], [one for found in measured.values() for one in found]
     report = LengthsReport(
@@ -81,7 +81,7 @@ def lengths_stage(
 
 TEACHER = ("", 1.0)
 """Its place among the measured variants and lengths."""
-Measured = dict[tuple[str, float], list[SystemResult]]
+ByLength = dict[tuple[str, float], list[SystemResult]]
 
 
 def _check(lengths: Sequence[float], split: str, shards: Place) -> None:
@@ -94,10 +94,10 @@ def _check(lengths: Sequence[float], split: str, shards: Place) -> None:
         raise ConfigError("--update-lengths: two or more shares above 0 and at most 1 are meant, such as 0.5,0.75,1")
 
 
-def _measured(params: Params, model: Model, runs: Path, bench: Evaluator, lengths: Sequence[float]) -> Measured:
+def _measured(params: Params, model: Model, runs: Path, bench: Evaluator, lengths: Sequence[float]) -> ByLength:
     grids = {name: with_variant(params, name).grid for name in params.evaluate.variants}
     total = len(bench.samples.rows) * (1 + len(lengths) * sum(map(len, grids.values())))
-    found: Measured = {}
+    found: ByLength = {}
     with progress("evaluate", total, "samples") as advance:
         for name, grid in grids.items():
             student = model.open_student(transformer=student_folder(runs / name))
@@ -135,7 +135,7 @@ def _putter(model: Model, student: FamilyStudent, folder: Path) -> Callable[[flo
     return lambda share: put(shortened(start, trained, share))
 
 
-def _rewards(params: Params, name: str, teacher: SystemResult, measured: Measured) -> dict[float, list[float]]:
+def _rewards(params: Params, name: str, teacher: SystemResult, measured: ByLength) -> dict[float, list[float]]:
     """Each sample's trained reward by length: the mean over the numbers of steps, of several rewards their sum."""
     train = with_variant(params, name)
     rewards = list(train.reward_weights)

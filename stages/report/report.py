@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from rats.pipeline.files.atomic import atomic_write
-from rats.schemas.errors import DataError, reason
+from rats.schemas.errors import ConfigError, DataError, reason
 from rats.schemas.params import Params
 from rats.schemas.reports import EvaluateReport
 from rats.schemas.run import RunRecord
@@ -44,6 +44,7 @@ def report_stage(
         command: What was typed, for the page.
 
     Raises:
+        ConfigError: the first variant was not evaluated.
         DataError: one of these files is missing or something else.
     """
     found = _Evaluation.read(params, evaluation)
@@ -80,7 +81,8 @@ class _Evaluation:
     @classmethod
     def read(cls, params: Params, path: Path) -> _Evaluation:
         values, pictures = read_values(path.parent / VALUES_FILE), load_pictures(path.parent / PICTURES_FILE)
-        return cls(read_evaluation(path), values, pictures, params.evaluate.variants[0])
+        result = read_evaluation(path)
+        return cls(result, values, pictures, _main(params, result, path))
 
     @property
     def headline(self) -> str:
@@ -106,8 +108,19 @@ class _Evaluation:
 
 def verdicts(params: Params, evaluation: Path) -> list[str]:
     """An evaluation in the lines of a terminal."""
-    values = read_values(evaluation.parent / VALUES_FILE)
-    return list(verdict_lines(read_evaluation(evaluation).cells, values, params.evaluate.variants[0]))
+    values, result = read_values(evaluation.parent / VALUES_FILE), read_evaluation(evaluation)
+    return list(verdict_lines(result.cells, values, _main(params, result, evaluation)))
+
+
+def _main(params: Params, result: EvaluateReport, path: Path) -> str:
+    """The first of `evaluate.variants`. Raises ConfigError where it was not evaluated."""
+    main, there = params.evaluate.variants[0], sorted({cell.variant for cell in result.cells if cell.variant})
+    if main not in there:
+        raise ConfigError(
+            f"{path} has no student of {main}, the first of evaluate.variants, but of {', '.join(there) or 'none'}: "
+            "run `rats stage evaluate`, or set evaluate.variants to what was evaluated"
+        )
+    return main
 
 
 def read_evaluation(path: Path) -> EvaluateReport:

@@ -16,11 +16,18 @@ from rats.stages.measure.values import Values
 from rats.stages.templates.render import PageData
 
 MARKS = {"good": "✓", "even": "≈", "bad": "✗"}
-LOWER_IS_BETTER = frozenset({"kid", "kid open-nsfw"})
-NAMES = {"kid": "KID", "kid open-nsfw": "KID open-nsfw"}
-"""Metrics that a reader knows by another name."""
 JUDGE_TOLERANCE = 0.1
 """What a judge measures, such as KID and diversity, may be worse than the teacher's by this share."""
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether it is a KID, by whichever judge: the second one's is `kid open-nsfw`, or `kid efficientnet-lite0`."""
+    return metric.partition(" ")[0] == "kid"
+
+
+def shown(metric: str) -> str:
+    """Its name as a reader knows it."""
+    return metric.replace("kid", "KID", 1) if is_lower_better(metric) else metric
 
 
 def decimals(cells: Sequence[Cell]) -> dict[str, int]:
@@ -61,7 +68,7 @@ def tone(low: float | None, high: float | None, metric: str) -> str:
     """Whether an interval of a difference lies on the better side of zero (good), the worse (bad), or both (even)."""
     if low is None or high is None:
         return "even"
-    if metric in LOWER_IS_BETTER:
+    if is_lower_better(metric):
         low, high = -high, -low
     if low > 0:
         return "good"
@@ -99,14 +106,14 @@ def full_table(cells: Sequence[Cell], main: str) -> PageData:
 def _mark_best(rows: Sequence[Sequence[PageData | None]], metrics: Sequence[str]) -> None:
     for metric, column in zip(metrics, zip(*rows, strict=True), strict=True):
         found = [entry for entry in column if entry is not None]
-        best = (min if metric in LOWER_IS_BETTER else max)(entry["mean"] for entry in found)
+        best = (min if is_lower_better(metric) else max)(entry["mean"] for entry in found)
         for entry in found:
             entry["best"] = entry["mean"] == best
 
 
 def _head(metric: str, role: str) -> PageData:
-    arrow = "↓" if metric in LOWER_IS_BETTER else "↑"
-    return {"name": NAMES.get(metric, metric), "role": role.replace("_", " "), "arrow": arrow}
+    arrow = "↓" if is_lower_better(metric) else "↑"
+    return {"name": shown(metric), "role": role.replace("_", " "), "arrow": arrow}
 
 
 def _cell_data(cell: Cell, places: int) -> PageData:
@@ -168,7 +175,7 @@ def _rules(judged: Sequence[Cell], places: Mapping[str, int]) -> list[str]:
         "every difference is.",
     ]
     if judged:
-        limits = " and ".join(f"{NAMES.get(t.metric, t.metric)} {_limit(t, places[t.metric])}" for t in judged)
+        limits = " and ".join(f"{shown(t.metric)} {_limit(t, places[t.metric])}" for t in judged)
         worse = f"at most {JUDGE_TOLERANCE * 100:.0f} % worse than the teacher's ({limits})"
         rules.append(f"On a judge: ✓ where the mean is {worse}; the interval does not count.")
     return rules
@@ -176,7 +183,7 @@ def _rules(judged: Sequence[Cell], places: Mapping[str, int]) -> list[str]:
 
 def _limit(teacher: Cell, places: int) -> str:
     allowed = JUDGE_TOLERANCE * abs(teacher.mean)
-    if teacher.metric in LOWER_IS_BETTER:
+    if is_lower_better(teacher.metric):
         return f"at most {number(teacher.mean + allowed, places)}"
     return f"at least {number(teacher.mean - allowed, places)}"
 
@@ -198,7 +205,7 @@ def _claim(cell: Cell, teacher: Cell, places: int) -> PageData:
 def within_a_tenth(cell: Cell, teacher: Cell) -> PageData:
     """Whether the mean is worse than the teacher's by at most a tenth; the interval is only printed."""
     worse = teacher.mean - cell.mean
-    if cell.metric in LOWER_IS_BETTER:
+    if is_lower_better(cell.metric):
         worse = -worse
     if teacher.mean:
         share = worse / abs(teacher.mean)

@@ -20,7 +20,7 @@ def headline(cells: Sequence[Cell], main: str) -> str:
     said = [_on_rewards([cell for cell in student.values() if cell.role != "judge"])]
     for cell in (student[metric] for metric in SAID if metric in student):
         own, other = (tables.number(c.mean, places[cell.metric]) for c in (cell, teacher[cell.metric]))
-        said.append(f"{tables.NAMES.get(cell.metric, cell.metric)} {own} (teacher {other})")
+        said.append(f"{tables.shown(cell.metric)} {own} (teacher {other})")
     judged = [
         tables.within_a_tenth(cell, teacher[cell.metric])["tone"] for cell in student.values() if cell.role == "judge"
     ]

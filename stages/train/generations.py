@@ -125,13 +125,16 @@ class Generations:
         return new
 
     def params_at(self, step: int) -> Params:
-        """Parameters of a generation: the averaged network at the teacher's number of steps, without CFG."""
-        network = str(self._network(step).absolute())
+        """Parameters of a generation: the averaged network at the teacher's number of steps, without CFG.
+
+        `model.loras` are in that network already.
+        """
+        network = {"transformer": str(self._network(step).absolute()), "loras": ()}
         names = self.chosen.reward_weights
         compute = {"device": str(self.ranks.device)} if self.ranks.world > 1 else {}
         return self.params.model_copy(
             update={
-                "model": self.params.model.model_copy(update={"transformer": network}),
+                "model": self.params.model.model_copy(update=network),
                 "teacher": self.params.teacher.model_copy(update={"true_cfg_scale": 1.0}),
                 "compute": self.params.compute.model_copy(update=compute),
                 "rewards": tuple(reward for reward in self.params.rewards if reward.name in names),

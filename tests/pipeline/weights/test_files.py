@@ -63,7 +63,28 @@ def as_pickle(folder: Path) -> None:
             (folder / name).unlink()
 
 
-LAYOUTS = {"fp16": as_fp16, "fp16 shards": as_fp16_shards, "pickles": as_pickle}
+def as_pickle_shards(folder: Path) -> None:
+    """Pickles in two files, and beside them halves that are not chosen."""
+    kept = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    as_pickle(folder)
+    (whole,) = folder.glob("*.bin")
+    state = torch.load(whole)
+    whole.unlink()
+    keys, names = sorted(state), [f"{whole.stem}-0000{i}-of-00002.bin" for i in (1, 2)]
+    where = {key: names[i % 2] for i, key in enumerate(keys)}
+    for name in names:
+        torch.save({key: state[key] for key in keys if where[key] == name}, folder / name)
+    (folder / f"{whole.name}.index.json").write_text(json.dumps({"metadata": {"total_size": 7}, "weight_map": where}))
+    for path, content in kept.items():
+        path.with_name(path.name.replace(".safe", ".fp16.safe")).write_bytes(content)
+
+
+LAYOUTS = {
+    "fp16": as_fp16,
+    "fp16 shards": as_fp16_shards,
+    "pickles": as_pickle,
+    "pickles in shards": as_pickle_shards,
+}
 
 
 def weights_of(model: Model) -> dict[str, torch.Tensor]:
@@ -78,7 +99,7 @@ def weights_of(model: Model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_weights_of_another_layout_are_read_by_the_doctor_and_by_all_that_open_them(layout: str, flux: Path) -> None:
     wanted = weights_of(opened("flux", flux))
-    is_half = layout != "pickles"
+    is_half = "fp16" in layout
     for name in WEIGHED:
         LAYOUTS[layout](flux / name)
     assert ("(fp16 variants)" in check_model(opened("flux", flux))) == is_half

@@ -99,6 +99,12 @@ def test_of_weights_in_shards_the_index_and_its_shards_are_hashed(tmp_path: Path
     assert found == ["config.json", *names, f"{NETWORK}.safetensors.index.json"]
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_a_text_encoders_adapters_which_transformers_adds_by_itself_are_hashed(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"of a LoRA")
+    assert opened_files(tmp_path, "text_encoder") == [tmp_path / name]
+
+
 def test_a_tokenizer_of_files_that_no_address_knows_is_refused(tmp_path: Path) -> None:
     class Exotic(BertTokenizerFast):
         vocab_files_names = {"vocab_file": "bpe.codes", "tokenizer_file": "tokenizer.json"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rats.schemas.errors import DataError
+from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.reports import Cell
 from rats.stages.measure.pictures import Pictures, SystemLabel, load_pictures
 from rats.stages.measure.values import Values, read_values
@@ -116,3 +116,14 @@ def test_verdicts_without_an_evaluation_say_the_way_out(tmp_path: Path, name: st
     (tmp_path / name).unlink()
     with pytest.raises(DataError, match="rats stage evaluate"):
         verdicts(params(tmp_path), evaluation)
+
+
+def test_a_variant_that_was_not_evaluated_is_named(tmp_path: Path):
+    evaluation, asked = write_inputs(tmp_path), params(tmp_path)
+    asked = asked.model_copy(update={"evaluate": asked.evaluate.model_copy(update={"variants": ("constant", "rats")})})
+    report = read_evaluation(evaluation)
+    kept = tuple(cell for cell in report.cells if cell.variant != "constant")
+    evaluation.write_text(report.model_copy(update={"cells": kept}).model_dump_json())
+    for command in (verdicts, lambda params, path: report_stage(params, path, tmp_path / "runs", tmp_path / "page")):
+        with pytest.raises(ConfigError, match="no student of constant, .* but of rats: run `rats stage evaluate`"):
+            command(asked, evaluation)

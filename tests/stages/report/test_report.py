@@ -9,11 +9,13 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.evaluate_params import JudgeName
 from rats.schemas.params import Params
 from rats.schemas.reports import Cell, EvaluateReport, Made
 from rats.schemas.run import RunRecord
@@ -287,6 +289,12 @@ def test_a_large_picture_is_shrunk_and_a_small_one_is_kept():
 def test_a_lower_kid_is_the_better_one():
     assert tables.tone(-2.0, -1.0, "kid") == "good" and tables.tone(-2.0, -1.0, "hpsv2") == "bad"
     assert tables.tone(-1.0, 1.0, "kid") == "even"
+
+
+@pytest.mark.parametrize("judge", get_args(JudgeName))
+def test_a_lower_kid_is_the_better_one_by_whichever_judge_is_the_second(judge: str):
+    assert tables.tone(-2.0, -1.0, f"kid {judge}") == "good" and tables.shown(f"kid {judge}") == f"KID {judge}"
+    assert tables.tone(-2.0, -1.0, f"recognition {judge}") == "bad"
 
 
 def test_numbers_have_true_minus_signs_and_no_negative_zero():

@@ -17,6 +17,7 @@ from diffusers import FluxTransformer2DModel
 from rats.pipeline.families.open import Model
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.fused_lora import FusedLora
 from rats.schemas.params import Params
 from rats.schemas.recipe import Recipe, fingerprint
 from rats.stages.rollout.columns import check_recipe
@@ -26,6 +27,7 @@ from rats.stages.train.train import train_stage
 from tests.stages.train.test_train import params_of, rows
 from tests.support import tiny
 from tests.support.project import ROOT, environment
+from tests.support.styles import write_lora
 
 WEIGHTS = "student/diffusion_pytorch_model.safetensors"
 MIXED = {"lr": 1e-2, "alpha": 1.0, "reward_weight": 0.0, "augment": 0.0}
@@ -97,6 +99,18 @@ def test_a_folder_without_a_whole_network_is_refused(home: Path, tmp_path: Path)
     for folder in (tmp_path / "none", tmp_path):  # the second is where adapters alone might lie
         with pytest.raises(ConfigError, match="merged into one by `rats export`"):
             recipe_of(other_network(params_of(home), folder))
+
+
+def test_a_generation_of_a_styled_teacher_is_not_styled_twice(home: Path, tmp_path: Path) -> None:
+    style = FusedLora(path=str(write_lora(Model.of(params_of(home)), tmp_path / "style")), weight=0.8)
+    params = moving(home, tmp_path, steps=3)
+    params = params.model_copy(update={"model": params.model.model_copy(update={"loras": (style,)})})
+    rollout_stage(params, "train", tmp_path / "shards")
+    train_stage(params, "rats", tmp_path / "shards", tmp_path / "run")
+    _, made = read_record(tmp_path / "run").generations
+    network = Model.of(other_network(params_of(home), tmp_path / "run/generations/000002/network")).folder
+    recipe = ShardSet.open(tmp_path / "store" / made.fingerprint).recipe
+    assert recipe.weights["transformer"] == network.hash_of("transformer")
 
 
 def test_a_generation_is_followed_exactly_when_its_mean_reward_has_not_fallen(refreshed: Path) -> None:

@@ -203,11 +203,18 @@ def test_the_command_shows_a_table_a_total_and_the_command_that_would_delete(sha
     assert shards.snapshots() == [1, 3]
 
 
-def test_what_an_experiment_in_another_worktree_of_git_names_is_kept(shards: ShardSet, tmp_path: Path) -> None:
+def test_what_the_project_or_another_worktree_of_git_names_is_kept(shards: ShardSet, tmp_path: Path) -> None:
     run = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
     tree_of = ["worktree", "add", "-q", str(tmp_path / "tree")]
     for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "state"], tree_of):
         subprocess.run([*run, *words], cwd=tmp_path, check=True, capture_output=True)
-    assert [row["what"] for row in collected(shards, delete=False)["remove"]] == ["the whole set"]
-    (tmp_path / "tree" / "run.json").write_text(json.dumps({"recipe": shards.fingerprint}))
-    assert "the whole set" not in [row["what"] for row in collected(shards, delete=False)["remove"]]
+
+    def goes(root: str) -> bool:
+        found = collect(str(tmp_path / "store"), [tmp_path / root], older_than=0)
+        return "the whole set" in [row["what"] for row in found["remove"]]
+
+    for root, other in (("tree", "."), ("work", "tree")):
+        assert goes(root)
+        (tmp_path / other / "run.json").write_text(json.dumps({"recipe": shards.fingerprint}))
+        assert not goes(root)
+        (tmp_path / other / "run.json").unlink()
