@@ -8,6 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from rats.schemas.blocks import Block, PathText, Positive, Seed
 
+JUDGED = ("kid", "recognition", "diversity")
+"""What a judge measures."""
+
 JudgeName = Literal["efficientnet-lite0", "open-nsfw"]
 
 

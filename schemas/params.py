@@ -14,7 +14,7 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from rats.schemas.blocks import Block, NonNegative, PathText, Positive, Seed
 from rats.schemas.errors import ConfigError, brief, nearest
-from rats.schemas.evaluate_params import EvaluateParams
+from rats.schemas.evaluate_params import JUDGED, EvaluateParams
 from rats.schemas.fused_lora import FusedLora
 from rats.schemas.plugins import FAMILIES, REWARDS, check_name
 from rats.schemas.train_params import TrainParams
@@ -274,6 +274,8 @@ def _check_names(params: Params, where: str) -> None:
     names = [reward.name for reward in params.rewards]
     if len(set(names)) < len(names):
         raise ConfigError(f"{where}: two rewards have one name in {names}; give each its own")
+    if taken := sorted(set(names) & set(JUDGED)):
+        raise ConfigError(f"{where}: a reward is named {taken[0]}, as what judges measure is: give it another name")
     if len(set(params.evaluate.variants)) < len(params.evaluate.variants):
         raise ConfigError(f"{where}: evaluate.variants names one twice: {', '.join(params.evaluate.variants)}")
     for name in params.evaluate.variants:

@@ -96,7 +96,16 @@ class ModelFolder:
 
     @cached_property
     def loras(self) -> tuple[FoundLora, ...]:
-        """The files of `model.loras`. Of a hub, they are fetched. Raises ConfigError if there is none."""
+        """The files of `model.loras`. Of a hub, they are fetched.
+
+        Raises ConfigError if there is none, or if the network is a student, whose base may have had them already.
+        """
+        network = self.params.transformer
+        if self.params.loras and network is not None and (Path(network).parent / "run.json").is_file():
+            raise ConfigError(
+                f"model.transformer is the student of a run ({network}), and LoRAs of its base are in it already: "
+                "leave model.loras out, or add new ones to what `rats export` writes"
+            )
         return tuple(map(find_lora, self.params.loras))
 
     @cached_property

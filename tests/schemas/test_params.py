@@ -198,3 +198,12 @@ def test_a_variant_has_a_name_that_folders_the_shell_and_dvc_take(tmp_path: Path
 def test_plain_names_of_variants_are_taken(tmp_path: Path) -> None:
     changes = [f"variants.{name}.lr=1" for name in ("nfe-3", "A_b", "1e5", "null")]
     assert load_params(write(tmp_path), changes).variants["nfe-3"] == {"lr": 1}
+
+
+@pytest.mark.parametrize("name", ["kid", "recognition", "diversity"])
+def test_a_reward_has_no_name_of_what_judges_measure(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(TEXT)
+    reward = f"rewards=[{{name: {name}, adapter: hpsv2, path: x}}]"
+    with pytest.raises(ConfigError, match=f"a reward is named {name}, as what judges measure is"):
+        load_params(path, [reward, f"train.reward={name}"])

@@ -197,3 +197,15 @@ def test_the_seed_of_nobody_is_touched(flux: Model, style: Path) -> None:
 def test_a_weight_is_a_number_that_changes_something(weight: Any) -> None:
     with pytest.raises(ValueError, match="weight"):
         ModelParams.model_validate({"path": "flux", "loras": [{"path": "a.safetensors", "weight": weight}]})
+
+
+def test_a_students_network_gets_no_loras_that_its_base_may_have_had(flux: Model, style: Path, tmp_path: Path) -> None:
+    student = tmp_path / "run/student"
+    flux.base_network().save_pretrained(student)
+    model = with_loras(flux, (style, 0.8))
+    model = Model(model.params.model_copy(update={"transformer": str(student)}), model.teacher, model.compute)
+    assert model.base_network() is not None, "of somebody's own network they are wanted"
+    (tmp_path / "run/run.json").write_text("{}")
+    model = Model(model.params, model.teacher, model.compute)
+    with pytest.raises(ConfigError, match="is the student of a run .* leave model.loras out"):
+        model.base_network()
