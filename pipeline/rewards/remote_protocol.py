@@ -23,6 +23,8 @@ ABOUT = "rats"
 """The only metadata key of the header."""
 MAX_HEADER = 1 << 24
 """The most bytes of a safetensors header: a hundred of the longest prompts, parsed in a fraction of a second."""
+_MOST_ENTRIES = 10
+"""Of a header: the document, a few tensors."""
 SLOWEST = 1 << 20
 """Bytes a second on the slowest link that is still useful. Waiting times for bodies follow from it."""
 SHORTEST_TOKEN, LONGEST_TOKEN = 16, 1024
@@ -130,9 +132,10 @@ def _unpack(body: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if length > MAX_HEADER:  # before anything parses it
         raise ValueError(f"no safetensors: a header of {length} bytes, at most {MAX_HEADER}; send fewer prompts")
     try:
-        tensors = load(body)
-        # `load` has held the header's length against the body
         header = json.loads(body[8 : 8 + length])
+        if len(header) > _MOST_ENTRIES:  # the library would take seconds for many, and no other request is read then
+            raise ValueError(f"{len(header)} tensors")
+        tensors = load(body)
         about = json.loads(header["__metadata__"][ABOUT])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = plain(f"{type(error).__name__}: {error}")

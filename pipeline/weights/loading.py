@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.weights.hashes import read_json
 from rats.pipeline.weights.opening import check_config, check_headers, opening
 from rats.pipeline.weights.vocabulary import check_files, check_vocabulary
@@ -101,7 +102,7 @@ def _shapes(folder: Path) -> dict[str, Tensor]:
         names = names or sorted(set(read_json(index)["weight_map"].values()))
     state: dict[str, Tensor] = {}
     for name in names:
-        with safe_open(folder / name, "pt") as file:
+        with safe_open(bounded_file(folder / name), "pt") as file:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
         state |= {key: torch.empty(shape, device=META) for key, shape in shapes.items()}
     return state
@@ -171,7 +172,11 @@ def read_state(path: Path) -> dict[str, Tensor]:
     A .pt file may hold them directly or under "state_dict". Raises DataError when it is damaged or holds code.
     """
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = (
+            load_file(bounded_file(path))
+            if path.suffix == ".safetensors"
+            else torch.load(path, "cpu", weights_only=True)
+        )
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
         raise DataError(f"{path} is damaged or holds more than tensors ({reason(error)}): get it anew") from error
     inner = state.get("state_dict")

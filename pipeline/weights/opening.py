@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.weights.hashes import read_json
 from rats.schemas.errors import ConfigError, DataError, RatsError, StorageError, brief, reason
 
@@ -110,5 +111,5 @@ def _other_class(cls: Any, config: dict[str, Any]) -> str | None:
 def check_headers(cls: Any, folder: Path) -> None:
     """Reads the names of the tensors in a folder's files. Raises DataError, naming the file, for one that is cut."""
     for path in sorted(folder.glob("*.safetensors")):
-        with opening(path, cls.__name__), safe_open(path, "pt") as file:
+        with opening(path, cls.__name__), safe_open(bounded_file(path), "pt") as file:
             file.keys()
