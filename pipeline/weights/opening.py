@@ -6,6 +6,7 @@ again, and only a damaged file is fetched again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
@@ -26,6 +27,8 @@ NO_GPU = ("No GPU", "CUDA is not available", "not compiled with CUDA", "requires
 """What libraries say where a file needs an accelerator."""
 SENTENCEPIECE = "sentencepiece"
 """transformers reads a vocabulary of spiece.model with it. Without it, it raises a ValueError, or asks for tiktoken."""
+_READS_VALUES = re.compile(r"\bmeta[ _]tensor|\bmeta device", re.IGNORECASE)
+"""What torch says where values are asked of a tensor on the meta device: there is no class of error for it."""
 OTHER_SHAPES = ("size mismatch", "size of tensor", "expected shape", "mismatched sizes", "ignore_mismatched_sizes")
 
 
@@ -51,8 +54,21 @@ def opening(path: Path | str, kind: str, remedy: str = "fetch or export it again
         raise _explained(error, path, kind, remedy) from error
 
 
+@contextmanager
+def unless_values_are_read() -> Iterator[None]:
+    """Ends the block, without an error, where code reads the values of a tensor on the meta device, which has none.
+
+    So it does where an operation is not made for that device (NotImplementedError), such as one of another package.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        if not (isinstance(error, NotImplementedError) or _READS_VALUES.search(str(error))):
+            raise
+
+
 def _explained(error: Exception, path: Path | str, kind: str, remedy: str) -> RatsError:
-    text = f"{path} does not load as {kind} ({_said(error)})"
+    text = f"{path} does not load as {kind} ({said(error)})"
     if isinstance(error, ImportError | PackageNotFoundError):
         return ConfigError(f"{text}: a package is missing or of another version, install the one that this names")
     if isinstance(error, ValueError | OSError) and _asks_for_sentencepiece(str(error)):
@@ -66,11 +82,16 @@ def _explained(error: Exception, path: Path | str, kind: str, remedy: str) -> Ra
     return DataError(f"{text}: {remedy}")
 
 
-def _said(error: Exception) -> str:
-    """The reason; with the kind of the error where its text alone says little, such as KeyError: 'a'."""
-    said = reason(error)
-    is_short = len(said.split()) < 3 and said != type(error).__name__
-    return f"{type(error).__name__}: {said}" if is_short else said
+def said(error: Exception) -> str:
+    """The reason; with the kind of the error where its text alone says little, such as KeyError: 'a'.
+
+    Of a pickle that torch refuses it is ours: torch's own goes on to say how to run what is in it.
+    """
+    if "weights_only" in str(error):
+        return "it holds more than tensors, which could run code"
+    text = reason(error)
+    is_short = len(text.split()) < 3 and text != type(error).__name__
+    return f"{type(error).__name__}: {text}" if is_short else text
 
 
 def _asks_for_sentencepiece(text: str) -> bool:
