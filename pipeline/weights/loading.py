@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -21,9 +22,9 @@ from torch import Tensor, nn
 
 from rats.pipeline.bounds import bounded_file
 from rats.pipeline.weights.hashes import read_json
-from rats.pipeline.weights.opening import check_config, check_headers, opening
+from rats.pipeline.weights.opening import check_config, check_headers, opening, said
 from rats.pipeline.weights.vocabulary import check_files, check_vocabulary
-from rats.schemas.errors import ConfigError, DataError, reason
+from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import ComputeParams, ModelParams
 
 META = "meta"
@@ -172,15 +173,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
     A .pt file may hold them directly or under "state_dict". Raises DataError when it is damaged or holds code.
     """
     try:
-        state = (
-            load_file(bounded_file(path))
-            if path.suffix == ".safetensors"
-            else torch.load(path, "cpu", weights_only=True)
-        )
+        state = load_file(bounded_file(path)) if path.suffix == ".safetensors" else _read_pickle(path)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is damaged or holds more than tensors ({reason(error)}): get it anew") from error
+        raise DataError(f"{path} is damaged or holds more than tensors ({said(error)}): get it anew") from error
     inner = state.get("state_dict")
     return inner if isinstance(inner, dict) else state
+
+
+def _read_pickle(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is refused or read all the same
+        return torch.load(path, "cpu", weights_only=True)
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -272,6 +272,21 @@ def test_the_hubs_cache_is_imported_as_it_lies_there(exported: Path, tmp_path: P
     assert all(not path.is_symlink() and path.stat().st_nlink == 1 for path in stored)
 
 
+@pytest.mark.parametrize("name", ["recipe.json", "embeddings", "scores/more", f"{SHARD}.tar", "index/0001.parquet"])
+@pytest.mark.parametrize("leads_to", ["../outside", "nowhere", None])
+def test_a_link_is_refused_by_its_name_wherever_it_leads(
+    exported: Path, tmp_path: Path, name: str, leads_to: str | None
+):
+    folder = copied(exported, tmp_path / "in")
+    link = folder / name
+    if link.exists():
+        shutil.move(link, tmp_path / "outside")
+    link.symlink_to(link.name if leads_to is None else leads_to)  # without: to itself
+    with pytest.raises(DataError, match=f"^{link} is a link to .*, which is refused; fetch"):
+        import_set(folder, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_link_out_of_the_hubs_cache_is_refused(exported: Path, tmp_path: Path):
     snapshot = cached(exported, tmp_path / "cache")
     secret = tmp_path / "secret"
