@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -17,6 +18,8 @@ from rats.schemas.manifest import IndexRow, Snapshot
 from rats.stages.shards.describe import ScoreColumn, content_rows, noises, read_columns, recipe_rows
 from rats.stages.templates.render import Markdown, code, render
 
+_OF_LINKS = "%/:?#[]@!$&'()*+,;=~"
+"""What an address is made of besides letters and digits (RFC 3986)."""
 SHARDS = "shards/*.tar"
 """The data files, for `load_dataset`: without this pattern it would also read the Parquet files beside them."""
 
@@ -72,7 +75,7 @@ def _data(title: str, samples: int, terms: LicenseTerms) -> DatasetCardData:
 
 def _terms_link(terms: LicenseTerms) -> Markdown:
     """A link of angle brackets ends at the first of them, whatever else is in it."""
-    url = plain(terms.license_link or "").translate(str.maketrans({"<": "%3C", ">": "%3E", "\\": "%5C", "|": "%7C"}))
+    url = quote(plain(terms.license_link or ""), safe=_OF_LINKS)
     return Markdown(f"[the terms](<{url}>)" if url else "them")
 
 
