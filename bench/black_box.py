@@ -30,7 +30,7 @@ from rats.stages.evaluate.evaluate import evaluate_stage
 from rats.stages.measure.intervals import paired_estimate
 from rats.stages.rollout.rollout import rollout_stage
 from rats.stages.rollout.score import score_stage
-from rats.stages.serve import RewardServer, open_callable
+from rats.stages.serve.reward import RewardServer, open_callable
 from rats.stages.train.train import train_stage
 from rats.stages.workers.target import WorkerTarget
 

@@ -148,7 +148,7 @@ def _their_sources(plugins: tuple[tuple[str, str], ...]) -> list[Path]:
 
 
 def _versions(params: Params) -> dict[str, str]:
-    distributions = [plugins_in(group)[name].dist for group, name in _plugins(params)]
+    distributions = [point.dist for group, name in _plugins(params) for point in plugins_in(group)[name]]
     names = [*LIBRARIES, *(found.name for found in distributions if found is not None)]
     return {name: known for name in names if (known := _version(name))}
 

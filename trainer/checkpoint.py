@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rats.pipeline.bounds import bounded
 from rats.pipeline.files.atomic import atomic_folder
 from rats.schemas.errors import DataError, one_line
 
@@ -125,8 +126,8 @@ class SavedCheckpoint:
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The files' tensors by file name, as `Learner.restore` takes them."""
         try:
-            return {file.stem: load(file.read_bytes()) for file in sorted(self.path.glob("*.safetensors"))}
-        except (SafetensorError, OSError) as error:
+            return {file.stem: load(bounded(file.read_bytes())) for file in sorted(self.path.glob("*.safetensors"))}
+        except (SafetensorError, OSError, ValueError) as error:
             raise DataError(f"checkpoint {self.path} is damaged ({error}): delete it, use --resume latest") from error
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rats.pipeline.families.base import SAMPLING, Family
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports, quiet_notices
-from rats.pipeline.weights.opening import opening
+from rats.pipeline.weights.opening import opening, unless_values_are_read
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.horizons import aligned
 from rats.schemas.params import evaluations_per_step
@@ -139,8 +139,12 @@ class FamilyStudent(FamilyDecoder):
         return sigmas
 
     def rehearse_decoding(self, folder: Path) -> None:
-        """Decodes a state of a student on the meta device. Raises DataError, naming `folder`, when that fails."""
-        with opening(folder, f"the decoder of a {type(self.family).__name__}", MISFIT), torch.no_grad():
+        """Decodes a state of a student on the meta device. Raises DataError, naming `folder`, when that fails.
+
+        A decoder that reads a tensor's values cannot be tried so, and passes.
+        """
+        opened = opening(folder, f"the decoder of a {type(self.family).__name__}", MISFIT)
+        with opened, unless_values_are_read(), torch.no_grad():
             pixels = self.decode(torch.empty(1, *self.latent_shape(), device="meta"))
             height, width = self.settings.height, self.settings.width
             if pixels.shape[-3:] != (3, height, width):
@@ -149,10 +153,12 @@ class FamilyStudent(FamilyDecoder):
     def rehearse(self, folder: Path) -> None:
         """One evaluation on the meta device, by which a configuration shows that it leads nowhere.
 
-        Raises DataError, naming `folder`, when the network cannot be evaluated on its own latents and embeddings.
+        Raises DataError, naming `folder`, when the network cannot be evaluated on its own latents and embeddings. One
+        that reads a tensor's values cannot be tried so, and passes.
         """
         shapes = self.family.conditioning_shapes(self.network.config)
-        with opening(folder, f"the network of a {type(self.family).__name__}", MISFIT), torch.device("meta"):
+        opened = opening(folder, f"the network of a {type(self.family).__name__}", MISFIT)
+        with opened, unless_values_are_read(), torch.device("meta"):
             conditioning = {name: torch.empty(1, *shape) for name, shape in shapes.items()}
             x_BTC = torch.empty(1, *self.latent_shape())
             v_BTC = self.velocity(x_BTC, 0.5, conditioning)

@@ -114,6 +114,17 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfile(source, target)
 
 
+def read_only(path: Path) -> None:
+    """Takes the right to write from everybody; the other rights stay as the umask gave them.
+
+    For files that are named by their content: a published one is the store's own, by a second name. Nothing happens
+    where the file is somebody else's, or the file system has no such rights.
+    """
+    with suppress(PermissionError):
+        if (mode := path.stat().st_mode) & 0o222:
+            path.chmod(mode & 0o555)
+
+
 def _swap(temporary: Path, path: Path) -> None:
     if not path.is_dir():
         os.rename(temporary, path)

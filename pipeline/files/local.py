@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import shutil
 import stat
@@ -10,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
-from rats.pipeline.files.atomic import atomic_write, file_lock, link_or_copy, put, storage_errors, temporary_path
+from rats.pipeline.files.atomic import file_lock, link_or_copy, put, read_only, storage_errors, temporary_path
 from rats.schemas.errors import DataError, StorageError
 
 Item = TypeVar("Item")
@@ -74,7 +75,9 @@ class LocalPlace(PosixPath):
 
     def write(self, data: bytes) -> None:
         """Writes under a temporary name, then renames."""
-        atomic_write(self, data)
+        with storage_errors(self, len(data)), temporary_path(self) as temporary:
+            temporary.write_bytes(data)
+            self.put(temporary)
 
     def create(self, data: bytes) -> bool:
         """Not atomic: the caller must hold a lock."""
@@ -90,7 +93,8 @@ class LocalPlace(PosixPath):
             yield LocalPlace(path)
 
     def put(self, temporary: Path) -> None:
-        """The file is synced to the disk when this returns."""
+        """It is read-only from here on; the file is synced to the disk when this returns."""
+        read_only(temporary)
         put(temporary, self)
 
     def lock(self, seconds: float) -> AbstractContextManager[bool]:
@@ -109,10 +113,11 @@ class LocalPlace(PosixPath):
     def copy_to(self, target: Path) -> None:
         """A hardlink where the file system allows it."""
         link_or_copy(self, target)
+        read_only(target)
 
     def is_copied_to(self, target: Path) -> bool:
-        """Whether both are names of one file."""
-        return os.path.samefile(self, target)
+        """Whether both are names of one file, or, where that cannot be, have the same content."""
+        return os.path.samefile(self, target) or filecmp.cmp(self, target, shallow=False)
 
 
 def _read_range(file: Any, start: int, end: int) -> bytes:

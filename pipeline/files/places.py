@@ -82,7 +82,7 @@ class Place(Protocol):
         """DataError when a folder of the set that lies here is a link."""
 
     def write(self, data: bytes) -> None:
-        """Writes a file atomically.
+        """Writes a file atomically. A local one is then read-only: nothing in a set ever changes.
 
         Raises:
             StorageError: the disk is full or fails, or the store cannot be reached.

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from upath.extensions import ProxyUPath
 
 from rats.pipeline.files import cache
-from rats.pipeline.files.atomic import storage_errors
+from rats.pipeline.files.atomic import read_only, storage_errors
 from rats.pipeline.files.local import LocalPlace
 from rats.schemas.errors import CannotCreateError, DataError, RatsError, StorageError, reason
 
@@ -113,6 +113,7 @@ class RemotePlace(ProxyUPath):
         target.parent.mkdir(parents=True, exist_ok=True)
         with _reading(self):
             self.fs.get_file(self.path, str(target))
+        read_only(target)
 
     def is_copied_to(self, target: Path) -> bool:
         """Compares documents byte by byte, other files by size, since the documents have their hashes."""

@@ -13,6 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rats.pipeline.bounds import unfolded
+from rats.pipeline.files.pages import check_texts, open_parquet, page_sizes
 from rats.pipeline.prompts.cells import kind_of
 from rats.pipeline.prompts.json_rows import DOCUMENT, json_values
 from rats.pipeline.prompts.text import LINE_ENDS, PACKED, known_format, read_bytes, read_text, unreadable
@@ -24,7 +26,7 @@ Numbered = tuple[int, Row]
 ONE_COLUMN = "text"
 """What the only column of a text file and of a list of texts is called; `prompt` names it too."""
 
-_BATCH = 10_000
+_BATCH = 1000
 """Rows of a Parquet file at once: all of a table's pictures would fill the memory."""
 
 
@@ -135,23 +137,45 @@ def _open_parquet(path: Path) -> Table:
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
+    source = _source(path)
+    return open_parquet(source, source.size())
+
+
+def _source(path: Path) -> pa.NativeFile:
     """Read in place where it is not packed; opened by us, since pyarrow takes some names for URLs."""
     packed = path.suffix.lower() in PACKED
     with open(path, "rb") as file:
         head = file.read(4)
     if packed or head != b"PAR1":  # what is no Parquet is small, or named by mistake: its error says which
-        return pq.ParquetFile(pa.BufferReader(read_bytes(path)))
-    return pq.ParquetFile(pa.OSFile(str(path)))
+        return pa.BufferReader(read_bytes(path))
+    return pa.OSFile(str(path))
 
 
 def _parquet_rows(path: Path, names: Sequence[str]) -> Iterator[Numbered]:
     number = 0
     try:
-        with _parquet(path) as file:
+        with _source(path) as source, _bounded(source, names) as file:
             # no pool thread of pyarrow may hold a buffer of Python's when the process ends: that aborts it
             for batch in file.iter_batches(batch_size=_BATCH, columns=list(names), use_threads=False):
+                check_texts(batch.columns, source.size())
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
     except (OSError, ValueError, pa.ArrowException) as error:
         raise unreadable(path, error) from None
+
+
+def _bounded(source: pa.NativeFile, names: Sequence[str]) -> pq.ParquetFile:
+    """Raises ValueError for a page that unfolds to more than real texts do: one page is in memory at a time."""
+
+    def read(at: int, length: int) -> bytes:
+        source.seek(at)
+        return source.read(length)
+
+    about = open_parquet(source, source.size()).metadata
+    for packed, size in page_sizes(about, read, names):
+        if size > unfolded(packed):
+            raise ValueError(f"a page of {packed} bytes would unfold to {size}")
+    leaves = {about.schema.column(i).path for i in range(about.num_columns)}
+    # a text that many rows share is in memory once until it is known how much they are together
+    return open_parquet(source, source.size(), read_dictionary=[name for name in names if name in leaves])

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
+from rats.pipeline.bounds import unfolded
 from rats.schemas.errors import ConfigError, plain
 
 FORMATS = {
@@ -39,13 +42,11 @@ _MARKS = {
 }
 
 
-def _unpack_zstd(data: bytes) -> bytes:
-    with pa.CompressedInputStream(pa.BufferReader(data), "zstd") as stream:
-        return stream.read()
-
-
-PACKED: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".zst": _unpack_zstd}
-"""How a file is unpacked, by its last ending."""
+PACKED: dict[str, Callable[[bytes], Any]] = {
+    ".gz": lambda data: gzip.GzipFile(fileobj=io.BytesIO(data)),
+    ".zst": lambda data: pa.CompressedInputStream(pa.BufferReader(data), "zstd"),
+}
+"""How a file is unpacked, by its last ending: a stream of its bytes."""
 
 
 def format_of(name: str) -> str | None:
@@ -82,9 +83,17 @@ def read_bytes(path: Path) -> bytes:
         raise unreadable(path, "it is a pointer of git LFS, not the file: fetch that by `git lfs pull`")
     unpack = PACKED.get(path.suffix.lower())
     try:
-        return unpack(data) if unpack else data
-    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
+        return _unpacked(unpack(data), unfolded(len(data))) if unpack else data
+    except (OSError, EOFError, ValueError, zlib.error, pa.ArrowException) as error:
         raise unreadable(path, f"it cannot be unpacked ({error})") from None
+
+
+def _unpacked(stream: Any, most: int) -> bytes:
+    with stream:
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"to more than {most} bytes: unpack it yourself")
+    return data
 
 
 def read_text(path: Path) -> str:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from rats.pipeline.bounds import bounded
 from rats.pipeline.files.reading import hash_bytes
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import DataError, reason, remedy
@@ -76,7 +77,7 @@ def _check_seal(data: bytes, prompt_id: str) -> None:
     The seal is the hash of the prompt id and of the file without its seal. The file without it is made here by editing
     the header: to serialise the tensors again would take several times as long as hashing.
     """
-    start = 8 + int.from_bytes(data[:8], "little")
+    start = 8 + int.from_bytes(bounded(data)[:8], "little")
     header = json.loads(data[8:start])
     seal = header["__metadata__"]["seal"]
     if _header(header) != data[:start] or list(header["__metadata__"]) != ["seal"]:

@@ -6,19 +6,17 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ValidationError
 
+from rats.pipeline.bounds import unfolded
+from rats.pipeline.files.pages import check_texts, open_parquet, page_sizes
 from rats.pipeline.files.places import Place
 from rats.pipeline.files.reading import hash_bytes
-from rats.schemas.errors import DataError, reason
+from rats.schemas.errors import DataError, brief, reason
 from rats.schemas.manifest import IndexRow, ScoreRow
 
 _Row = TypeVar("_Row", bound=BaseModel)
-
-_UNFOLDS = 1000
-"""The largest allowed ratio of bytes in memory to bytes on disk. Real files reach 50, with many noises a prompt."""
 
 _SCHEMAS: dict[type[BaseModel], Any] = {
     IndexRow: pa.schema(
@@ -65,21 +63,19 @@ def read_rows(path: Place, model: type[_Row], blake3: str) -> list[_Row]:
 
 def _table(data: bytes, schema: Any) -> Any:
     """Parses a Parquet file. Raises ValueError if it would take far more memory than its size."""
-    about = pq.read_metadata(pa.BufferReader(data))
-    if not about.schema.to_arrow_schema().equals(schema):
-        raise ValueError(f"columns {about.schema.names}")
-    size = sum(about.row_group(group).total_byte_size for group in range(about.num_row_groups))
-    if about.num_rows > len(data) or size > _UNFOLDS * len(data):
-        raise ValueError(f"{about.num_rows} rows, {size} bytes in a file of {len(data)}")
     texts = [field.name for field in schema if field.type == pa.string()]
-    # pyarrow's pool threads would hold `data`, and one that lets go of it while Python ends aborts the process
-    table = pq.ParquetFile(pa.BufferReader(data), read_dictionary=texts).read(use_threads=False)
-    if (size := sum(_text_bytes(table[name]) for name in texts)) > _UNFOLDS * len(data):
-        raise ValueError(f"{size} bytes of text in a file of {len(data)}")
+    with open_parquet(pa.BufferReader(data), len(data), read_dictionary=texts) as file:
+        if not file.metadata.schema.to_arrow_schema().equals(schema):
+            raise ValueError(f"columns {brief(file.metadata.schema.names)}")
+        _check_size(file.metadata, data)
+        # pyarrow's pool threads would hold `data`, and one that lets go of it while Python ends aborts the process
+        table = file.read(use_threads=False)
+    check_texts([chunk for name in texts for chunk in table[name].chunks], len(data))
     return table.cast(schema)
 
 
-def _text_bytes(column: Any) -> int:
-    """Total length of the texts in a dictionary-encoded column."""
-    lengths = [pc.take(pc.binary_length(chunk.dictionary), chunk.indices) for chunk in column.chunks]
-    return sum(pc.sum(chunk).as_py() or 0 for chunk in lengths)
+def _check_size(about: Any, data: bytes) -> None:
+    """Every row has a hash of its own in the file; pages are counted by what they say themselves."""
+    unpacked = sum(size for _, size in page_sizes(about, lambda at, length: data[at : at + length]))
+    if about.num_rows > len(data) or unpacked > unfolded(len(data)):
+        raise ValueError(f"{about.num_rows} rows, {unpacked} bytes in a file of {len(data)}")

@@ -88,7 +88,7 @@ def _refuse_other(root: Place, out: Path) -> None:
 
 
 def _same(root: Place, out: Path, files: Sequence[str]) -> bool:
-    """Whether `out` is up to date: by its links, or for a remote store by names and sizes."""
+    """Whether `out` is up to date: by its links or content, or for a remote store by names and sizes."""
     found = (
         {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if out.is_dir() else set()
     )

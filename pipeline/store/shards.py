@@ -18,6 +18,7 @@ from safetensors.numpy import load, save
 from torch import Tensor
 from webdataset.writer import TarWriter
 
+from rats.pipeline.bounds import bounded
 from rats.pipeline.files.local import LocalPlace
 from rats.pipeline.files.reading import hash_bytes, hash_file, hash_ranges
 from rats.pipeline.store.documents import write_document
@@ -188,7 +189,7 @@ def verify_shard(shards: ShardSet, shard: str, expected: str | None = None) -> S
 def _parse(shards: ShardSet, row: IndexRow, data: bytes) -> dict[str, np.ndarray]:
     """The arrays of a payload whose hash was checked. Another format is refused all the same."""
     try:
-        arrays = load(data)
+        arrays = load(bounded(data))
         x, x0 = arrays["x"], arrays["x0"]
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{row.shard}: sample {row.key} is not in this format ({reason(error)})") from None

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.weights.folder import FoundLora
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.opening import opening
@@ -55,7 +56,7 @@ def fuse_loras(network: nn.Module, pipeline_class: Any, loras: Iterable[FoundLor
 def _read(pipeline_class: Any, path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any] | None]:
     """Tensors, alphas and metadata by diffusers' names, from any layout that the pipeline reads."""
     with _loading(path, f"a LoRA of a {pipeline_class.__name__}"):
-        with safe_open(path, "pt") as file:
+        with safe_open(bounded_file(path), "pt") as file:
             if parts := [name for name in file.keys() if any(part in name for part in DORA)]:  # noqa: SIM118
                 raise DataError(f"{path} is a DoRA ({parts[0]}), which cannot be fused here: {_by_hand(path)}")
         place = {"weight_name": path.name, "local_files_only": True}

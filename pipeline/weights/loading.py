@@ -20,9 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.weights.files import weight_files
 from rats.pipeline.weights.hashes import read_json
-from rats.pipeline.weights.opening import check_config, check_headers, opening
+from rats.pipeline.weights.opening import check_config, check_headers, opening, said
 from rats.pipeline.weights.vocabulary import check_files, check_vocabulary
 from rats.schemas.errors import ConfigError, DataError, brief, reason
 from rats.schemas.params import ComputeParams, ModelParams
@@ -128,7 +129,7 @@ def _shapes(path: Path) -> dict[str, Tensor]:
     if path.suffix != ".safetensors":
         state: dict[str, Tensor] = torch.load(path, META, weights_only=True)
         return state
-    with safe_open(path, "pt") as file:
+    with safe_open(bounded_file(path), "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     return {key: torch.empty(shape, device=META) for key, shape in shapes.items()}
 
@@ -202,11 +203,17 @@ def read_state(path: Path) -> dict[str, Tensor]:
     A .pt file may hold them directly or under "state_dict". Raises DataError when it is damaged or holds code.
     """
     try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        state = load_file(bounded_file(path)) if path.suffix == ".safetensors" else _read_pickle(path)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError) as error:
-        raise DataError(f"{path} is damaged or holds more than tensors ({reason(error)}): get it anew") from error
+        raise DataError(f"{path} is damaged or holds more than tensors ({said(error)}): get it anew") from error
     inner = state.get("state_dict")
     return inner if isinstance(inner, dict) else state
+
+
+def _read_pickle(path: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # it is refused or read all the same
+        return torch.load(path, "cpu", weights_only=True)
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], path: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.movement import Movement
 from rats.schemas.errors import ConfigError, DataError, reason
@@ -179,7 +180,7 @@ def _check_targets(network: nn.Module, targets: Iterable[str]) -> None:
 def _read(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and metadata, by the names that the network gives them."""
     try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
+        with safe_open(bounded_file(folder / WEIGHTS), "pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             about = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
     except (OSError, ValueError, SafetensorError) as error:

@@ -6,6 +6,7 @@ again, and only a damaged file is fetched again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
@@ -17,6 +18,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import safe_open
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.weights.hashes import read_json
 from rats.schemas.errors import ConfigError, DataError, RatsError, StorageError, brief, reason
 
@@ -26,6 +28,8 @@ NO_GPU = ("No GPU", "CUDA is not available", "not compiled with CUDA", "requires
 """What libraries say where a file needs an accelerator."""
 SENTENCEPIECE = "sentencepiece"
 """transformers reads a vocabulary of spiece.model with it. Without it, it raises a ValueError, or asks for tiktoken."""
+_READS_VALUES = re.compile(r"\bmeta[ _]tensor|\bmeta device", re.IGNORECASE)
+"""What torch says where values are asked of a tensor on the meta device: there is no class of error for it."""
 OTHER_SHAPES = ("size mismatch", "size of tensor", "expected shape", "mismatched sizes", "ignore_mismatched_sizes")
 
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -54,8 +58,21 @@ def opening(path: Path | str, kind: str, remedy: str = "fetch or export it again
         raise _explained(error, path, kind, remedy) from error
 
 
+@contextmanager
+def unless_values_are_read() -> Iterator[None]:
+    """Ends the block, without an error, where code reads the values of a tensor on the meta device, which has none.
+
+    So it does where an operation is not made for that device (NotImplementedError), such as one of another package.
+    """
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        if not (isinstance(error, NotImplementedError) or _READS_VALUES.search(str(error))):
+            raise
+
+
 def _explained(error: Exception, path: Path | str, kind: str, remedy: str) -> RatsError:
-    text = f"{path} does not load as {kind} ({_said(error)})"
+    text = f"{path} does not load as {kind} ({said(error)})"
     if isinstance(error, ImportError | PackageNotFoundError):
         return ConfigError(f"{text}: a package is missing or of another version, install the one that this names")
     if isinstance(error, ValueError | OSError) and _asks_for_sentencepiece(str(error)):
@@ -77,11 +94,16 @@ def _is_pointer(path: Path) -> bool:
         return file.read(len(POINTER)) == POINTER
 
 
-def _said(error: Exception) -> str:
-    """The reason; with the kind of the error where its text alone says little, such as KeyError: 'a'."""
-    said = reason(error)
-    is_short = len(said.split()) < 3 and said != type(error).__name__
-    return f"{type(error).__name__}: {said}" if is_short else said
+def said(error: Exception) -> str:
+    """The reason; with the kind of the error where its text alone says little, such as KeyError: 'a'.
+
+    Of a pickle that torch refuses it is ours: torch's own goes on to say how to run what is in it.
+    """
+    if "weights_only" in str(error):
+        return "it holds more than tensors, which could run code"
+    text = reason(error)
+    is_short = len(text.split()) < 3 and text != type(error).__name__
+    return f"{type(error).__name__}: {text}" if is_short else text
 
 
 def _asks_for_sentencepiece(text: str) -> bool:
@@ -142,5 +164,5 @@ def check_file(path: Path, kind: str) -> None:
         if path.suffix != ".safetensors":
             torch.load(path, "meta", weights_only=True, mmap=is_zipfile(path))
             return
-        with safe_open(path, "pt") as file:
+        with safe_open(bounded_file(path), "pt") as file:
             file.keys()

@@ -193,7 +193,7 @@ def serve(
     Their params.yaml has a reward with adapter: url and this server's url as its path. Runs until Ctrl-C or SIGTERM.
     """
     from rats.pipeline.rewards.remote_protocol import read_token
-    from rats.stages.serve import RewardServer, open_callable, open_served
+    from rats.stages.serve.reward import RewardServer, open_callable, open_served
 
     token = read_token(token_file) if token_file else None
     reward = open_callable(callable_, name) if callable_ else open_served(load(params, set_), name)

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from rats.schemas.errors import ConfigError
-from rats.schemas.plugins import FAMILIES, OFFICIAL, REWARDS, load_plugin, plugins_in
+from rats.schemas.plugins import FAMILIES, OFFICIAL, REWARDS, load_plugin, origin, plugins_in
 
 if TYPE_CHECKING:
     from rats.schemas.params import Params
@@ -100,10 +100,10 @@ def _is_asked_for(params: Params | None, group: str, name: str) -> bool:
 
 
 def _plugin(group: str, name: str, needed: bool) -> CheckRow:
-    point, check = plugins_in(group)[name], f"{GROUP_NAMES[group]} {name}"
-    origin = f"{point.dist.name} {point.dist.version}" if point.dist else point.value
+    check = f"{GROUP_NAMES[group]} {name}"
+    by = ", ".join(map(origin, plugins_in(group)[name]))
     try:
         load_plugin(group, name)
     except ConfigError as error:
-        return check_row(check, False, f"{origin}: {error}", needed)
-    return check_row(check, True, origin, needed)
+        return check_row(check, False, f"{by}: {error}", needed)
+    return check_row(check, True, by, needed)

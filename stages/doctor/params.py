@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from rats.pipeline.weights.files import find_weights
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.hub import find_checkpoint, is_hub_id, only_cached, resolve_checkpoint
 from rats.pipeline.weights.loading import torch_device, torch_dtype
-from rats.schemas.errors import ConfigError, RatsError
+from rats.schemas.errors import ConfigError, RatsError, one_line
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, PromptSource, RewardParams, Split, load_params, with_variant
 from rats.schemas.plugins import REWARDS, load_plugin
@@ -118,6 +119,9 @@ def _attempt(name: str, check: Callable[[], str]) -> CheckRow:
         return check_row(name, True, check())
     except RatsError as error:
         return check_row(name, False, str(error))
+    except Exception as error:  # of a family or reward from another package, for whose author the place is what helps
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return check_row(name, False, f"{one_line(error)} ({place.filename}, line {place.lineno}): tell its author")
 
 
 def check_model(model: Model) -> str:

@@ -20,7 +20,7 @@ from rats.pipeline.weights.lora import COMFYUI, WEIGHTS
 from rats.schemas.errors import DataError, reason
 from rats.schemas.reports import Cell, EvaluateReport
 from rats.schemas.run import RunRecord
-from rats.stages.templates.render import code, render
+from rats.stages.templates.render import Markdown, code, literal, quoted, render
 
 log = logging.getLogger(__name__)
 
@@ -49,10 +49,11 @@ def model_card(
     hub = None if Path(named.path).exists() else named.path
     base = hub or Path(named.path).name
     context = {
-        "card_data": _data(hub, "lora" in parts, is_video).to_yaml(),
+        "card_data": Markdown(_data(hub, "lora" in parts, is_video).to_yaml()),
         "title": f"{base} in {any_of(record.nfe)} steps",
         "steps": any_of(record.nfe),
         "base": base,
+        "base_quoted": quoted(base),
         "drawn": ("video", "frames") if is_video else ("image", "images"),
         "nfe": record.nfe,
         "scheduler": _other_scheduler(model),
@@ -60,8 +61,8 @@ def model_card(
         "sigmas": {steps: ", ".join(f"{sigma:.6g}" for sigma in grid) for steps, grid in sigmas.items()},
         "takes_sigmas": "sigmas" in signature(model.family.pipeline_class.__call__).parameters,
         "kept": kept,
-        "weights": WEIGHTS,
-        "comfyui": COMFYUI,
+        "weights": quoted(WEIGHTS),
+        "comfyui": Markdown(COMFYUI),
         "dtype": named.dtype,
         "is_exchanged": named.transformer is not None,
         "loras": [_lora(lora) for lora in model.folder.loras],
@@ -99,7 +100,7 @@ def _other_scheduler(model: Model) -> str | None:
     config = model.scheduler().config
     plain = FlowMatchEulerDiscreteScheduler().config
     changed = (f"{name}={value!r}" for name, value in config.items() if name in plain and plain[name] != value)
-    return f"{EULER}({', '.join(changed)})"
+    return Markdown(f"{EULER}({', '.join(changed)})")
 
 
 def _data(hub: str | None, adapter: bool, is_video: bool) -> ModelCardData:
@@ -116,11 +117,11 @@ def _run_rows(record: RunRecord) -> list[tuple[str, str]]:
         ("variant", code(record.variant)),
         ("training steps", str(record.steps)),
         ("student's steps", ", ".join(map(str, record.nfe))),
-        ("trained reward", f"{record.reward} ({_short(record.reward_fingerprint)})"),
+        ("trained reward", Markdown(f"{literal(record.reward)} ({_short(record.reward_fingerprint)})")),
         ("gate", f"{record.gate_form}, tau {record.tau:.4g}, mean over training {gate}"),
         ("samples", f"{record.samples} stored trajectories, {record.samples_unscored} without a score"),
-        ("shards", f"recipe {code(record.recipe[:12])}, snapshot {code(record.snapshot[:12])}"),
-        ("started from", f"network {code(record.base[:12])}"),
+        ("shards", Markdown(f"recipe {code(record.recipe[:12])}, snapshot {code(record.snapshot[:12])}")),
+        ("started from", Markdown(f"network {code(record.base[:12])}")),
         ("this student", code(record.student[:12])),
         ("training time", f"{record.seconds:.0f} s"),
     ]
@@ -131,12 +132,13 @@ def _lora(lora: FoundLora) -> dict[str, Any]:
     is_here = Path(lora.pinned.path).exists()
     place = Path(lora.path.name) if is_here else Path(lora.pinned.path)
     repository = "." if is_here else "/".join(place.parts[:2])
-    return {"repository": repository, "file": lora.path.name, "weight": lora.pinned.weight}
+    return {"repository": quoted(repository), "file": quoted(lora.path.name), "weight": lora.pinned.weight}
 
 
 def _lora_rows(loras: Sequence[FoundLora]) -> list[tuple[str, str]]:
     hashed = [(lora, code(hash_content(lora.path)[:12])) for lora in loras]
-    return [("LoRA in it", f"{code(lora.path.name)} ({short}) at {lora.pinned.weight:g}") for lora, short in hashed]
+    said = (f"{code(lora.path.name)} ({short}) at {lora.pinned.weight:g}" for lora, short in hashed)
+    return [("LoRA in it", Markdown(text)) for text in said]
 
 
 def _short(hashes: str) -> str:
@@ -159,4 +161,4 @@ def _figure(mean: float | None, low: float | None, high: float | None) -> str:
     if mean is None:
         return ""
     interval = "" if low is None or high is None else f" [{low:.4g}, {high:.4g}]"
-    return f"{mean:.4g}{interval}"
+    return Markdown(f"{mean:.4g}{interval}")

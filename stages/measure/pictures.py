@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.files.atomic import atomic_write
 from rats.schemas.errors import DataError
 
@@ -131,7 +132,7 @@ def save_pictures(path: Path, pictures: Pictures) -> None:
 def load_pictures(path: Path) -> Pictures:
     """Reads what `save_pictures` wrote; DataError when it is missing or something else."""
     try:
-        with safe_open(str(path), framework="numpy") as file:
+        with safe_open(bounded_file(path), framework="numpy") as file:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         columns = [SystemLabel(**column) for column in about["columns"]]

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.rewards.preprocess import CLIP_MEAN, CLIP_STD, resize_normalise
+from rats.pipeline.weights.opening import unless_values_are_read
 from rats.schemas.params import RewardParams
 
 META = torch.device("meta")
@@ -32,6 +33,16 @@ LOWER |= {"conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"}
 FLOAT = frozenset(("layer_norm", "group_norm", "rms_norm", "softmax", "log_softmax", "norm", "sum", "prod", "cumsum"))
 FLOAT |= {"pow", "__pow__", "exp", "log", "rsqrt", "reciprocal", "softplus", "mse_loss", "cosine_similarity"}
 """What CUDA's autocast runs in the lower precision, and what in float32, of the functions that networks use."""
+
+
+Counted = TypeVar("Counted")
+
+
+def if_countable(count: Callable[[], Counted]) -> Counted | None:
+    """What `count` finds on the meta device; None where a network reads a tensor's values, which are not there."""
+    with unless_values_are_read():
+        return count()
+    return None
 
 
 class LiveBytes(TorchDispatchMode):

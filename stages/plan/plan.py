@@ -20,6 +20,7 @@ from rats.schemas.recipe import Recipe, fingerprint
 from rats.schemas.train_params import check_dtype
 from rats.stages.plan.flops import conditioning_shapes, decode_flops, evaluation_flops, measured_rate
 from rats.stages.plan.memory import rollout_memory, train_memory
+from rats.stages.plan.meta import if_countable
 from rats.stages.plan.result import Comparison, Expense, Plan, RolloutWork
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.stages.rollout.rollout import check_before, read_recipe, texts_of, wanted_samples
@@ -126,9 +127,12 @@ def plan_stage(
     model = Model.of(params)
     found = survey(params, model, split)
     work, outline = rollout_work(found, params), model.outline
-    flops, workers = evaluation_flops(outline), max(1, params.store.workers if workers is None else workers)
-    given, rate = rate is not None, _measured(model) if rate is None else rate
-    total = work.forwards * params.compute.micro_batch * flops
+    flops = if_countable(lambda: evaluation_flops(outline))
+    workers = max(1, params.store.workers if workers is None else workers)
+    given, rate = rate is not None, _measured(model) if rate is None and flops is not None else rate
+    seconds = None if flops is None or rate is None else flops / rate
+    total = None if flops is None else work.forwards * params.compute.micro_batch * flops
+    worker_seconds = None if seconds is None else work.forwards * params.compute.micro_batch * seconds
     latents = latents_bytes(found.recipe)
     embedding = embedding_bytes(conditioning_shapes(outline), torch_dtype(params.model.dtype))
     return Plan(
@@ -137,36 +141,40 @@ def plan_stage(
         work=work,
         lengths=model.lengths(texts_of(found.wanted)),
         evaluation_flops=flops,
-        decode_flops=decode_flops(outline),
+        decode_flops=if_countable(lambda: decode_flops(outline)),
         flops=total,
         rate=rate,
         rate_measured=not given,
         device=params.compute.device,
         workers=workers,
-        worker_seconds=total / rate,
-        seconds=total / rate / workers,
+        worker_seconds=worker_seconds,
+        seconds=None if worker_seconds is None else worker_seconds / workers,
         price=price,
-        usd=_usd(total / rate, price),
+        usd=_usd(worker_seconds, price),
         bytes_to_write=_bytes(found, latents, len(params.rewards)) + work.embeddings_to_make * embedding,
         bytes_per_sample=latents,
         bytes_per_prompt=embedding,
         bytes_free=found.root.free(),
-        rollout_memory=rollout_memory(params, model),
-        train_memory=train_memory(params, model),
-        comparison=compare_costs(params, len(found.wanted), experiments, flops / rate, price),
+        rollout_memory=if_countable(lambda: rollout_memory(params, model)),
+        train_memory=if_countable(lambda: train_memory(params, model)),
+        comparison=compare_costs(params, len(found.wanted), experiments, seconds, price),
     )
 
 
 def compare_costs(
-    params: Params, samples: int, experiments: int | None, seconds_per_evaluation: float, price: float | None = None
+    params: Params,
+    samples: int,
+    experiments: int | None,
+    seconds_per_evaluation: float | None,
+    price: float | None = None,
 ) -> Comparison:
-    """Stored trajectories against a teacher that is run in every training step."""
+    """Stored trajectories against a teacher that is run in every training step. Seconds are None where unknown."""
     count = len(params.evaluate.variants) if experiments is None else experiments
     live = params.train.steps * params.train.batch
 
     def expense(rollouts: int) -> Expense:
         evaluations = rollouts * params.teacher.evaluations
-        seconds = evaluations * seconds_per_evaluation
+        seconds = None if seconds_per_evaluation is None else evaluations * seconds_per_evaluation
         return Expense(evaluations=evaluations, worker_seconds=seconds, usd=_usd(seconds, price))
 
     return Comparison(
@@ -195,5 +203,5 @@ def _measured(model: Model) -> float:
         raise ConfigError(f"{error}, or give the rate of the machine that is meant with --rate TFLOPS") from error
 
 
-def _usd(worker_seconds: float, price: float | None) -> float | None:
-    return None if price is None else worker_seconds / 3600 * price
+def _usd(worker_seconds: float | None, price: float | None) -> float | None:
+    return None if price is None or worker_seconds is None else worker_seconds / 3600 * price

@@ -27,10 +27,10 @@ class RolloutWork(Record):
 
 
 class Expense(Record):
-    """Evaluations of the teacher's network, seconds of one worker, and USD if a price was given."""
+    """Evaluations of the teacher's network, seconds of one worker if known, and USD if a price was given too."""
 
     evaluations: int
-    worker_seconds: float
+    worker_seconds: float | None
     usd: float | None
 
 
@@ -69,28 +69,29 @@ class Plan(Record):
 
     `flops` counts full micro-batches. `decode_flops` is for one picture. Decoding, rewards and text encoders are
     neither in `flops` nor in the times. `seconds` assumes that `workers` do not slow each other down. `bytes_free` is
-    None for a remote store.
+    None for a remote store. FLOPs, times, USD and memory are None where they cannot be known before the rollout: of a
+    network that reads values of tensors, as it is looked at without values. So is `rate`, unless it was given.
     """
 
     split: str
     loras: tuple[str, ...] = ()
     work: RolloutWork
     lengths: Lengths
-    evaluation_flops: int
-    decode_flops: int
-    flops: int
-    rate: float
+    evaluation_flops: int | None
+    decode_flops: int | None
+    flops: int | None
+    rate: float | None
     rate_measured: bool
     device: str
     workers: int
-    worker_seconds: float
-    seconds: float
+    worker_seconds: float | None
+    seconds: float | None
     price: float | None
     usd: float | None
     bytes_to_write: int
     bytes_per_sample: int
     bytes_per_prompt: int
     bytes_free: int | None
-    rollout_memory: Memory
-    train_memory: Memory
+    rollout_memory: Memory | None
+    train_memory: Memory | None
     comparison: Comparison

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rats.stages.plan.result import Comparison, Expense, Memory, Plan
 
 FLOP_UNITS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP")
+UNKNOWN = "unknown"
 BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
 
@@ -20,10 +21,12 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
         ("teacher", f"{work.evaluations:,} evaluations of {flop(plan.evaluation_flops)}"),
         ("work", f"{flop(plan.flops)} in {work.forwards:,} full micro-batches"),
         ("rate", _rate(plan)),
-        ("time", f"{clock(plan.worker_seconds)} on one worker{_shared(plan)}"),
+        ("time", f"{_time(plan.worker_seconds)}{_shared(plan)}"),
         ("size", f"{size(plan.bytes_to_write)} to write{_free(plan)}"),
         ("not counted", f"loading, text encoders, rewards and their decoding ({flop(plan.decode_flops)} a picture)"),
     ]
+    if plan.evaluation_flops is None:
+        rows.insert(4, ("", "FLOP, time and memory are unknown: the network reads values of tensors; time one shard"))
     if plan.usd is not None:
         rows.insert(8, ("cost", f"{plan.usd:,.2f} USD at {plan.price:.2f} USD an hour of a worker"))
     if plan.loras:
@@ -32,8 +35,10 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     return [*rows, *memory, ("  training", _memory(plan.train_memory)), *_comparison(plan.comparison)]
 
 
-def _memory(memory: Memory) -> str:
+def _memory(memory: Memory | None) -> str:
     """The sum and its parts, the largest first. Parts below 1 % are only in the sum."""
+    if memory is None:
+        return UNKNOWN
     parts = sorted(((value, name) for name, value in memory.parts.items() if value >= memory.peak / 100), reverse=True)
     named = ", ".join(f"{name} {size(value)}" for value, name in parts)
     count = memory.stand_ins
@@ -54,16 +59,22 @@ def _comparison(found: Comparison) -> list[tuple[str, str]]:
 
 def _expense(expense: Expense) -> str:
     usd = "" if expense.usd is None else f", {expense.usd:,.2f} USD"
-    return f"{expense.evaluations:,} evaluations, {clock(expense.worker_seconds)} on one worker{usd}"
+    return f"{expense.evaluations:,} evaluations, {_time(expense.worker_seconds)}{usd}"
+
+
+def _time(seconds: float | None) -> str:
+    return f"time {UNKNOWN}" if seconds is None else f"{clock(seconds)} on one worker"
 
 
 def _rate(plan: Plan) -> str:
+    if plan.rate is None:
+        return UNKNOWN
     how = f"measured here on {plan.device}" if plan.rate_measured else f"as given for {plan.device}"
     return f"{flop(plan.rate)}/s a worker, {how}"
 
 
 def _shared(plan: Plan) -> str:
-    if plan.workers == 1:
+    if plan.workers == 1 or plan.seconds is None:
         return ""
     return f", {clock(plan.seconds)} on {plan.workers} if none slows another"
 
@@ -75,8 +86,10 @@ def _free(plan: Plan) -> str:
     return f", {size(plan.bytes_free)} free there{short}"
 
 
-def flop(count: float) -> str:
+def flop(count: float | None) -> str:
     """Three digits and a unit."""
+    if count is None:
+        return f"{UNKNOWN} FLOP"
     return _scaled(count, 1000, FLOP_UNITS)
 
 

@@ -7,15 +7,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
+from rats.schemas.errors import plain
 from rats.schemas.manifest import IndexRow, Snapshot
 from rats.stages.shards.describe import ScoreColumn, content_rows, noises, read_columns, recipe_rows
-from rats.stages.templates.render import code, render
+from rats.stages.templates.render import Markdown, code, render
 
+_OF_LINKS = "%/:?#[]@!$&'()*+,;=~"
+"""What an address is made of besides letters and digits (RFC 3986)."""
 SHARDS = "shards/*.tar"
 """The data files, for `load_dataset`: without this pattern it would also read the Parquet files beside them."""
 
@@ -43,11 +47,11 @@ def dataset_card(shards: ShardSet, snapshot: Snapshot, columns: Sequence[str], t
     rows = shards.index(snapshot)
     title = terms.title or f"Teacher trajectories {shards.fingerprint[:12]}"
     context = {
-        "card_data": _data(title, len(rows), terms).to_yaml(),
+        "card_data": Markdown(_data(title, len(rows), terms).to_yaml()),
         "title": title,
         "teacher": terms.teacher,
         "licence": terms.license_name or terms.license,
-        "link": terms.license_link,
+        "terms": _terms_link(terms),
         "columns": [_column_data(column) for column in read_columns(shards, rows) if column.fingerprint in columns],
         "recipe": _markdown(recipe_rows(shards.recipe, terms.teacher)),
         "content": _markdown(content_rows(shards, snapshot, rows)),
@@ -67,6 +71,12 @@ def _data(title: str, samples: int, terms: LicenseTerms) -> DatasetCardData:
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": SHARDS}]}],
         **{name: value for name, value in named.items() if value},
     )
+
+
+def _terms_link(terms: LicenseTerms) -> Markdown:
+    """A link of angle brackets ends at the first of them, whatever else is in it."""
+    url = quote(plain(terms.license_link or ""), safe=_OF_LINKS)
+    return Markdown(f"[the terms](<{url}>)" if url else "them")
 
 
 def size_category(samples: int) -> str:
@@ -90,7 +100,7 @@ def _numbers(shards: ShardSet, rows: Sequence[IndexRow]) -> dict[str, Any]:
 
 
 def _column_data(column: ScoreColumn) -> dict[str, Any]:
-    return column.entry() | {"hashes": sorted(column.hashes.items())}
+    return column.entry() | {"hashes": [(name, code(digest)) for name, digest in sorted(column.hashes.items())]}
 
 
 def _markdown(rows: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -183,14 +183,14 @@ def plain_view(folder: Path) -> Iterator[Path]:
     Raises:
         DataError: no folder, or a link that leads anywhere else.
     """
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))  # unlike `resolve`, it takes links that lead in a circle
     if not folder.is_dir():
         raise DataError(f"no folder {folder}", "name one that `rats shards export` wrote or the Hub's client fetched")
     files = list(_files(folder))
     if not any(path.is_symlink() for path in files):
         yield folder
         return
-    blobs = {path: _blob(folder, path) for path in files}
+    blobs = {path: _blob(folder, path) if path.is_symlink() else path for path in files}
     # beside the blobs, since hardlinks work only within one file system
     with storage_errors(folder), tempfile.TemporaryDirectory(dir=folder.parent.parent, prefix=".rats-import-") as view:
         for path, blob in blobs.items():
@@ -211,7 +211,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _blob(folder: Path, path: Path) -> Path:
     """The blob that a link in `<cache>/<repository>/snapshots/<commit>/` leads to. Other targets are refused."""
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     allowed = (folder, folder.parents[1] / "blobs", folder.parents[2] / "blobs") if len(folder.parents) > 2 else ()
     if folder.parent.name != "snapshots" or not target.is_file() or not any(target.is_relative_to(p) for p in allowed):
         raise DataError(

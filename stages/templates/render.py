@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,16 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from rats.schemas.errors import plain
 from rats.schemas.yaml_values import scalar
 from rats.stages.measure.pictures import Picture
 
 PageData = dict[str, Any]
+
+_SPECIAL = re.compile(r"[\\`*\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_])")
+"""What Markdown takes for more than letters: not an underscore inside a name."""
+_LONGEST = 2000
+"""Characters of a text on a card."""
 
 
 def plot(svgs: Sequence[str], legend: Sequence[tuple[str, str, bool]], caption: str) -> PageData:
@@ -38,13 +46,15 @@ def png(picture: Picture) -> str:
 def render(template: str, context: PageData) -> str:
     """A template of this folder, filled in; a value that it misses is an error.
 
-    Pages (`.html.j2`) escape every value: prompts may hold anything. In YAML a text goes through the filter `yaml`.
+    Pages (`.html.j2`) and cards (`.md.j2`) escape every text that is not `Markdown` already: prompts and names may hold
+    anything. In YAML a text goes through the filter `yaml`.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=template.endswith(".html.j2"),
         keep_trailing_newline=True,
         undefined=StrictUndefined,
+        finalize=literal if template.endswith(".md.j2") else None,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -52,10 +62,26 @@ def render(template: str, context: PageData) -> str:
     return environment.get_template(template).render(context)
 
 
-def code(text: str) -> str:
-    """Text as Markdown shows it letter by letter, on one line of a table."""
-    flat = " ".join(text.split()).replace("|", "\\|")
+class Markdown(str):
+    """Text that is Markdown, which cards take as it is."""
+
+
+def literal(value: Any) -> Any:
+    """A text as Markdown that shows it letter by letter, on one line; other values as they are."""
+    if not isinstance(value, str) or isinstance(value, Markdown):
+        return value
+    return Markdown(_SPECIAL.sub(r"\\\g<0>", plain(value, _LONGEST)))
+
+
+def code(text: str) -> Markdown:
+    """Text as Markdown shows it letter by letter in a fixed pitch, on one line of a table."""
+    flat = plain(text, _LONGEST).replace("|", "\\|")
     if "`" not in flat:
-        return f"`{flat}`"
+        return Markdown(f"`{flat}`")
     fence = "`" * (1 + flat.count("`"))  # longer than any run of them inside
-    return f"{fence} {flat} {fence}"
+    return Markdown(f"{fence} {flat} {fence}")
+
+
+def quoted(text: str) -> Markdown:
+    """A text as Python code has it, inside a block of code."""
+    return Markdown(json.dumps(plain(text, _LONGEST)))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,12 @@ def publish_set(folder: Path, prompts: int = 3) -> Path:
     embed(shards, wanted(prompts))
     publish(shards, shards.snapshot(), folder / "out", [reward])
     return folder / "out"
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy to be spoiled: without locks, and its files can be written, unlike those of a set."""
+    ignored = shutil.ignore_patterns("locks")
+    return Path(shutil.copytree(folder, to, copy_function=shutil.copyfile, ignore=ignored, dirs_exist_ok=True))
 
 
 def files(folder: Path) -> list[Path]:

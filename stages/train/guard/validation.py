@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.noise import noise
@@ -108,9 +109,9 @@ def _embeddings(model: Model, prompts: list[Prompt], path: Path, again: bool) ->
 def _read(path: Path, about: str) -> Conditioning | None:
     """The embeddings that an earlier start has saved; None if they are of other prompts or damaged."""
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with safe_open(bounded_file(path), framework="pt") as file:
             if (file.metadata() or {}).get("about") == about:
                 return {name: file.get_tensor(name) for name in sorted(file.keys())}
-    except (OSError, SafetensorError):
+    except (OSError, ValueError, SafetensorError):
         pass
     return None

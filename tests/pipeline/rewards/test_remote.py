@@ -19,7 +19,7 @@ from rats.pipeline.rewards.open import open_reward, reward_fingerprint
 from rats.pipeline.rewards.remote import RewardClient, UrlReward
 from rats.schemas.errors import ConfigError, DataError, NoWorkerError, RetryLaterError
 from rats.schemas.params import RewardParams
-from rats.stages.serve import CallableReward, RewardServer, open_callable
+from rats.stages.serve.reward import CallableReward, RewardServer, open_callable
 from rats.trainer.scoring import score
 from tests.support.tiny import PROMPTS, SIZE
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.support.damage import publish_set
+from tests.support.damage import copied, publish_set
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +18,4 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(whole: Path, tmp_path: Path) -> Path:
     """A copy of it, to be spoiled."""
-    return Path(shutil.copytree(whole, tmp_path / "copy"))
+    return copied(whole, tmp_path / "copy")

@@ -21,7 +21,7 @@ from rats.schemas.errors import DataError, RatsError
 from rats.schemas.params import load_params, with_variant
 from rats.stages.shards.verify import verify
 from tests.pipeline.store.test_format import FOLDER as FORMAT_1
-from tests.support.damage import fork, read_all
+from tests.support.damage import copied, fork, read_all
 from tests.support.fuzz import CASES, bomb, yaml_text
 
 SECONDS, MEBIBYTES = 1.0, 256
@@ -108,7 +108,7 @@ def test_a_fuzzed_set_is_read_or_refused_soon_and_in_little_memory(whole: Path, 
 
 @pytest.mark.parametrize(("rows", "length"), [(1_000_000, 0), (2_000, 100_000), (1, 2**25)])
 def test_an_index_that_unfolds_into_gigabytes_is_refused(whole: Path, tmp_path: Path, rows: int, length: int) -> None:
-    folder = Path(shutil.copytree(whole, tmp_path / "set"))
+    folder = copied(whole, tmp_path / "set")
     bomb(folder, rows, length)
     assert (folder / "index" / "0001.parquet").stat().st_size < 200_000
     shards = ShardSet.open(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rats.pipeline.store import layout
 from rats.pipeline.store.embeddings import read_embedding
 from rats.pipeline.store.publish import publish
 from rats.pipeline.store.scores import read_scores, reward_column
@@ -58,16 +59,51 @@ def test_publishing_again_changes_nothing_and_another_snapshot_replaces_the_old(
     assert [path.name for path in out.parent.iterdir()] == ["train"]
 
 
+def writable(folder: Path) -> set[str]:
+    """Names of the files that somebody may write to, without locks."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
+    return {path.name for path in found if path.stat().st_mode & 0o222}
+
+
+@pytest.mark.parametrize("mask", [0o002, 0o077])
+def test_nothing_of_a_set_can_be_written_to_or_read_by_more_than_the_umask_says(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        shards = write_set(tmp_path / "store")
+        embed(shards, wanted())
+        publish(shards, shards.snapshot(), tmp_path / "out", [score(shards)])
+    finally:
+        os.umask(before)
+    assert writable(tmp_path) == set()
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").glob("*/*.*")} == {0o444 & ~mask}
+
+
+def test_a_set_of_an_older_rats_is_read_only_once_it_is_published(tmp_path: Path) -> None:
+    shards = write_set(tmp_path / "store")
+    for path in shards.root.rglob("*.*"):
+        os.chmod(path, 0o644)
+    publish(shards, shards.snapshot(), tmp_path / "out", [])
+    assert writable(tmp_path / "out") == set()
+
+
 def test_publishing_across_file_systems_copies(tmp_path: Path) -> None:
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs a second file system")
     shards = write_set(tmp_path)
     out = other / f"rats-test-{os.getpid()}"
+    shard = out / layout.SHARD.name(shard="rollout-000000")
     try:
         publish(shards, shards.snapshot(), out, [])
-        publish(shards, shards.snapshot(), out, [])
         assert ShardSet.open(out).index(shards.snapshot()) == shards.index(shards.snapshot())
+        assert writable(out) == set()
+        first, before = out.stat().st_ino, shard.read_bytes()
+        publish(shards, shards.snapshot(), out, [])
+        assert out.stat().st_ino == first  # what has the same content is not copied again
+        shard.unlink()
+        shard.write_bytes(before[:-700] + b"7" + before[-699:])
+        publish(shards, shards.snapshot(), out, [])
+        assert shard.read_bytes() == before and out.stat().st_ino != first
     finally:
         shutil.rmtree(out, ignore_errors=True)
 

@@ -285,4 +285,4 @@ def test_written_files_obey_the_umask(tmp_path: Path) -> None:
     mask = os.umask(0)
     os.umask(mask)
     for path in (shards.shard_path("rollout-000000"), shards.root / "recipe.json"):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+        assert stat.S_IMODE(path.stat().st_mode) == 0o444 & ~mask

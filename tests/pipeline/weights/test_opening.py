@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -15,13 +16,31 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from rats.pipeline.rewards.open import open_reward
-from rats.pipeline.weights.loading import load_component
+from rats.pipeline.weights.loading import load_component, read_state
 from rats.pipeline.weights.opening import opening
 from rats.schemas.errors import ConfigError, DataError, RatsError, StorageError
 from rats.schemas.params import ComputeParams, ModelParams, RewardParams
 from tests.support import tiny
 
 ANEW = "fetch or export it again"
+
+
+class Runs:
+    """Runs something when it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return exit, (7,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_no_refusal_of_a_pickle_says_how_to_run_what_is_in_it(tmp_path: Path, save: Callable[..., object]) -> None:
+    save({"a": Runs()}, tmp_path / "a.pt")
+    with pytest.raises(DataError, match="it holds more than tensors, which could run code") as raised:
+        read_state(tmp_path / "a.pt")
+    with pytest.raises(DataError, match="more than tensors") as opened, opening(tmp_path, "a model"):
+        torch.load(tmp_path / "a.pt", weights_only=True)
+    for error in (raised.value, opened.value):
+        assert "weights_only" not in str(error) and "False" not in str(error)
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+from rats.pipeline.families.flux import Flux
 from rats.pipeline.rewards.hpsv2 import HPSv2
 from rats.pipeline.weights.hub import only_cached, resolve
 from rats.schemas.errors import ConfigError
 from rats.stages.doctor import packages
+from rats.stages.doctor.params import check_params
 from tests.support.project import environment, rats, write_project
 
 
@@ -80,6 +82,21 @@ def test_what_the_parameters_need_and_is_not_there_is_a_failure(
     found = findings(project(models, tmp_path, **change), code=2)
     bad = {name: one for name, one in found.items() if one["needed"] and not one["ok"]}
     assert hint in bad[check]["found"] and set(bad) <= {check, "disk"}
+
+
+@pytest.mark.parametrize("method", ["latent_shape", "schedule", "check_index", "conditioning_shapes", "fits"])
+def test_a_fault_in_somebody_elses_family_is_a_row_and_no_traceback(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+):
+    def faulty(*_: object) -> object:
+        return {}["nothing"]
+
+    monkeypatch.setattr(Flux, method, faulty)
+    monkeypatch.chdir(project(models, tmp_path))
+    rows = check_params(Path("params.yaml"), [], is_default=False)
+    (row,) = (row for row in rows if row["check"] == "model")
+    assert not row["ok"] and "KeyError: 'nothing'" in row["found"]
+    assert "does not load as" in row["found"] or f"({__file__}, line " in row["found"]
 
 
 @pytest.mark.parametrize("device", ["hip", "mps:9", "gpu", ""])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import DatasetCard
+from markdown_it import MarkdownIt
 from safetensors.torch import load
 
 from rats.pipeline.store.embeddings import read_embedding
@@ -25,7 +26,7 @@ from rats.stages.shards.verify import verify
 from rats.stages.templates.render import code
 from tests.support.project import rats, tree, write_project
 from tests.support.rolled import TERMS, export, fill, roll
-from tests.support.shards import params, recipe_of, wanted
+from tests.support.shards import embed, params, recipe_of, score, wanted, write_set
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +294,22 @@ def test_on_the_command_line_a_rollout_after_an_import_runs_no_teacher(models: P
     assert (report["teacher_forwards"], report["shards_reused"]) == (0, made["shards_total"])
     assert report["fingerprint"] == made["fingerprint"] == taken["fingerprint"]
     assert taken["hash"] == ShardSet.open(tmp_path / "theirs" / "store" / made["fingerprint"]).snapshot().hash
+
+
+def test_a_card_of_hostile_names_shows_them_and_nothing_else(tmp_path: Path):
+    shards = write_set(tmp_path / "store", wanted(2))
+    embed(shards, wanted(2))
+    hostile = "<img src=x>|[a](b)`\n# owned\x1b[2J"
+    score(shards, hostile)
+    terms = LicenseTerms("other", "<b>x</b>", "https://a.example/)<b>", hostile, hostile)
+    export_set(Path(shards.root), tmp_path / "out", terms)
+    card = DatasetCard.load(tmp_path / "out" / "README.md")
+    assert "\x1b" not in card.text and "\n# owned" not in card.text
+    page = MarkdownIt("commonmark").enable("table").render(card.text)
+    assert "<img" not in page and "<b>" not in page and "<strong>&lt;b&gt;x&lt;/b&gt;</strong>" in page
+    # title, licence, teacher, and the reward's name twice
+    assert page.count("&lt;img src=x&gt;|[a](b)` # owned [2J") == 5
+    assert '<a href="https://a.example/)%3Cb%3E">the terms</a>' in page
 
 
 def test_words_of_the_card():

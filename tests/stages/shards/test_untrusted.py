@@ -22,7 +22,7 @@ from rats.schemas.errors import DataError
 from rats.schemas.manifest import snapshot_hash
 from rats.stages.shards.exchange import import_set
 from rats.stages.shards.untrusted import plain_view
-from tests.support.damage import reseal, unsealed, vouch
+from tests.support.damage import copied, reseal, unsealed, vouch
 from tests.support.project import tree
 from tests.support.rolled import export
 from tests.support.shards import wanted
@@ -215,7 +215,7 @@ SPOILED: dict[str, tuple[Callable[[Path], None], str]] = {
 @pytest.mark.parametrize("what", SPOILED)
 def test_nothing_is_imported_of_a_set_with(exported: Path, tmp_path: Path, what: str):
     spoil, hint = SPOILED[what]
-    shutil.copytree(exported, tmp_path / "in")
+    copied(exported, tmp_path / "in")
     spoil(tmp_path / "in")
     before = tree(tmp_path)
     with pytest.raises(DataError, match=hint) as caught:
@@ -229,14 +229,14 @@ def test_nothing_is_imported_of_a_set_with(exported: Path, tmp_path: Path, what:
 
 def test_a_lie_that_says_nothing_false_is_imported(exported: Path, tmp_path: Path):
     """The test above refuses for what each case changes, not for how its folder is made."""
-    shutil.copytree(exported, tmp_path / "in")
+    copied(exported, tmp_path / "in")
     lie(tmp_path / "in", members(tmp_path / "in"))
     assert import_set(tmp_path / "in", tmp_path / "store")["samples"] == 3
 
 
 def test_an_import_runs_no_code_of_the_set(exported: Path, tmp_path: Path):
     import_set(exported, tmp_path / "warm")
-    shutil.copytree(exported, tmp_path / "in")
+    copied(exported, tmp_path / "in")
     for name in ("shards/a.pkl", "embeddings/b.pth", "setup.py"):
         (tmp_path / "in" / name).write_bytes(pickle.dumps(Bomb()))
     seen: list[str] = []
@@ -270,6 +270,21 @@ def test_the_hubs_cache_is_imported_as_it_lies_there(exported: Path, tmp_path: P
     assert [path for path in sorted(tmp_path.rglob("*")) if "store" not in path.parts] == before
     stored = [path for path in (tmp_path / "store").rglob("*") if path.is_file()]
     assert all(not path.is_symlink() and path.stat().st_nlink == 1 for path in stored)
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "embeddings", "scores/more", f"{SHARD}.tar", "index/0001.parquet"])
+@pytest.mark.parametrize("leads_to", ["../outside", "nowhere", None])
+def test_a_link_is_refused_by_its_name_wherever_it_leads(
+    exported: Path, tmp_path: Path, name: str, leads_to: str | None
+):
+    folder = copied(exported, tmp_path / "in")
+    link = folder / name
+    if link.exists():
+        shutil.move(link, tmp_path / "outside")
+    link.symlink_to(link.name if leads_to is None else leads_to)  # without: to itself
+    with pytest.raises(DataError, match=f"^{link} is a link to .*, which is refused; fetch"):
+        import_set(folder, tmp_path / "store")
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_link_out_of_the_hubs_cache_is_refused(exported: Path, tmp_path: Path):

@@ -20,7 +20,7 @@ from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import DataError
 from rats.schemas.manifest import ShardPlan, Snapshot
 from rats.stages.shards.verify import verify
-from tests.support.damage import files, flipped
+from tests.support.damage import copied, files, flipped
 from tests.support.project import rats
 from tests.support.shards import embed, score, wanted, write_samples, write_set
 
@@ -43,13 +43,13 @@ def folder(whole: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A copy of either, to be spoiled."""
     source = whole / request.param
     source = next(source.iterdir()) if request.param == "store" else source
-    return Path(shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("locks")))
+    return copied(source, tmp_path / source.name)
 
 
 @pytest.fixture
 def store(whole: Path, tmp_path: Path) -> ShardSet:
     source = next((whole / "store").iterdir())
-    return ShardSet.open(Path(shutil.copytree(source, tmp_path / source.name)))
+    return ShardSet.open(copied(source, tmp_path / source.name))
 
 
 def test_a_whole_set_is_read_to_the_last_byte(folder: Path) -> None:
@@ -187,7 +187,7 @@ def test_an_embedding_is_whole_only_as_it_was_written_for_its_prompt(store: Shar
 
 
 def test_the_command_says_its_speed_and_exits_65_on_damage(whole: Path, tmp_path: Path) -> None:
-    shutil.copytree(whole / "out", tmp_path / "out")
+    copied(whole / "out", tmp_path / "out")
     assert json.loads(rats(tmp_path, "shards", "verify", "out", "--json").stdout)["gb_per_second"] > 0
     (tmp_path / "out" / "index" / "0001.parquet").write_bytes(b"")
     assert "1 damaged or missing file, first" in rats(tmp_path, "shards", "verify", "out", code=65).stderr

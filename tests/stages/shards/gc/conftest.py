@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 
 from rats.pipeline.store.shard_set import ShardSet
+from tests.support.damage import copied
 from tests.support.experiments import write_grown
 
 
@@ -20,5 +20,5 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def shards(grown: Path, tmp_path: Path) -> ShardSet:
     """The set in a copy of its own."""
-    shutil.copytree(grown, tmp_path, ignore=shutil.ignore_patterns("locks"), dirs_exist_ok=True)
+    copied(grown, tmp_path)
     return ShardSet.open(next((tmp_path / "store").iterdir()))

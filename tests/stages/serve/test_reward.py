@@ -24,9 +24,9 @@ from rats.pipeline.rewards.remote import RewardClient, UrlReward
 from rats.pipeline.rewards.remote_protocol import ScoreReply, ScoreRequest, pack_reply, pack_request
 from rats.schemas.errors import ConfigError, DataError, RetryLaterError
 from rats.schemas.params import Params
-from rats.stages import serve_http
 from rats.stages.init import dvc_yaml
-from rats.stages.serve import open_served
+from rats.stages.serve import transfer
+from rats.stages.serve.reward import open_served
 from tests.pipeline.rewards.test_remote import Toy, named, pictures, running
 from tests.support.project import command, environment, rats, settings, tree, write_project
 
@@ -85,7 +85,7 @@ def test_a_wrong_request_is_400_and_its_reason_and_the_server_goes_on():
 
 
 def test_a_body_over_the_limit_is_413_before_it_is_held(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve_http, "MAX_BODY", 1000)
+    monkeypatch.setattr(transfer, "MAX_BODY", 1000)
     with running(Toy()) as server:
         with pytest.raises(ConfigError, match="413 .* at most 1000: start the server with a lower --max-batch"):
             UrlReward(server.url).score(pictures(), ["a"] * 3)

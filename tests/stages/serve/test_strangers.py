@@ -10,21 +10,22 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from rats.pipeline.rewards import remote_protocol
 from rats.pipeline.rewards.open import open_reward, pin_reward, reward_fingerprint
 from rats.pipeline.rewards.remote import UrlReward
-from rats.schemas.errors import ConfigError, DataError, NoWorkerError
+from rats.schemas.errors import CannotCreateError, ConfigError, DataError, NoWorkerError
 from rats.schemas.params import Params, RewardParams
-from rats.stages import serve, serve_http
-from rats.stages.serve import RewardServer
+from rats.stages.serve import transfer
+from rats.stages.serve.reward import MAX_PROMPT, RewardServer
 from tests.pipeline.rewards.test_remote import Toy, computing, pictures, running
-from tests.stages.test_serve import IDENTITY, ask, http_reply, question, replying
+from tests.stages.serve.test_reward import IDENTITY, ask, http_reply, question, replying
 from tests.support.project import command, environment, rats, settings
 
 TOKEN = "a-token-of-24-characters"
@@ -60,7 +61,7 @@ def test_clients_that_never_end_their_bodies_take_no_place_from_another():
 
 
 def test_of_too_many_connections_the_oldest_makes_room(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve_http, "CONNECTIONS", 3)
+    monkeypatch.setattr(transfer, "CONNECTIONS", 3)
     with running(Toy()) as server, held(server, 3, b"POST /sc") as clients:
         assert ask(server.url, question())[0] == 200
         assert clients[0].recv(1) == b""
@@ -69,7 +70,7 @@ def test_of_too_many_connections_the_oldest_makes_room(monkeypatch: pytest.Monke
 
 
 def test_a_request_that_is_being_answered_makes_no_room(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve_http, "CONNECTIONS", 2)
+    monkeypatch.setattr(transfer, "CONNECTIONS", 2)
     with running(Toy()) as server, socket.create_connection(server.server_address, 10) as client:
         with computing(server):
             client.sendall(post(question(3)))
@@ -81,10 +82,24 @@ def test_a_request_that_is_being_answered_makes_no_room(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("sent", [b"", b"POST /score HTTP/1.1\r\nHo", post(b"half", 1000)])
 def test_a_header_and_a_body_are_waited_for_so_long_and_no_longer(sent: bytes, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(serve_http, "HEADER_SECONDS", 0.05)
-    monkeypatch.setattr(serve_http, "TRANSFER_SECONDS", 0.05)
+    monkeypatch.setattr(transfer, "HEADER_SECONDS", 0.05)
+    monkeypatch.setattr(transfer, "TRANSFER_SECONDS", 0.05)
     with running(Toy()) as server, held(server, 1, sent) as (client,):
         assert client.recv(1) == b""
+
+
+@pytest.mark.parametrize("sent", [b"POST /score HTTP/1.1\r\nX: ", post(b"half", 1_000_000)])
+def test_a_client_that_always_sends_a_little_is_given_no_more_time(sent: bytes, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transfer, "HEADER_SECONDS", 0.2)
+    monkeypatch.setattr(transfer, "TRANSFER_SECONDS", 0.2)
+    monkeypatch.setattr(transfer, "SLOWEST", 1 << 40)
+    with running(Toy()) as server, held(server, 1, sent) as (client,):
+        client.settimeout(0.005)  # a byte every so often, far within the limit
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for _ in range(2_000):
+                client.sendall(b"x")
+                with suppress(TimeoutError):
+                    assert client.recv(1) == b""
 
 
 LARGE = remote_protocol.ScoreRequest(torch.rand(4, 3, 512, 512), ["a"] * 4, gradient=True)
@@ -103,8 +118,8 @@ def test_who_does_not_fetch_his_reply_is_given_up(monkeypatch: pytest.MonkeyPatc
         server.reward.free.clear()
         with held(server, 1, post(remote_protocol.pack_request(LARGE))) as (client,):
             until(server, lambda: server.reward.sizes)
-            monkeypatch.setattr(serve_http, "TRANSFER_SECONDS", 0.05)
-            monkeypatch.setattr(serve_http, "SLOWEST", 1 << 40)
+            monkeypatch.setattr(transfer, "TRANSFER_SECONDS", 0.05)
+            monkeypatch.setattr(transfer, "SLOWEST", 1 << 40)
             server.reward.free.set()
             until(server, lambda: server.reward.answered and not server.held)
             reply = http.client.HTTPResponse(client)
@@ -115,7 +130,7 @@ def test_who_does_not_fetch_his_reply_is_given_up(monkeypatch: pytest.MonkeyPatc
 
 def test_what_is_held_of_all_requests_is_bounded(monkeypatch: pytest.MonkeyPatch):
     body = question(2)
-    monkeypatch.setattr(serve_http, "MAX_HELD", len(body) + 100)
+    monkeypatch.setattr(transfer, "MAX_HELD", len(body) + 100)
     with running(Toy()) as server:
         with held(server, 1, post(b"x" * 200, 1000)):
             until(server, lambda: server.held == 200)
@@ -127,13 +142,23 @@ def test_what_is_held_of_all_requests_is_bounded(monkeypatch: pytest.MonkeyPatch
 def test_a_prompt_or_header_of_any_length_is_refused_before_the_model_sees_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(remote_protocol, "MAX_HEADER", 100_000)
     with running(Toy()) as server:
-        longest = "x" * serve.MAX_PROMPT
+        longest = "x" * MAX_PROMPT
         assert ask(server.url, question(2, prompts=["a", longest]))[0] == 200
         status, said = ask(server.url, question(2, prompts=["a", longest + "x"]))
         assert (status, said) == (400, "a prompt of 10001 characters, at most 10000: shorten it")
         status, said = ask(server.url, question(2, prompts=["a", longest * 10]))
         assert status == 400 and "a header of 100" in said and "send fewer prompts" in said
         assert server.reward.sizes == [2]
+
+
+def test_a_header_of_many_small_tensors_is_refused_before_they_are_parsed():
+    with running(Toy()) as server:
+        tensors = {f"{i}": torch.tensor([]) for i in range(10)}
+        status, said = ask(server.url, save(tensors, {remote_protocol.ABOUT: '{"prompts": []}'}))
+        assert (status, server.reward.sizes) == (400, []) and "11 entries in its header" in said
+        about = {f"{i}": "" for i in range(11)}
+        status, said = ask(server.url, save({"images": torch.ones(1, 3, 8, 8)}, about))
+        assert (status, server.reward.sizes) == (400, []) and "11 entries in its header" in said
 
 
 @contextmanager
@@ -198,10 +223,30 @@ def test_an_address_that_others_reach_needs_a_token():
     server.socket.close()
 
 
+@pytest.mark.parametrize("host", ["::", "0", ""])
+def test_every_way_to_write_every_address_needs_a_token(host: str):
+    with pytest.raises(ConfigError, match="--token-file FILE"):
+        RewardServer(Toy(), host, 0, 1, 1)
+
+
+@pytest.mark.parametrize("host", ["a..b", "no.such.name.invalid", "1.2.3.4.5"])
+def test_an_address_that_is_none_is_refused_by_its_text(host: str):
+    with pytest.raises(CannotCreateError, match="choose another --host or --port"):
+        RewardServer(Toy(), host, 0, 1, 1)
+
+
 def test_a_token_belongs_to_a_url(models: Path, tmp_path: Path):
     reward = {"name": "hpsv2", "adapter": "hpsv2", "path": "x", "token_file": "token"}
     with pytest.raises(ValueError, match="only a reward of adapter url has a token"):
         Params.model_validate(settings(models, tmp_path, rewards=[reward]))
+
+
+def sent_twice(server: RewardServer, *hosts: str) -> int:
+    """The status of a request with several Host headers."""
+    lines = "".join(f"Host: {host}\r\n" for host in hosts)
+    with socket.create_connection(server.server_address, 10) as client:
+        client.sendall(f"GET /identity HTTP/1.1\r\n{lines}\r\n".encode())
+        return int(client.recv(1000).split()[1])
 
 
 def test_web_pages_are_refused_whatever_name_they_point_here():
@@ -212,6 +257,7 @@ def test_web_pages_are_refused_whatever_name_they_point_here():
             assert status == 403 and "foreign Host" in said and "--host" in said
         for origin in ("http://evil.example", f"http://127.0.0.1:{port}", "null"):
             assert ask(server.url, question(), Origin=origin)[0] == 403
+        assert sent_twice(server, f"localhost:{port}", "evil.example") >= 400
         for host in (f"localhost:{port}", "LOCALHOST", "10.1.2.3:80", f"[::1]:{port}", socket.gethostname()):
             assert ask(server.url, question(), Host=host)[0] == 200, host
 

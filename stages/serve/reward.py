@@ -20,7 +20,7 @@ from rats.pipeline.rewards.remote import as_sent
 from rats.pipeline.rewards.remote_protocol import ScoreReply, ScoreRequest, ServedReward, pack_reply, unpack_request
 from rats.schemas.errors import ConfigError, nearest
 from rats.schemas.params import Params
-from rats.stages.serve_http import Service
+from rats.stages.serve.service import Service
 from rats.trainer.scoring import score
 
 MAX_PROMPT = 10_000
