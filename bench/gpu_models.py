@@ -23,10 +23,9 @@ from mini.formats import open_clip_state
 from mini.tokenizers import clip_tokenizer, save_clip
 from rats.pipeline.families.flux import Flux
 from rats.pipeline.families.models import FamilyStudent, FamilyTeacher
-from rats.pipeline.families.open import apply_kernels
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.rewards.hpsv2 import VIT_H_14, HPSv2, clip_config
-from rats.pipeline.weights.loading import quiet_notices, torch_dtype
+from rats.pipeline.weights.loading import apply_kernels, quiet_notices, torch_dtype
 from rats.pipeline.weights.lora import add_lora
 from rats.schemas.params import ComputeParams, TeacherParams
 from rats.schemas.train_params import TrainParams

@@ -21,6 +21,7 @@ import torch
 
 from rats.pipeline.families.flux import FluxPipeline
 from rats.pipeline.families.open import Model
+from rats.pipeline.machine import software
 from rats.pipeline.prompts import planned_samples, read_prompts
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.weights.loading import quiet_loading
@@ -48,7 +49,7 @@ def bare(params: Params) -> Callable[[ShardPlan], None]:
 
 def ours(params: Params, shards: ShardSet) -> Callable[[ShardPlan], None]:
     """What a worker does with a shard."""
-    context = RolloutSetup(params, shards.root)()
+    context = RolloutSetup(params, shards.root, software(params))()
 
     def run(plan: ShardPlan) -> None:
         do_task(context, RolloutTask(shard=plan.shard, plan=plan, columns={}))

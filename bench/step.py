@@ -22,6 +22,7 @@ import torch
 
 from bench.harness import Bench, Cost, opened, timed, where
 from bench.memory import LIVE, peak
+from rats.pipeline.machine import software
 from rats.pipeline.store.scores import record_reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.manifest import PlannedSample
@@ -97,7 +98,7 @@ def rollout_cost(params: Path, shards: Path, overrides: Sequence[str], tasks: in
         size = bench.params.store.shard_samples
         wanted = [PlannedSample(**row.model_dump(include=fields)) for row in rows[: (tasks + 1) * size]]
         columns = {n: record_reward(made, n, parts) for n, parts in column_hashes(bench.params, vae).items()}
-        context, costs = RolloutSetup(bench.params, made.root)(), []
+        context, costs = RolloutSetup(bench.params, made.root, software(bench.params))(), []
         for plan in made.plan(wanted, size):
             task = RolloutTask(shard=plan.shard, plan=plan, columns=columns)
             costs.append(np.array(astuple(timed(lambda task=task: do_task(context, task)))) / len(plan.samples))

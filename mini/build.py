@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from mini import build_rewards, data, flow, prompts, rivals, teacher, vae
+from mini import build_rewards, data, flow, handover, prompts, rivals, teacher, vae
 from mini.budget import Budget
 from mini.workplace import Workplace, made_once
 
@@ -157,6 +157,7 @@ def main() -> None:
     asked = parse()
     torch.set_num_threads(asked.threads)
     asked.work.mkdir(parents=True, exist_ok=True)
+    handover.take_up(asked.work)
     place = Workplace(asked.work, asked.drawings, asked.device, asked.threads)
     if asked.pack:
         data.pack(place.folders, asked.pack)

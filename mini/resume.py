@@ -22,7 +22,8 @@ def load_state(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimi
         return {"step": 0}
     saved = torch.load(path, weights_only=True)
     model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    if "optimizer" in saved:  # not in what another machine handed over
+        optimizer.load_state_dict(saved["optimizer"])
     return saved["state"]
 
 

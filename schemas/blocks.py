@@ -9,14 +9,17 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from rats.schemas.identity import LARGEST_SEED
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 
 _LARGEST = 3.4e38
 """Of float32, in which it is computed: what is larger is an infinity there."""
 
-_WHOLE = range(-(2**63), 2**64)
-"""What generators take as a seed; every other whole number is far smaller."""
+_WHOLE = range(-(2**63), 2**63)
+"""What other readers of YAML and JSON hold as a whole number."""
 
 _VARIABLE = re.compile(r"\$[{A-Za-z_]")
 _LONGEST_NAME = 255

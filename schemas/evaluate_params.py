@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
-from rats.schemas.blocks import Block, PathText, Positive
+from rats.schemas.blocks import Block, PathText, Positive, Seed
 
 JudgeName = Literal["efficientnet-lite0", "open-nsfw"]
 
@@ -26,7 +26,7 @@ class EvaluateParams(Block):
     judges: tuple[JudgeParams, ...] = (JudgeParams(name="efficientnet-lite0"),)
     """The first is also the guard's. Metrics of the others carry their name: `kid open-nsfw`."""
     pictures: Positive = 8
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="before")
     @classmethod

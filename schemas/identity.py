@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 
+LARGEST_SEED = 2**63 - 1
+"""Seeds are 0 to this. torch takes -(2**63) to 2**64 - 1, numpy nothing below 0, and each rank adds its number."""
 KEY_PATTERN = r"^[a-z0-9_-]+$"
 """No dot is allowed: WebDataset splits a member's name at the first dot and would silently merge samples."""
 

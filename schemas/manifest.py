@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rats.schemas.canonical import canonical_json, sha256
 from rats.schemas.identity import KEY_PATTERN
+from rats.schemas.maker import Maker
+from rats.schemas.record import Record
 
 FORMAT_VERSION: Final = 1
 
@@ -22,12 +24,6 @@ Key = Annotated[str, Field(pattern=KEY_PATTERN, max_length=80)]
 Hash = Annotated[str, Field(pattern=f"^{HASH_PATTERN}$")]
 ShardName = Annotated[str, Field(pattern=f"^{SHARD_PATTERN}$")]
 Count = Annotated[int, Field(ge=0)]
-
-
-class Record(BaseModel):
-    """Base of what is on disk: immutable, exact types, no unknown fields."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class PlannedSample(Record):
@@ -61,12 +57,17 @@ class IndexRow(Record):
 
 
 class ShardDone(Record):
-    """Written after the tar: its size, the blake3 of the whole file, its rows in file order."""
+    """Written after the tar: its size, the blake3 of the whole file, its rows in file order.
+
+    `fingerprint` is the set's, and `maker` what computed the shard; shards of before they were recorded have neither.
+    """
 
     shard: ShardName
     bytes: Count
     blake3: Hash
     rows: Annotated[tuple[IndexRow, ...], Field(min_length=1)]
+    fingerprint: Hash | None = None
+    maker: Maker | None = None
 
 
 class Snapshot(Record):
@@ -101,12 +102,17 @@ class ScoreRow(Record):
 
 
 class ScoresDone(Record):
-    """Written after a shard's scores: what was scored (`shard_blake3`), and the Parquet file's hash."""
+    """Written after a shard's scores: what was scored (`shard_blake3`), and the Parquet file's hash.
+
+    `column` is the fingerprint of the column, `maker` what computed the scores, as far as they were recorded.
+    """
 
     shard: ShardName
     shard_blake3: Hash
     rows: Count
     blake3: Hash
+    column: Hash | None = None
+    maker: Maker | None = None
 
 
 class RewardRecord(Record):

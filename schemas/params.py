@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from rats.schemas.blocks import Block, NonNegative, PathText, Positive
+from rats.schemas.blocks import Block, NonNegative, PathText, Positive, Seed
 from rats.schemas.errors import ConfigError, brief, nearest
 from rats.schemas.evaluate_params import EvaluateParams
+from rats.schemas.fused_lora import FusedLora
 from rats.schemas.plugins import FAMILIES, REWARDS, check_name
 from rats.schemas.train_params import TrainParams
 from rats.schemas.validation import validate
@@ -27,11 +28,15 @@ Split = Literal["train", "validation", "test"]
 
 
 class ModelParams(Block):
-    """The teacher: a diffusers folder or hub id; `transformer`: a folder whose network replaces the pipeline's."""
+    """The teacher: a diffusers folder or hub id; `transformer`: a folder whose network replaces the pipeline's.
+
+    `loras` are fused into that network, one after the other: teacher and untrained student both have them.
+    """
 
     path: PathText
     revision: str | None = None
     transformer: PathText | None = None
+    loras: tuple[FusedLora, ...] = ()
     family: str = "flux"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -60,7 +65,7 @@ class PromptSource(Block):
     concept: str | None = None
     count: Positive | None = None
     skip: Annotated[int, Field(ge=0)] = 0
-    seed: int = 0
+    seed: Seed = 0
 
     def __str__(self) -> str:
         """Where it is."""
@@ -116,7 +121,7 @@ class TeacherParams(Block):
     frames: Positive = 1
     scored_frames: Positive = 4
     noises_per_prompt: Positive = 1
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def evaluations(self) -> int:
@@ -137,6 +142,13 @@ class ComputeParams(Block):
     micro_batch: Positive = 8
     attention: Literal["sdpa"] = "sdpa"
     compile: bool = False
+
+    @field_validator("device")
+    @classmethod
+    def _holds_values(cls, device: str) -> str:
+        if device.partition(":")[0] == "meta":
+            raise ValueError("torch's meta device holds no values: use cpu, or a device that `rats doctor` lists")
+        return device
 
 
 class StoreParams(Block):

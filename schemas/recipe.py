@@ -6,14 +6,15 @@ See docs/design.md#the-recipe.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from rats.schemas.canonical import canonical_json, sha256
-from rats.schemas.manifest import FORMAT_VERSION, Record
+from rats.schemas.manifest import FORMAT_VERSION
 from rats.schemas.params import Params, Positive, evaluations_per_step
+from rats.schemas.record import Record
 
 SOLVER_VERSION = 1
 """Increased when the golden-latents test (tests/stages/rollout) shows that the same recipe gives other latents."""
@@ -42,12 +43,17 @@ IN_RECIPE = (
     "compute.compile",
 )
 """Fields whose change gives a new address. `steps`, `nfe` and `horizons` enter as the snapped sigmas
-and the sigmas that are kept."""
+and the sigmas that are kept. Those of `NEUTRAL` enter where they have an effect."""
+
+NEUTRAL: Final[Mapping[str, Any]] = {"guidance_scale": 3.5, "negative_prompt": "", "max_sequence_length": 512}
+"""What stands in a recipe for a setting of the teacher that has no effect, whatever its value is. They were the
+schema's defaults when the first sets were addressed, and are written out here so that those keep their addresses."""
 
 NOT_IN_RECIPE = (
     "model.path",
     "model.revision",
     "model.transformer",
+    "model.loras",
     "prompts.train",
     "prompts.validation",
     "prompts.test",
@@ -62,8 +68,8 @@ NOT_IN_RECIPE = (
     "evaluate",
 )
 """Fields that change no byte of a sample. A block's name stands for all its fields. The weights behind `model.path`,
-`model.revision` and `model.transformer` enter by their hashes. Columns of scores have addresses of their own, which
-depend on `teacher.scored_frames`."""
+`model.revision` and `model.transformer` enter by their hashes, and so do the files and weights of `model.loras`.
+Columns of scores have addresses of their own, which depend on `teacher.scored_frames`."""
 
 DECODER = "vae"
 """The one component on which no trajectory depends. Its hash is part of the scores' addresses instead."""
@@ -110,6 +116,14 @@ class Recipe(Record):
         """Network evaluations of one sample."""
         return (len(self.sigmas) - 1) * evaluations_per_step(self.true_cfg_scale)
 
+    def effective(self, ignored: Collection[str] = ()) -> Recipe:
+        """The same recipe, in which settings that change no byte have the value of `NEUTRAL`.
+
+        `ignored`: those that this model does not read. Without classifier-free guidance there is no negative prompt.
+        """
+        unread = ("negative_prompt",) if evaluations_per_step(self.true_cfg_scale) == 1 else ()
+        return self.model_copy(update={name: NEUTRAL[name] for name in (*ignored, *unread)})
+
     @model_serializer(mode="wrap")
     def _without_one_frame(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leaves out `frames` where it is 1: recipes of pictures had no such field, and must keep their addresses."""
@@ -129,6 +143,7 @@ def make_recipe(
     sigmas: Sequence[float],
     horizons: Sequence[float],
     latent_shape: Sequence[int],
+    ignored: Collection[str] = (),
 ) -> Recipe:
     """The recipe of `params` for hashed weights and read sigmas.
 
@@ -139,10 +154,11 @@ def make_recipe(
         sigmas: The teacher's grid, snapped to the students' (`schemas.horizons.snap`).
         horizons: The sigmas whose states are kept (`schemas.horizons.aligned` gives both).
         latent_shape: Of one state, by the family at this resolution.
+        ignored: Settings of the teacher that this model does not read (`FamilyStudent.ignored`).
     """
     teacher = params.teacher.model_dump(exclude={"steps", "nfe", "horizons", "noises_per_prompt", "scored_frames"})
     compute = params.compute.model_dump() | {"device": params.compute.device.split(":")[0]}
-    return Recipe(
+    recipe = Recipe(
         **teacher,
         family=params.model.family,
         dtype=params.model.dtype,
@@ -153,3 +169,4 @@ def make_recipe(
         latent_shape=tuple(latent_shape),
         compute=ComputeRecipe(**compute),
     )
+    return recipe.effective(ignored)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from rats.schemas.manifest import Record
+from rats.schemas.record import Record
 
 SystemKind = Literal["teacher", "base_guided", "base_unguided", "student"]
 Role = Literal["trained", "held_out", "judge"]

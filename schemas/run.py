@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rats.schemas.manifest import Record
+from rats.schemas.record import Record
 from rats.schemas.reports import TrainReport
 
 

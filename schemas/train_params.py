@@ -6,7 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from rats.schemas.blocks import Block, NonNegative, PathText, Positive
+from rats.schemas.blocks import Block, NonNegative, PathText, Positive, Seed
+from rats.schemas.errors import ConfigError
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ConfigError for a `model.dtype` in which no student can be trained: a rollout for one is lost."""
+    if dtype == "float16":
+        raise ConfigError("model.dtype is float16, in which gradients underflow: use bfloat16 or float32")
 
 
 class GateParams(Block):
@@ -129,7 +136,7 @@ class TrainParams(Block):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     update_length: Annotated[float, Field(gt=0, le=1)] = 1.0
     save_dtype: Literal["float32", "model"] = "float32"
-    seed: int = 0
+    seed: Seed = 0
     checkpoint_every: Positive = 50
     checkpoints_total_limit: Positive = 2
     log_gradients_every: Positive = 10

@@ -15,7 +15,7 @@ from rats.schemas.params import load_params
 from rats.stages.init import project_files, seen_from, write_files
 
 ROOT = Path(__file__).parents[1]
-CONCEPTS = {"train": 48, "validation": 8, "test": 16}
+CONCEPTS = {"train": 32, "validation": 8, "test": 16}
 """Of each of which the first prompt is taken."""
 SMALLER: dict[str, dict[str, Any]] = {
     "teacher": {"noises_per_prompt": 2},

@@ -18,9 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
+from rats.pipeline.families.models import checked_decoding
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
-from rats.pipeline.weights.loading import torch_device
+from rats.pipeline.machine import on_its_threads
+from rats.pipeline.weights.loading import quiet_imports, quiet_notices, torch_device
 from rats.schemas.errors import ConfigError
 from rats.schemas.horizons import evenly
 from rats.schemas.params import Params, TeacherParams
@@ -60,6 +62,7 @@ class Drawn(NamedTuple):
         return size if self.factor == 1 else f"{size}, written {self.factor} times as large (nearest)"
 
 
+@on_its_threads
 def generate(
     params: Params,
     prompt: str,
@@ -90,7 +93,8 @@ def generate(
     Raises:
         ConfigError: an empty prompt, a run without a student, an unknown suffix; more pictures than the format or
             this machine's memory holds.
-        DataError: the student is damaged, of another model, or was trained on other sigmas than the scheduler gives.
+        DataError: the student is damaged, of another model, or was trained on other sigmas than the scheduler gives; a
+            picture is not finite.
     """
     if not prompt.strip():
         raise ConfigError("the prompt is empty: say what to draw")
@@ -103,6 +107,7 @@ def generate(
     _refuse_too_many(params, count, suffix, factor)
     if run is not None:
         _check_run(model, run, nfe)
+    model.lengths([prompt], guided=False).tell(log)
     pipeline = open_pipeline(model, run)
     started = time.perf_counter()
     drawn = draw(pipeline, model, prompt, nfe, seed, count)
@@ -138,7 +143,8 @@ def draw(pipeline: Any, model: Model, prompt: str, nfe: int, seed: int, count: i
     """
     noise, size = torch.Generator().manual_seed(seed), model.compute.micro_batch
     drawn: list[list[Image.Image]] = []
-    with progress("drawing", count, "pictures") if count > size else nullcontext(lambda _: None) as advance:
+    shown = progress("drawing", count, "pictures") if count > size else nullcontext(lambda _: None)
+    with shown as advance, checked_decoding(pipeline.vae), quiet_notices(), quiet_imports():
         for start in range(0, count, size):
             batch = _draw_batch(pipeline, model, prompt, nfe, noise, min(size, count - start))
             drawn += batch

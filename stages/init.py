@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
 import io
@@ -15,7 +14,6 @@ from typing import Any
 
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.prompts import Prompt, read_prompts
-from rats.pipeline.weights.hashes import read_json
 from rats.schemas.errors import CannotCreateError, ConfigError
 from rats.schemas.params import Params, PromptSource, TeacherParams, load_params, read_params
 from rats.schemas.plugins import FAMILIES, REWARDS, load_plugin, plugins_in
@@ -28,7 +26,9 @@ HUB_REWARDS = (
     ("image-reward", "THUDM/ImageReward"),
 )
 SHARES = {"test": 0.2, "validation": 0.1}
-"""Shares of the concepts in each split; at least one concept each."""
+"""Shares of the concepts in each split."""
+LEAST = {"test": 2, "validation": 1}
+"""Concepts of a split at least: an evaluation's intervals are over them."""
 
 EXAMPLES = tuple(
     Prompt(f"a {adjective} {thing}", thing)
@@ -71,20 +71,23 @@ def init_project(
         prompts: A file or table to split; a few examples if None.
         rewards: "adapter=path"; the first one trains. If empty, the published rewards by their hub ids.
         force: Replace files.
-        family: Of the model. If not given, it follows from model_index.json or from the hub id.
+        family: Of the model. If not given, it follows from the hub id of a published one, or from model_index.json,
+            which alone is fetched of a hub.
 
     Raises:
-        ConfigError: an unknown adapter or family, fewer than three concepts, or what `load_params` would refuse;
-            nothing is written then.
+        ConfigError: an unknown adapter or family, a pipeline that no installed family draws, fewer than four concepts,
+            or what `load_params` would refuse; nothing is written then.
         CannotCreateError: a file is there already.
     """
+    from rats.pipeline.families.index import family_of  # this import takes seconds, and `--dvc` does not need it
+
     splits = split_by_concept(read_prompts(prompts) if prompts else EXAMPLES)
     pairs = [_reward(text) for text in rewards] or list(HUB_REWARDS)
     model = os.path.expanduser(model)
     values = {
         "model": seen_from(folder, model),
         "local": Path(model).exists(),
-        **_suggested(family or family_of(model)),
+        **_suggested(family_of(model, family)),
         "rewards": [{"adapter": adapter, "path": seen_from(folder, path)} for adapter, path in pairs],
     }
     files = project_files(folder, render("init_params.yaml.j2", values), splits)
@@ -178,6 +181,7 @@ def dvc_yaml(params: Params, folder: Path, at_home: Collection[str] = ()) -> str
     """The pipeline of `params`: a stage for each split and variant; the arguments are those of `_Deps`."""
     deps = _Deps(params, folder, at_home)
     models = {"model.path": params.model.path}
+    models |= {f"model.loras[{i}].path": lora.path for i, lora in enumerate(params.model.loras)}
     models |= {f"rewards[{i}].path": reward.path for i, reward in enumerate(params.rewards)}
     real = [judge.real_features for judge in params.evaluate.judges]
     features = {f"evaluate.judges[{i}].real_features": path for i, path in enumerate(real) if path}
@@ -205,46 +209,20 @@ def _is_there(folder: Path, path: str) -> bool:
 def split_by_concept(prompts: Sequence[Prompt]) -> dict[str, list[Prompt]]:
     """Train, validation and test prompts without common concepts. A concept's split depends on its name alone."""
     concepts = sorted({prompt.concept for prompt in prompts}, key=lambda name: hashlib.sha256(name.encode()).digest())
-    if len(concepts) < 3:
-        raise ConfigError(f"{len(concepts)} concepts cannot be split in three: add prompts about other things")
+    if len(concepts) <= sum(LEAST.values()):
+        raise ConfigError(
+            f"{len(concepts)} concepts cannot be split in three, and test needs two: add prompts about other things"
+        )
     where: dict[str, str] = {}
     rest = list(concepts)
     for split, share in SHARES.items():
-        count = max(1, round(share * len(concepts)))
+        count = max(LEAST[split], round(share * len(concepts)))
         where |= dict.fromkeys(rest[:count], split)
         rest = rest[count:]
     return {
         split: [prompt for prompt in prompts if where.get(prompt.concept, "train") == split]
         for split in ("train", "validation", "test")
     }
-
-
-def family_of(model: str) -> str:
-    """The installed family of a pipeline's folder, by its model_index.json, or of a published one's hub id.
-
-    Raises:
-        ConfigError: there is no such file or id, or it is of no family here.
-    """
-    from rats.pipeline.families.index import family_for_index  # this import takes seconds, and `--dvc` does not need it
-
-    if Path(model).exists():
-        index = read_json(Path(model) / "model_index.json")
-        fitting, what = family_for_index(index), f"a {index.get('_class_name')}"
-    else:
-        fitting, what = _published(model), "no hub id that any of them knows, and no folder here"
-    if fitting is None:
-        raise ConfigError(
-            f"--model {model} is {what}: say which of {', '.join(sorted(plugins_in(FAMILIES)))} by --family"
-        )
-    return fitting
-
-
-def _published(model: str) -> str | None:
-    for name in plugins_in(FAMILIES):
-        with contextlib.suppress(ConfigError):  # one that cannot be imported here
-            if model.startswith(load_plugin(FAMILIES, name).published):
-                return name
-    return None
 
 
 def _suggested(family: str) -> dict[str, Any]:
@@ -268,8 +246,14 @@ def _reward(text: str) -> tuple[str, str]:
 
 
 def seen_from(folder: Path, path: str) -> str:
-    """A local path from the folder itself, not from a link to it, whose parent would be another one."""
-    return os.path.relpath(path, os.path.realpath(folder)) if os.path.exists(path) else path
+    """A local path from the folder, if it lies in there; else the whole path, which holds in copies of the folder too.
+
+    DVC and git make copies elsewhere, for experiments and worktrees.
+    """
+    if not os.path.exists(path):
+        return path
+    inside = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    return os.path.abspath(path) if inside.startswith(os.pardir) else inside
 
 
 def _csv(prompts: Sequence[Prompt]) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
 
-from mini import flow, prompts, rewards
+from mini import flow, handover, prompts, rewards
 from mini.budget import Budget
 from mini.build_rewards import PLANS, sees
 from mini.concepts import CONCEPTS, STYLES
@@ -98,3 +99,27 @@ def test_captions_of_a_thing_take_an_article_where_one_belongs():
 def test_edges_are_differences_both_ways():
     picture = torch.zeros(2, 3, 4, 5)
     assert edges(picture).shape == (2, 3 * (4 * 4 + 3 * 5))
+
+
+def test_what_is_handed_over_is_taken_up_to_half_a_level_of_each_row(tmp_path: Path):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7))
+    model[0].weight.data[3] *= 40.0
+    torch.save({"model": model.state_dict(), "state": {"step": 11, "ema": average(model)}}, tmp_path / "toy.pt")
+    handover.hand_over(model, tmp_path / "toy.pt", tmp_path / "handed/toy.safetensors")
+    handover.take_up(tmp_path / "new", tmp_path / "handed")
+    found = torch.load(tmp_path / "new/toy.pt", weights_only=True)
+    assert found["state"] == {"step": 11}
+    rows = model[0].weight.detach()
+    off = (found["model"]["0.weight"] - rows).abs() / rows.abs().amax(1, keepdim=True)
+    assert 0 < off.max() <= 0.5 / 127 + 1e-6
+    torch.testing.assert_close(found["model"]["0.bias"], model[0].bias.detach(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_checkpoint_that_is_there_is_not_replaced_by_what_was_handed_over(tmp_path: Path):
+    (tmp_path / "vae.pt").write_bytes(b"mine")
+    handover.take_up(tmp_path)
+    assert (tmp_path / "vae.pt").read_bytes() == b"mine"
+
+
+def average(model: torch.nn.Module) -> dict:
+    return EMAModel(model.parameters()).state_dict()

@@ -66,6 +66,8 @@ FORMS: dict[str, Callable[[Tensor, float, float | None], Tensor]] = {
     "constant": _constant,
     "off": _off,
 }
+OF_TAU = ("rats", "figure")
+"""Forms that divide by tau. For the others it need not exist."""
 
 
 def gate(form: str, r_teacher_B: Tensor, r_student_B: Tensor, tau: float, value: float | None = None) -> Tensor:
@@ -100,9 +102,17 @@ def gate_all(
     return torch.stack(weighted).sum(0) / sum(part.weight for part in parts)
 
 
-def score_std(scores: Sequence[float]) -> float:
-    """Standard deviation of the teacher's scores. As the default tau it makes the gate independent of the scale."""
-    tau = float(torch.tensor(scores, dtype=torch.float64).std(correction=0)) if len(scores) else 0.0
-    if not tau > 0.0 or tau == float("inf"):
-        raise DataError(f"the teacher's {len(scores)} scores have no usable spread ({tau}): set train.gate.tau")
-    return tau
+def spread(scores: Sequence[float]) -> float:
+    """Standard deviation; 0 without scores."""
+    return float(torch.tensor(scores, dtype=torch.float64).std(correction=0)) if len(scores) else 0.0
+
+
+def score_std(scores: Sequence[float], of: str = "the teacher's", way_out: str = "set train.gate.tau") -> float:
+    """The spread of scores, by which something is divided. As the default tau it makes the gate independent of scale.
+
+    Raises DataError, with whose scores they are and the way out, where nothing can be divided by it.
+    """
+    found = spread(scores)
+    if not found > 0.0 or found == float("inf"):
+        raise DataError(f"{of} {len(scores)} scores have no usable spread ({found}): {way_out}")
+    return found

@@ -151,6 +151,14 @@ def check_finite(losses: Losses, batch: Batch, step: int) -> None:
             )
 
 
+def check_latents(final_BTC: Tensor, batch: Batch, step: int) -> None:
+    """Raises DataError with step and samples for final latents that are not finite, before they are decoded."""
+    bad_B = ~torch.isfinite(final_BTC.detach()).flatten(1).all(1)
+    if bad_B.any():
+        bad = [key for key, is_bad in zip(batch.keys, bad_B.tolist(), strict=True) if is_bad]
+        raise not_finite_error(step, "the student's final latent", bad)
+
+
 def not_finite_error(step: int, term: str, keys: Sequence[str]) -> DataError:
     """The error for a number that is not finite."""
     shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")

@@ -20,10 +20,13 @@ from torch import Tensor
 
 from rats.pipeline import solver
 from rats.pipeline.families.fit import Fit, PartConfig
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.schemas.errors import ConfigError, DataError, brief
 from rats.schemas.params import TeacherParams
 
+SAMPLING = ("transformer", "vae", "scheduler")
+"""Components of a pipeline that are not needed to encode a prompt."""
 EULER = FlowMatchEulerDiscreteScheduler.__name__
 
 
@@ -45,15 +48,19 @@ class Family(ABC):
     """The modules that `train.lora` adapts, by the ends of their names."""
     depth: ClassVar[tuple[str, ...]]
     """Fields of the network's configuration that hold numbers of blocks, one field for each kind of block."""
-    scheduler_fields: ClassVar[tuple[str, ...]] = ("_class_name", "shift")
+    scheduler_fields: ClassVar[tuple[str, ...]] = ("_class_name",)
     """Fields that the scheduler's configuration must have: a default in their place is another sampler."""
+    dynamic_fields: ClassVar[tuple[str, ...]] = DYNAMIC_SHIFT
+    """Those that it must have in place of `shift` where it has `use_dynamic_shifting`."""
     embeds_guidance: ClassVar[bool] = False
     """Whether networks of this family may take `teacher.guidance_scale` as an input."""
     is_video: ClassVar[bool] = False
     longest_text: ClassVar[int] = 512
     """The largest `max_sequence_length` that the pipeline's call takes."""
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """Fields of `teacher` that the family does not read (keys of `schemas.recipe.NEUTRAL`): they are in no address."""
     published: ClassVar[tuple[str, ...]] = ()
-    """Prefixes of the hub ids of its pipelines. `rats init` finds the family by them before anything is fetched."""
+    """Hub ids of its pipelines, whole. `rats init` finds the family by them without asking the hub."""
     suggested: ClassVar[Mapping[str, Any]] = {}
     """Fields of `teacher` that `rats init` writes into params.yaml, where they differ from the schema's defaults."""
 
@@ -83,6 +90,19 @@ class Family(ABC):
     @abstractmethod
     def encode(self, pipeline: Any, prompt: str) -> Conditioning:
         """One prompt's embeddings (batch 1), padded to `max_sequence_length`, by the pipeline's own encoders."""
+
+    def windows(self, tokenizers: Mapping[str, Any]) -> list[Window]:
+        """How each text encoder reads a prompt, by tokenizers that are opened, so that what is cut can be told.
+
+        By default all read `max_sequence_length` tokens of the bare prompt.
+        """
+        return [self.window(tokenizer) for tokenizer in tokenizers.values()]
+
+    def window(self, tokenizer: Any, **template: Any) -> Window:
+        """That of an encoder which reads `max_sequence_length` tokens; `template`: `written` and `before` of it."""
+        tokens, most = self.settings.max_sequence_length, self.longest_text
+        more = f" (teacher.max_sequence_length may be {most})" if tokens < most else ""
+        return Window(tokenizer, tokens, rest=f"the rest is not read{more}", **template)
 
     @abstractmethod
     def evaluate(
@@ -138,7 +158,8 @@ class Family(ABC):
                 f"the pipeline's scheduler is {name}: rats samples by {EULER}; "
                 "put such a scheduler_config.json into its scheduler folder"
             )
-        stated = (*cls.scheduler_fields, *(DYNAMIC_SHIFT if config.get("use_dynamic_shifting") else ()))
+        shifted_by = cls.dynamic_fields if config.get("use_dynamic_shifting") else ("shift",)
+        stated = (*cls.scheduler_fields, *shifted_by)
         if missing := [field for field in stated if field not in config]:
             raise DataError(
                 f"the pipeline's scheduler_config.json lacks {missing[0]}, whose default may be another sampler: "
@@ -193,6 +214,12 @@ CLIP_FIELDS = ("hidden_act",)
 """Of a CLIP text encoder's configuration: CLIP-L and CLIP-G differ in it, and the default is CLIP-L's."""
 
 
+def clip_window(tokenizer: Any) -> Window:
+    """That of a CLIP encoder beside T5. Its positions are learned, so that none of them reads more."""
+    length = int(tokenizer.model_max_length)
+    return Window(tokenizer, length, "CLIP's", "by design, T5 reads on", is_lost=False)
+
+
 class PatchFamily(Family):
     """Families whose tokens are patches of a picture. One with another autoencoder sets `vae_class` and `factor`."""
 
@@ -219,6 +246,11 @@ class PatchFamily(Family):
         """
         defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": max_shift}
         low, high, at_low, at_high = (scheduler_config.get(name, default) for name, default in defaults.items())
+        if low == high:
+            raise DataError(
+                f"the scheduler's base_image_seq_len and max_image_seq_len are both {brief(low)}, between which no "
+                "shift can grow: fetch its scheduler_config.json again"
+            )
         slope = (at_high - at_low) / (high - low)
         rows, columns = self.grid
         return float(rows * columns * slope + (at_low - slope * low))

@@ -13,8 +13,9 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchFamily
+from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchFamily, clip_window
 from rats.pipeline.families.fit import Fit, PartConfig
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.params import TeacherParams
@@ -39,7 +40,7 @@ class Flux(PatchFamily):
     depth = ("num_layers", "num_single_layers")
     embeds_guidance = True
     scheduler_fields = (*PatchFamily.scheduler_fields, "use_dynamic_shifting")
-    published = ("black-forest-labs/FLUX.1-",)
+    published = tuple(f"black-forest-labs/FLUX.1-{name}" for name in ("dev", "schnell", "Krea-dev"))
 
     @classmethod
     def fits(cls, parts: Mapping[str, PartConfig]) -> Iterator[Fit]:
@@ -63,6 +64,9 @@ class Flux(PatchFamily):
         length, device = self.settings.max_sequence_length, pipeline.text_encoder.device
         sequence, pooled, _ = pipeline.encode_prompt(prompt, max_sequence_length=length, device=device)
         return {"prompt_embeds": sequence, "pooled_prompt_embeds": pooled}
+
+    def windows(self, tokenizers: Mapping[str, Any]) -> list[Window]:
+        return [clip_window(tokenizers["tokenizer"]), self.window(tokenizers["tokenizer_2"])]
 
     def evaluate(
         self, network: Any, x_BTC: Tensor, timestep_B: Tensor, conditioning: Conditioning, guidance_B: Tensor | None

@@ -15,6 +15,7 @@ from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from rats.pipeline.families.base import PATCH, PatchFamily
 from rats.pipeline.families.fit import Fit, PartConfig
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError, DataError
@@ -25,8 +26,9 @@ with quiet_imports():  # the pipeline's module asks for torchvision, which we do
     from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
 
-TURN = "<|im_start|>user\na fox<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""What Qwen3's template makes of the prompt "a fox"."""
+EXAMPLE = "a fox"
+TURN = f"<|im_start|>user\n{EXAMPLE}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+"""What Qwen3's template makes of the example."""
 LAYERS, DEEPEST = 3, 27
 """How many of Qwen3's layers have their states side by side in an embedding, and the last of them."""
 
@@ -48,7 +50,8 @@ class Flux2Klein(PatchFamily):
     )
     depth = ("num_layers", "num_single_layers")
     scheduler_fields = (*PatchFamily.scheduler_fields, "use_dynamic_shifting")
-    published = ("black-forest-labs/FLUX.2-klein",)
+    dynamic_fields = ()  # the pipeline has a shift of its own
+    published = ("black-forest-labs/FLUX.2-klein-base-4B", "black-forest-labs/FLUX.2-klein-base-9B")
     suggested = {"true_cfg_scale": 4.0, "height": 1024, "width": 1024}
 
     @classmethod
@@ -73,7 +76,7 @@ class Flux2Klein(PatchFamily):
     @classmethod
     def check_tokenizers(cls, tokenizers: Mapping[str, Any]) -> None:
         """The pipeline puts prompts into Qwen3's chat template, which is a file of the tokenizer's."""
-        turn = [{"role": "user", "content": "a fox"}]
+        turn = [{"role": "user", "content": EXAMPLE}]
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
         if tokenizers["tokenizer"].apply_chat_template(turn, **options) != TURN:
             raise DataError("the tokenizer's chat template is not Qwen3's: fetch or export the tokenizer again")
@@ -89,6 +92,11 @@ class Flux2Klein(PatchFamily):
         length, device = self.settings.max_sequence_length, pipeline.text_encoder.device
         embeds, _ = pipeline.encode_prompt(prompt, max_sequence_length=length, device=device)
         return {"prompt_embeds": embeds}
+
+    def windows(self, tokenizers: Mapping[str, Any]) -> list[Window]:
+        """`check_tokenizers` has held the template against `TURN`; rendering it anew for each prompt is slow."""
+        start, end = TURN.split(EXAMPLE)
+        return [self.window(tokenizers["tokenizer"], written=lambda prompt: f"{start}{prompt}{end}")]
 
     def evaluate(
         self, network: Any, x_BTC: Tensor, timestep_B: Tensor, conditioning: Conditioning, guidance_B: Tensor | None

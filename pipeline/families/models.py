@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,16 +11,59 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
-from rats.pipeline.families.base import Family
+from rats.pipeline.families.base import SAMPLING, Family
 from rats.pipeline.protocols import Conditioning
+from rats.pipeline.weights.loading import quiet_imports, quiet_notices
 from rats.pipeline.weights.opening import opening, unless_values_are_read
-from rats.schemas.errors import ConfigError
+from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.horizons import aligned
 from rats.schemas.params import evaluations_per_step
 
 MISFIT = "take its config.json, its weights and the other parts from one pipeline"
-SAMPLING = ("transformer", "vae", "scheduler")
-"""Components of a pipeline that are not needed to encode a prompt."""
+OTHER = {
+    "float16": "it overflows, set model.dtype to bfloat16 or float32",
+    "bfloat16": "set model.dtype to float32, or fetch or export the VAE again",
+    "float32": "its weights are damaged, fetch or export it again",
+}
+"""The way out where a VAE of this dtype decodes to what is not finite."""
+
+
+def check_decoded(vae: Any, x_B: Tensor, pixels_B: Tensor) -> None:
+    """Raises DataError where decoded values are not finite, and says whether latents or VAE are to blame.
+
+    `x_B`: the latents, batch first, before they are cast to the VAE's dtype. `pixels_B`: the VAE's own, not clamped: an
+    infinity would be white.
+    """
+    if pixels_B.is_meta or torch.isfinite(pixels_B).all():
+        return
+    whole_B = torch.isfinite(x_B.detach().flatten(1)).all(1)
+    if count := int((~whole_B).sum()):
+        raise DataError(
+            f"{count} of {len(x_B)} final latents are not finite, so there is no picture of them: the network has "
+            "diverged, or overflows its dtype (model.dtype float32 or bfloat16 does not)"
+        )
+    dtype = str(vae.dtype).removeprefix("torch.")
+    where = vae.config.get("_name_or_path") or "the VAE"
+    raise DataError(
+        f"{where}, {type(vae).__name__} in {dtype}, decodes finite latents to NaN or infinity: {OTHER[dtype]}"
+    )
+
+
+@contextmanager
+def checked_decoding(vae: Any) -> Iterator[None]:
+    """Within, `vae.decode` raises what `check_decoded` raises, also where a pipeline of diffusers calls it."""
+    decode = vae.decode
+
+    def checked(z: Tensor, *args: Any, **options: Any) -> Any:
+        found = decode(z, *args, **options)
+        check_decoded(vae, z, found[0])
+        return found
+
+    vae.decode = checked
+    try:
+        yield
+    finally:
+        del vae.decode  # the class's own again
 
 
 class FamilyDecoder:
@@ -34,10 +79,14 @@ class FamilyDecoder:
         return self.family.latent_shape()
 
     def decode(self, x_BTC: Tensor) -> Tensor:
-        """Images (B, 3, H, W), float32 in [0, 1], or frames (B, K, 3, H, W) of videos; differentiable."""
+        """Images (B, 3, H, W), float32 in [0, 1], or frames (B, K, 3, H, W) of videos; differentiable.
+
+        Raises DataError for pictures that are not finite: no reward is asked about them.
+        """
         z = self.family.to_vae(self.vae, x_BTC.to(self.vae.device, self.vae.dtype))
-        decoded = self.family.from_vae(self.vae.decode(z, return_dict=False)[0])
-        return (decoded.float() / 2 + 0.5).clamp(0, 1)
+        pixels = self.vae.decode(z, return_dict=False)[0]
+        check_decoded(self.vae, x_BTC, pixels)
+        return (self.family.from_vae(pixels).float() / 2 + 0.5).clamp(0, 1)
 
 
 class FamilyStudent(FamilyDecoder):
@@ -52,6 +101,11 @@ class FamilyStudent(FamilyDecoder):
         self.scheduler = scheduler
         self._dtype: torch.dtype = self.network.dtype
         self._embeds_guidance = bool(self.network.config.get("guidance_embeds"))
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Settings of the teacher that this model does not read, so that they change no sample."""
+        return (*self.family.ignored, *(() if self._embeds_guidance else ("guidance_scale",)))
 
     def checkpoint_activations(self) -> None:
         """Recompute the activations of network and decoder in the backward pass: less memory, about a third slower."""
@@ -128,7 +182,8 @@ class FamilyText:
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         """The prompts' embeddings, batch first. Each is encoded alone, so that its bits do not depend on the others."""
-        with opening("the model's text encoders", "one pipeline", MISFIT):
+        # the pipelines' lines on each long prompt are `pipeline.lengths`' one line
+        with opening("the model's text encoders", "one pipeline", MISFIT), quiet_notices(), quiet_imports():
             each = [self.family.encode(self._pipeline, prompt) for prompt in prompts]
         return {name: torch.cat([one[name] for one in each]) for name in each[0]}
 

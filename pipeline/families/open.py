@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,30 +16,27 @@ from rats.pipeline.families.base import Family
 from rats.pipeline.families.fit import check_fit, part_configs
 from rats.pipeline.families.index import check_index
 from rats.pipeline.families.models import FamilyDecoder, FamilyStudent, FamilyTeacher, FamilyText
+from rats.pipeline.lengths import Lengths, read_lengths
+from rats.pipeline.weights.files import check_layout
 from rats.pipeline.weights.folder import SCHEDULER, ModelFolder
+from rats.pipeline.weights.fuse import fuse_loras
 from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.loading import (
     META,
+    apply_kernels,
     load_component,
+    load_pipeline,
     load_tokenizer,
     outline_component,
-    quiet_imports,
-    quiet_loading,
     quiet_notices,
-    torch_dtype,
+    torch_device,
 )
 from rats.pipeline.weights.lora import add_lora, is_lora, load_lora
-from rats.pipeline.weights.opening import opening
+from rats.pipeline.weights.opening import opening, stock_class
 from rats.schemas.params import ComputeParams, ModelParams, Params, TeacherParams
 from rats.schemas.plugins import FAMILIES, load_plugin
 from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import LoraParams
-
-with quiet_imports():  # they ask for torchvision, which we do without
-    from diffusers import AutoModel, DiffusionPipeline
-
-ATTENTION = {"sdpa": "native"}
-"""The names that diffusers has for the values of `compute.attention`."""
 
 
 @dataclass(eq=False)
@@ -88,17 +84,24 @@ class Model:
     @cached_property
     def folder(self) -> ModelFolder:
         """The model's folder. If it has a model_index.json, it must be of the family's pipeline."""
-        _, index = self._files.root, self._files.index  # first the whole folder: `index` alone fetches the decoder
-        return self._fitting(index)
+        files = self._fitting()
+        _ = files.root  # of a hub, the rest
+        return files
 
     @cached_property
     def decoder_folder(self) -> ModelFolder:
         """The same folder, of which only the decoder has to exist. Of a hub repository only the decoder is fetched."""
-        return self._fitting(self._files.index)
+        return self._fitting()
 
-    def _fitting(self, index: Mapping[str, Any]) -> ModelFolder:
-        check_index(self.params, self.family, index)
+    def _fitting(self) -> ModelFolder:
+        """Of a hub repository, model_index.json alone is fetched and checked, before tens of GB are."""
+        check_layout(self.params, self.family.network_class.__name__)
+        check_index(self.params, self.family, self._files.index)
         return self._files
+
+    def hashes(self) -> dict[str, str]:
+        """Content hashes of all components that the family opens, by name."""
+        return self.folder.hashes((NETWORK, DECODER, *self.family.encoders, *self.family.tokenizers))
 
     def examined(self) -> FamilyTeacher:
         """The teacher as a stage opens it, without the values of its weights: on torch's meta device.
@@ -129,6 +132,7 @@ class Model:
         parts = self.folder.parts(NETWORK, DECODER)
         self._check_fit()
         network = outline_component(self.family.network_class, parts[NETWORK])
+        fuse_loras(network, self.family.pipeline_class, self.folder.loras)
         vae = outline_component(self.family.vae_class, parts[DECODER])
         family = self._family_of(vae, parts[DECODER])
         student = FamilyStudent(family, network, vae, self.scheduler())
@@ -142,9 +146,8 @@ class Model:
 
     def scheduler(self) -> FlowMatchEulerDiscreteScheduler:
         """The pipeline's scheduler in the form in which the family samples by it."""
-        config = self.folder.scheduler_config
         with opening(self.folder.parts(SCHEDULER)[SCHEDULER], "a scheduler"), quiet_notices():
-            return self.family.scheduler(config)
+            return self.family.scheduler(self.folder.scheduler_config)
 
     def sigmas(self, counts: Iterable[int]) -> dict[int, tuple[float, ...]]:
         """The grid of each number of steps, as the scheduler makes it now: `FamilyStudent.stock_sigmas`."""
@@ -171,7 +174,7 @@ class Model:
     def open_teacher(self) -> FamilyTeacher:
         """Loads the whole pipeline, frozen."""
         parts = self._sampling_parts(None)
-        return FamilyTeacher(*parts, self._text(parts[0]))
+        return FamilyTeacher(*parts, FamilyText(parts[0], self._text_parts()))
 
     def open_decoder(self) -> FamilyDecoder:
         """Loads the VAE. The other parts of the model need not exist."""
@@ -182,8 +185,19 @@ class Model:
     def open_text(self) -> FamilyText:
         """Loads the text encoders, and nothing else."""
         self._check_fit()
-        vae = outline_component(self.family.vae_class, self.folder.parts(DECODER)[DECODER])
-        return self._text(self._family_of(vae, self.folder.parts(DECODER)[DECODER]))
+        folder = self.folder.parts(DECODER)[DECODER]
+        family = self._family_of(outline_component(self.family.vae_class, folder), folder)
+        return FamilyText(family, self._text_parts())
+
+    def lengths(self, prompts: Sequence[str], guided: bool = True) -> Lengths:
+        """What the text encoders read of different prompts, and of the negative prompt where it is used.
+
+        Opens the tokenizers alone. `guided`: whether the prompts are for the teacher.
+        """
+        family, tokenizers = self.outline.family, self._tokenizers({})
+        negative = self.teacher.negative_prompt if guided and self.teacher.true_cfg_scale > 1 else None
+        with opening(self.folder.root, "a pipeline with its tokenizers"):
+            return read_lengths(family.windows(tokenizers), prompts, negative)
 
     def open_live_teacher(self, student: FamilyStudent) -> FamilyTeacher:
         """A teacher with the student's decoder and a copy of its network as it is now, guided as `self.teacher` says.
@@ -191,7 +205,7 @@ class Model:
         The text encoders are loaded only if there is guidance against a negative prompt, and freed after encoding it.
         """
         family = self.family(self.teacher, student.vae)
-        text = self._text(family) if self.teacher.true_cfg_scale > 1 else None
+        text = FamilyText(family, self._text_parts()) if self.teacher.true_cfg_scale > 1 else None
         network = copy.deepcopy(student.network)
         apply_kernels(network, self.compute)
         live = FamilyTeacher(family, network, student.vae, student.scheduler, text)
@@ -199,20 +213,24 @@ class Model:
         return live
 
     def open_pipeline(self, student: Path | None = None) -> Any:
-        """The stock diffusers pipeline on the CPU, with the network or adapters in the folder `student` if given."""
-        adapters = student is not None and is_lora(student)
-        network = self._base if student is None or adapters else student
-        dtype = torch_dtype(self.params.dtype)
-        opened = opening(self.folder.root, self.family.pipeline_class.__name__)
-        with opened, quiet_loading(), warnings.catch_warnings():
-            # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
-            warnings.simplefilter("ignore", FutureWarning)
-            own = AutoModel.from_pretrained(str(network), torch_dtype=dtype)
-            exchanged = {"transformer": own, "scheduler": self.scheduler()}  # the family may sample by another one
-            pipeline = DiffusionPipeline.from_pretrained(str(self.folder.root), torch_dtype=dtype, **exchanged)
-        if student is not None and adapters:
-            load_lora(pipeline.transformer, student)
-        return pipeline
+        """The stock diffusers pipeline on the CPU, with the network or adapters in the folder `student` if given.
+
+        Its parts are opened as everywhere else; what other parts model_index.json names, diffusers opens.
+        """
+        on_cpu = self.using(compute=self.compute.model_copy(update={"device": "cpu", "compile": False}))
+        parts = on_cpu._stock_parts(student)
+        folder = self.folder.root if self.folder.index else None
+        return load_pipeline(self.family.pipeline_class, folder, self.params.dtype, parts)
+
+    def _stock_parts(self, student: Path | None) -> dict[str, Any]:
+        """The components of the pipeline by name, of classes that diffusers can save."""
+        vae_class, folder = stock_class(self.family.vae_class), self.folder.parts(DECODER)[DECODER]
+        return {
+            SCHEDULER: self.scheduler(),  # the family may sample by another one
+            DECODER: load_component(vae_class, folder, self.params, self.compute),
+            **self._text_parts(),
+            NETWORK: self._network(student),
+        }
 
     def rebuilt_network(self, weights: dict[str, Tensor], lora: LoraParams | None) -> nn.Module:
         """A network with these trained weights (CPU tensors by name), for saving. With `lora`, they are its adapters.
@@ -229,8 +247,7 @@ class Model:
     def base_network(self, dtype: str | None = None) -> nn.Module:
         """The pipeline's network on the CPU, in the model's dtype or another one."""
         params = self.params.model_copy(update={"dtype": dtype or self.params.dtype})
-        network: nn.Module = load_component(self.family.network_class, self._base, params, ComputeParams(device="cpu"))
-        return network
+        return Model(params, self.teacher, ComputeParams(), self.folder)._fused_base()
 
     def _sampling_parts(
         self, student: Path | None
@@ -240,42 +257,44 @@ class Model:
         self._check_fit(student)
         vae = load_component(self.family.vae_class, parts[DECODER], self.params, self.compute)
         family = self._family_of(vae, parts[DECODER])
-        network = self._network(parts[NETWORK], student)
+        network = self._network(student)
         apply_kernels(network, self.compute)
         return family, network, vae, scheduler
 
-    @property
-    def _base(self) -> Path:
-        return self.folder.parts(NETWORK)[NETWORK]
-
-    def _network(self, base: Path, student: Path | None) -> Any:
+    def _network(self, student: Path | None) -> Any:
         """The base, a student's whole network in its place, or the base with a student's adapters."""
-        cls = self.family.network_class
-        if student is None or not is_lora(student):
-            return load_component(cls, student or base, self.params, self.compute)
-        network = load_component(cls, base, self.params, self.compute)
-        load_lora(network, student)
+        if student is not None and not is_lora(student):
+            return load_component(self.family.network_class, student, self.params, self.compute)
+        network = self._fused_base()
+        if student is not None:
+            load_lora(network, student)
         return network
 
-    def _text(self, family: Family) -> FamilyText:
-        parts = self.folder.parts(*family.encoders, *family.tokenizers)
-        how = self.params, self.compute
-        encoders = {name: load_component(cls, parts[name], *how) for name, cls in family.encoders.items()}
-        tokenizers = {name: self._tokenizer(name, parts[name], encoders) for name in family.tokenizers}
+    def _fused_base(self) -> Any:
+        """The pipeline's network with `model.loras` in it, which are added on the CPU: the same bits on any device."""
+        cls, base, loras = self.family.network_class, self.folder.parts(NETWORK)[NETWORK], self.folder.loras
+        first = self.compute if not loras or self.compute.device == META else ComputeParams(device="cpu")
+        network = load_component(cls, base, self.params, first)
+        fuse_loras(network, self.family.pipeline_class, loras)
+        return network.to(torch_device(self.compute.device))
+
+    def _text_parts(self) -> dict[str, Any]:
+        """The text encoders and their tokenizers by name."""
+        classes = self.family.encoders
+        parts = self.folder.parts(*classes, *self.family.tokenizers)  # all are looked for before one is loaded
+        encoders = {name: load_component(cls, parts[name], self.params, self.compute) for name, cls in classes.items()}
+        return encoders | self._tokenizers(encoders)
+
+    def _tokenizers(self, encoders: Mapping[str, Any]) -> dict[str, Any]:
+        """All tokenizers by name, checked against those text encoders that are there."""
+        parts = self.folder.parts(*self.family.tokenizers)
+        tokenizers = {name: self._tokenizer(name, parts[name], encoders) for name in self.family.tokenizers}
         with opening(self.folder.root, "a pipeline with its tokenizers"):
-            family.check_tokenizers(tokenizers)
-        return FamilyText(family, encoders | tokenizers)
+            self.family.check_tokenizers(tokenizers)
+        return tokenizers
 
     def _tokenizer(self, name: str, folder: Path, encoders: Mapping[str, Any]) -> Any:
         """The tokenizer `name`, checked against the text encoder of the same number."""
         encoder = encoders.get(name.replace("tokenizer", "text_encoder"))
         config = None if encoder is None else encoder.config.get_text_config()
         return load_tokenizer(self.family.tokenizers[name], folder, config)
-
-
-def apply_kernels(network: Any, compute: ComputeParams) -> None:
-    """Sets the recipe's attention and compilation. The environment (DIFFUSERS_ATTN_BACKEND) is overridden."""
-    with quiet_notices():
-        network.set_attention_backend(ATTENTION[compute.attention])
-    if compute.compile:
-        network.compile()

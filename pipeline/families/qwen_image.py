@@ -16,8 +16,9 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from rats.pipeline.families.base import PATCH, PatchFamily
+from rats.pipeline.families.base import PATCH, SAMPLING, PatchFamily
 from rats.pipeline.families.fit import Fit, PartConfig
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError
@@ -100,6 +101,15 @@ class QwenImage(PatchFamily):
         missing = length - embeds.shape[1]
         mask = torch.ones(embeds.shape[:2], dtype=torch.int64, device=device)
         return {"prompt_embeds": pad(embeds, (0, 0, 0, missing)), "prompt_embeds_mask": pad(mask, (0, missing))}
+
+    def windows(self, tokenizers: Mapping[str, Any]) -> list[Window]:
+        """The pipeline takes the states of its template's first tokens off again."""
+        pipeline = QwenImagePipeline(**dict.fromkeys(SAMPLING), text_encoder=None, **tokenizers)
+        template = {
+            "written": pipeline.prompt_template_encode.format,
+            "before": pipeline.prompt_template_encode_start_idx,
+        }
+        return [self.window(tokenizers["tokenizer"], **template)]
 
     def evaluate(
         self, network: Any, x_BTC: Tensor, timestep_B: Tensor, conditioning: Conditioning, guidance_B: Tensor | None

@@ -13,8 +13,9 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchFamily
+from rats.pipeline.families.base import CLIP_FIELDS, PATCH, PatchFamily, clip_window
 from rats.pipeline.families.fit import Fit, PartConfig
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.params import TeacherParams
@@ -48,7 +49,9 @@ class StableDiffusion3(PatchFamily):
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )
     depth = ("num_layers",)
-    published = ("stabilityai/stable-diffusion-3",)
+    published = tuple(
+        f"stabilityai/stable-diffusion-{name}" for name in ("3-medium-diffusers", "3.5-medium", "3.5-large")
+    )
     suggested = {"true_cfg_scale": 4.5, "max_sequence_length": 256, "height": 1024, "width": 1024}
 
     @classmethod
@@ -77,6 +80,10 @@ class StableDiffusion3(PatchFamily):
             prompt, None, None, device=device, do_classifier_free_guidance=False, max_sequence_length=length
         )
         return {"prompt_embeds": sequence, "pooled_prompt_embeds": pooled}
+
+    def windows(self, tokenizers: Mapping[str, Any]) -> list[Window]:
+        clips = [clip_window(tokenizers[name]) for name in ("tokenizer", "tokenizer_2")]
+        return [*clips, self.window(tokenizers["tokenizer_3"])]
 
     def evaluate(
         self, network: Any, x_BTC: Tensor, timestep_B: Tensor, conditioning: Conditioning, guidance_B: Tensor | None

@@ -21,6 +21,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from rats.pipeline.families.base import EULER, Family
 from rats.pipeline.families.fit import Fit, PartConfig
+from rats.pipeline.lengths import Window
 from rats.pipeline.protocols import Conditioning
 from rats.pipeline.weights.loading import quiet_imports
 from rats.schemas.errors import ConfigError
@@ -34,6 +35,7 @@ except ImportError:
 
 with quiet_imports():  # the pipeline's module asks for torchvision, which we do without
     from diffusers import WanPipeline
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +95,7 @@ class Wan(Family):
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
     depth = ("num_layers",)
     is_video = True
-    published = ("Wan-AI/Wan2.1-T2V-",)
+    published = ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers")
     # WanPipeline's own defaults; of the published sizes the smaller one
     suggested = {"true_cfg_scale": 5.0, "height": 480, "width": 832, "frames": 81}
 
@@ -138,6 +140,9 @@ class Wan(Family):
             prompt, do_classifier_free_guidance=False, max_sequence_length=length, device=device
         )
         return {"prompt_embeds": embeds}
+
+    def windows(self, tokenizers: Mapping[str, Any]) -> list[Window]:
+        return [self.window(tokenizers["tokenizer"], written=prompt_clean)]
 
     def evaluate(
         self, network: Any, x_BTC: Tensor, timestep_B: Tensor, conditioning: Conditioning, guidance_B: Tensor | None

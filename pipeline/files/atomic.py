@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from filelock import FileLock, Timeout
 
@@ -84,6 +85,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             sync(path.parent)
         finally:
             remove(temporary)
+
+
+def check_creatable(path: Path) -> None:
+    """Finds out before hours of work whether a file or folder can be made at `path`, and its folders with it.
+
+    For a moment there is an empty folder in the nearest one that exists: its rights alone would not say it.
+
+    Raises:
+        CannotCreateError: it cannot.
+        StorageError: the disk is full or fails.
+    """
+    path = path.absolute()
+    nearest = next(folder for folder in path.parents if os.path.lexists(folder))
+    with storage_errors(path), TemporaryDirectory(prefix=".rats-", dir=nearest):
+        pass
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ from upath.registry import available_implementations
 
 from rats.pipeline.files.local import LocalPlace
 from rats.pipeline.files.remote import RemotePlace
+from rats.pipeline.project import real_folder
 from rats.schemas.errors import ConfigError
 
 Item = TypeVar("Item")
@@ -127,6 +128,18 @@ def open_place(text: str | Path | Place) -> Place:
         return LocalPlace(text)
     protocol, _, rest = text.partition("://")
     return LocalPlace(rest) if protocol in ("file", "local") else _open_remote(text, protocol)
+
+
+def open_store(path: str) -> Place:
+    """The place of `store.path`. A relative path starts in the project itself, also in one of its copies.
+
+    So an experiment in a worktree of git, or of `dvc exp run --temp` or `--queue`, reuses what the project has; a store
+    that the copy has of its own comes first.
+    """
+    place, here = open_place(path), Path.cwd()
+    if place.local is None or place.local.exists() or (real := real_folder(here)) == here:
+        return place
+    return LocalPlace(real / place.local)
 
 
 def _open_remote(url: str, protocol: str) -> RemotePlace:

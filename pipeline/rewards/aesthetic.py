@@ -29,18 +29,22 @@ class Aesthetic:
     checkpoints = ("sac+logos+ava1-l14-linearMSE.pth",)
 
     @classmethod
+    def files(cls, path: Path) -> list[Path]:
+        """The files of head and CLIPModel."""
+        head = find_checkpoint(path, cls.checkpoints)
+        return [head, _clip(head.parent)]
+
+    @classmethod
     def identify(cls, path: Path) -> str:
         """The fingerprint of head and CLIPModel, without loading them."""
-        head = find_checkpoint(path, cls.checkpoints)
-        clip = _clip(head.parent)
+        head, clip = cls.files(path)
         return adapter_fingerprint(f"aesthetic-{hash_path(head)}", VERSION, [clip], clip.parent)
 
     def __init__(self, path: Path, name: str = "aesthetic", device: str = "cpu") -> None:
         """Loads `path`: the head's file, or a folder that holds it."""
         with quiet_loading():
             from transformers import CLIPConfig, CLIPVisionModelWithProjection
-        file = find_checkpoint(path, self.checkpoints)
-        clip = _clip(file.parent)
+        file, clip = self.files(path)
         self.name, self.fingerprint = name, self.identify(path)
         config = CLIPConfig.from_dict(read_json(clip.parent / "config.json"))
         config.vision_config.projection_dim = config.projection_dim

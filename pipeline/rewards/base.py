@@ -56,6 +56,11 @@ class CheckpointReward:
         return find_checkpoint(path, cls.checkpoints)
 
     @classmethod
+    def files(cls, path: Path) -> list[Path]:
+        """All files of weights."""
+        return [cls.weights(path)]
+
+    @classmethod
     def identify(cls, path: Path) -> str:
         """The reward's fingerprint, without loading it."""
         weights = cls.weights(path)

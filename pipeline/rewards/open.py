@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rats.pipeline.protocols import Reward, RewardAdapter
 from rats.pipeline.weights.hub import absolute_if_local, resolve_checkpoint
-from rats.pipeline.weights.opening import opening
+from rats.pipeline.weights.opening import check_file, opening
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import RewardParams
 from rats.schemas.plugins import OFFICIAL, REWARDS, load_plugin, plugins_in
@@ -31,6 +31,15 @@ def reward_fingerprint(reward: RewardParams) -> str:
     where = _located(reward, adapter)[0]
     with opening(where, f"reward '{reward.name}' ({reward.adapter})"):
         return adapter.identify(where, **_token(reward))
+
+
+def examine_reward(reward: RewardParams) -> None:
+    """Reads the headers of the reward's files of weights. Raises DataError, naming the file, for one that is cut."""
+    adapter = _adapter(reward)
+    where = _located(reward, adapter)[0]
+    files = getattr(adapter, "files", None)  # adapters of other packages may have none
+    for path in files(where) if files else ():
+        check_file(path, f"reward '{reward.name}' ({reward.adapter})")
 
 
 def pin_reward(reward: RewardParams) -> RewardParams:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rats.pipeline.files.atomic import atomic_folder
+from rats.pipeline.files.atomic import atomic_folder, check_creatable
 from rats.pipeline.files.places import Place
 from rats.pipeline.store import layout
 from rats.pipeline.store.scores import scores_done
@@ -30,7 +30,7 @@ def publish(
     """
     out = Path(out)
     files = _files(shards, snapshot, reward_fps, known)
-    _check_out(shards, out)
+    _refuse_other(shards.root, out)
     if _same(shards.root, out, files):
         return
     with atomic_folder(out) as folder:
@@ -67,11 +67,21 @@ def _scores(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str) -> 
     return [kind.name(reward=reward_fp, shard=shard) for kind in (layout.SCORES, layout.SCORES_DONE)]
 
 
-def _check_out(shards: ShardSet, out: Path) -> None:
-    """Refuses to replace a folder that is no published shard set."""
-    if shards.root.local:
-        here, root = out.resolve(), shards.root.local.resolve()
-        if here.is_relative_to(root) or root.is_relative_to(here):
+def check_out(root: Place, out: Path) -> None:
+    """Finds out before the teacher runs whether the set at `root`, which need not exist, can be published into `out`.
+
+    Raises:
+        CannotCreateError: `out` holds something else than a published set, is in the set or around it, or cannot be
+            made.
+    """
+    _refuse_other(root, out)
+    check_creatable(out)
+
+
+def _refuse_other(root: Place, out: Path) -> None:
+    if root.local:
+        here, there = out.resolve(), root.local.resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
             raise CannotCreateError(f"cannot publish {root} into {out}: one holds the other", "choose another folder")
     if out.exists() and not is_set(out) and (not out.is_dir() or any(out.iterdir())):
         raise CannotCreateError(f"{out} holds something else than a shard set", "choose another folder or empty it")

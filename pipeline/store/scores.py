@@ -11,6 +11,7 @@ from rats.pipeline.store.documents import read_all_documents, read_document, wri
 from rats.pipeline.store.parquet import encode_rows, read_rows
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import DataError, remedy
+from rats.schemas.maker import Maker
 from rats.schemas.manifest import RewardRecord, ScoreRow, ScoresDone
 
 REMEDY = "delete it and run `rats stage rollout`, which scores it again without the teacher"
@@ -48,8 +49,13 @@ def reward_column(shards: ShardSet, name: str) -> tuple[str, RewardRecord]:
     return found[0]
 
 
-def write_scores(shards: ShardSet, reward_fp: str, shard: str, rows: Sequence[ScoreRow]) -> None:
-    """Writes one row for each sample of a finished shard: first the table, then the document with its hash."""
+def write_scores(
+    shards: ShardSet, reward_fp: str, shard: str, rows: Sequence[ScoreRow], maker: Maker | None = None
+) -> None:
+    """Writes one row for each sample of a finished shard: first the table, then the document with its hash.
+
+    `maker`: what computed them, for the record.
+    """
     done = shards.done(shard)
     if done is None:
         raise DataError(f"{shard} has no samples to score yet", "run `rats stage rollout`")
@@ -58,7 +64,17 @@ def write_scores(shards: ShardSet, reward_fp: str, shard: str, rows: Sequence[Sc
     table, vouched = _paths(shards, reward_fp, shard)
     data = encode_rows(ScoreRow, sorted(rows, key=lambda row: row.key))
     table.write(data)
-    write_document(vouched, ScoresDone(shard=shard, shard_blake3=done.blake3, rows=len(rows), blake3=hash_bytes(data)))
+    write_document(
+        vouched,
+        ScoresDone(
+            shard=shard,
+            shard_blake3=done.blake3,
+            rows=len(rows),
+            blake3=hash_bytes(data),
+            column=reward_fp,
+            maker=maker,
+        ),
+    )
 
 
 @remedy(REMEDY)
@@ -71,14 +87,24 @@ def scores_done(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str 
     digest = shard_blake3 or _blake3(shards, shard)
     if digest is None or not table.exists() or not vouched.exists():
         return False
-    return read_document(vouched, ScoresDone).shard_blake3 == digest
+    return read_scores_done(shards, reward_fp, shard).shard_blake3 == digest
+
+
+@remedy(REMEDY)
+def read_scores_done(shards: ShardSet, reward_fp: str, shard: str) -> ScoresDone:
+    """The document of a shard's scores. Raises DataError if it is missing, damaged or of another column."""
+    path = _paths(shards, reward_fp, shard)[1]
+    seal = read_document(path, ScoresDone)
+    if seal.column not in (None, reward_fp):
+        raise DataError(f"{path} is of column {str(seal.column)[:12]}, not of its folder")
+    return seal
 
 
 @remedy(REMEDY)
 def score_rows(shards: ShardSet, reward_fp: str, shard: str, shard_blake3: str | None = None) -> list[ScoreRow]:
     """A shard's scores, the failed ones included; `shard_blake3` as for `scores_done`."""
     table, vouched = _paths(shards, reward_fp, shard)
-    seal = read_document(vouched, ScoresDone)
+    seal = read_scores_done(shards, reward_fp, shard)
     if (seal.shard, seal.shard_blake3) != (shard, shard_blake3 or _blake3(shards, shard)):
         raise DataError(f"{table} scores another {shard}")
     return read_rows(table, ScoreRow, seal.blake3)
@@ -94,6 +120,13 @@ def read_scores(shards: ShardSet, reward_fp: str, keys: Iterable[str]) -> dict[s
     if missing := sorted(wanted - set(found)):
         raise DataError(f"{len(missing)} samples have no score, {missing[0]} first", "run `rats stage rollout`")
     return {key: row.score for key, row in sorted(found.items()) if row.score is not None}
+
+
+def finished_scores(shards: ShardSet) -> list[ScoresDone]:
+    """The documents of all scores, of all columns and shards."""
+    paths = matching(shards.root, layout.SCORES_DONE.wildcard())
+    with remedy(REMEDY):
+        return read_all_documents(paths, ScoresDone)
 
 
 def _paths(shards: ShardSet, reward_fp: str, shard: str) -> tuple[Place, Place]:

@@ -31,6 +31,7 @@ from rats.schemas.manifest import (
 from rats.schemas.recipe import Recipe, fingerprint
 
 REMAKE = "delete it and run `rats stage rollout`, which makes it again"
+FOREIGN = "delete it and the shard beside it and run `rats stage rollout`, which makes them again"
 ROLLOUT = "run `rats stage rollout`"
 _LOCK_SECONDS = 60.0
 
@@ -181,6 +182,9 @@ class ShardSet:
     def _checked(self, shard: str, done: ShardDone, size: int) -> ShardDone:
         if {done.shard, *(row.shard for row in done.rows)} != {shard}:
             raise DataError(f"{self.done_path(shard)} describes another shard")
+        if done.fingerprint not in (None, self.fingerprint):
+            there, here = str(done.fingerprint)[:12], self.fingerprint[:12]
+            raise DataError(f"{self.done_path(shard)} is of recipe {there}, this set is {here}", FOREIGN)
         if size != done.bytes:
             raise DataError(f"{self.shard_path(shard)} is damaged ({size} bytes, {done.bytes} recorded)")
         return done

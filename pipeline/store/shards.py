@@ -25,6 +25,7 @@ from rats.pipeline.store.documents import write_document
 from rats.pipeline.store.shard_set import REMAKE, ShardSet
 from rats.schemas.canonical import canonical_json
 from rats.schemas.errors import DataError, StorageError, reason, remedy
+from rats.schemas.maker import Maker
 from rats.schemas.manifest import IndexRow, PlannedSample, ShardDone, ShardPlan
 from rats.schemas.recipe import LATENT_DTYPE
 
@@ -32,13 +33,16 @@ SampleArrays = tuple[PlannedSample, dict[str, np.ndarray]]
 LATENTS = "latents.safetensors"
 
 
-def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[SampleArrays]) -> ShardDone:
+def write_shard(
+    shards: ShardSet, plan: ShardPlan, samples: Iterable[SampleArrays], maker: Maker | None = None
+) -> ShardDone:
     """Writes the plan's samples in its order. If the shard is finished already, `samples` are not consumed.
 
     Args:
         shards: The set.
         plan: Which samples, in which order.
         samples: Each with `x` (H, T, C), states at all horizons, and `x0` (H - 1, T, C), in `LATENT_DTYPE`.
+        maker: What computed them, for the record.
 
     Raises:
         DataError: other samples than planned, another shape or dtype, a value that is not finite.
@@ -50,7 +54,7 @@ def write_shard(shards: ShardSet, plan: ShardPlan, samples: Iterable[SampleArray
     with shards.shard_path(plan.shard).temporary() as temporary:
         hashes = _write_tar(temporary, shards.recipe.horizons, plan, samples)
         done = _read_back(temporary, plan, hashes)
-        return _finish(shards, temporary, done)
+        return _finish(shards, temporary, done.model_copy(update={"fingerprint": shards.fingerprint, "maker": maker}))
 
 
 def _finish(shards: ShardSet, temporary: LocalPlace, done: ShardDone) -> ShardDone:

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rats.pipeline.weights.hashes import HASHED_COMPONENTS, NETWORK, hash_paths, read_json
-from rats.pipeline.weights.hub import DECODER_PATTERNS, PIPELINE_PATTERNS, absolute_if_local, resolve
+from rats.pipeline.weights.files import find_weights, opened_files
+from rats.pipeline.weights.hashes import NETWORK, hash_content, hash_files, read_json
+from rats.pipeline.weights.hub import (
+    DECODER_PATTERNS,
+    INSTEAD,
+    PIPELINE_PATTERNS,
+    absolute_if_local,
+    find_checkpoint,
+    resolve,
+    resolve_checkpoint,
+)
 from rats.schemas.errors import ConfigError
+from rats.schemas.fused_lora import FusedLora
 from rats.schemas.params import ModelParams
 from rats.schemas.recipe import DECODER
 
-INDEX, SCHEDULER = "model_index.json", "scheduler"
+INDEX, SCHEDULER, LORA_FILE = "model_index.json", "scheduler", "pytorch_lora_weights.safetensors"
+
+WEIGHED = (NETWORK, DECODER, "text_encoder")
+"""How names of components with weights begin: `text_encoder_2` is one too."""
 
 
 @dataclass(eq=False)
@@ -35,22 +48,56 @@ class ModelFolder:
         return ModelFolder, (self.params,)
 
     @cached_property
+    def index_root(self) -> Path:
+        """The pipeline's folder, of which only model_index.json is needed: of a hub repository only that is fetched."""
+        return resolve(self.params.path, self.params.revision, (INDEX,))
+
+    @cached_property
     def root(self) -> Path:
         """The pipeline's folder. All of a hub repository is fetched. Raises ConfigError if there is none."""
-        found = resolve(self.params.path, self.params.revision, PIPELINE_PATTERNS)
-        self.__dict__["decoder_root"] = found  # both of one commit, even if a branch has moved
+        found = self._fetched(PIPELINE_PATTERNS, WEIGHED)
+        self.__dict__["decoder_root"] = found
         return found
 
     @cached_property
     def decoder_root(self) -> Path:
         """The same folder, of which only the decoder is needed: of a hub repository only the decoder is fetched."""
-        return resolve(self.params.path, self.params.revision, DECODER_PATTERNS)
+        return self._fetched(DECODER_PATTERNS, (DECODER,))
+
+    def _fetched(self, patterns: Sequence[str], weighed: tuple[str, ...]) -> Path:
+        """The folder, of the commit of `index_root` even if a branch has moved.
+
+        Components whose names begin as in `weighed` need weights: where a hub has no plain ones, others are fetched.
+        """
+        if self.is_local:
+            return self.index_root
+        found = resolve(self.params.path, self.index_root.name, patterns)
+        for endings in INSTEAD:
+            names = (path.parent.name for path in found.glob("*/config.json") if find_weights(path.parent) is None)
+            if lacking := [f"{name}/{end}" for name in names if name.startswith(weighed) for end in endings]:
+                resolve(self.params.path, found.name, lacking, without=())
+        return found
+
+    @property
+    def is_local(self) -> bool:
+        """Whether `model.path` is no hub id."""
+        return Path(self.params.path).exists()
 
     @cached_property
     def index(self) -> dict[str, Any]:
-        """The content of model_index.json; empty if there is none."""
-        path = self.decoder_root / INDEX
+        """The content of model_index.json; empty if a local folder has none. Raises ConfigError if a hub has none."""
+        path = self.index_root / INDEX
+        if not path.is_file() and not self.is_local:
+            raise ConfigError(
+                f"hub repository '{self.params.path}' has no {INDEX}: it is no diffusers pipeline (another repository "
+                "of the same model may be one, often named ...-Diffusers)"
+            )
         return read_json(path) if path.is_file() else {}
+
+    @cached_property
+    def loras(self) -> tuple[FoundLora, ...]:
+        """The files of `model.loras`. Of a hub, they are fetched. Raises ConfigError if there is none."""
+        return tuple(map(find_lora, self.params.loras))
 
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
@@ -62,24 +109,24 @@ class ModelFolder:
         found = {name: self._part(name) for name in names}
         for folder in found.values():
             if not folder.is_dir():
-                raise ConfigError(f"no folder {folder}: model.path must name a whole pipeline in diffusers' format")
+                way_out = (
+                    "" if self.is_local else f", `hf download {self.params.path}` fetches what is not in the cache"
+                )
+                raise ConfigError(
+                    f"no folder {folder}: model.path must name a whole pipeline in diffusers' format{way_out}"
+                )
         return found
 
     def hash_of(self, name: str) -> str:
         """The content hash of one component."""
         return self._hashed([name])[name]
 
-    def hashes(self) -> dict[str, str]:
-        """Hashes of all components that hold weights or vocabularies, by component name.
+    def hashes(self, names: Iterable[str]) -> dict[str, str]:
+        """Content hashes of components, by name: of the files that are read to open them.
 
-        Raises ConfigError when one of transformer, vae, text_encoder, tokenizer is missing.
+        Raises ConfigError when one does not exist.
         """
-        folders = (path.name for path in self.root.iterdir() if path.is_dir())
-        names = sorted(name for name in folders if name.startswith(HASHED_COMPONENTS))
-        for name in HASHED_COMPONENTS:
-            if name not in names:
-                raise ConfigError(f"no folder '{name}' in {self.root}: model.path must name a whole diffusers pipeline")
-        return self._hashed(names)
+        return self._hashed(sorted(self.parts(*names)))
 
     def scheduler_hash(self) -> str:
         """sha256 of the scheduler's configuration as canonical JSON, without the version that wrote it."""
@@ -91,7 +138,7 @@ class ModelFolder:
 
         Raises ConfigError when a component differs.
         """
-        found = self.hashes()
+        found = self.hashes(expected)
         if other := sorted(name for name, value in expected.items() if found.get(name) != value):
             raise ConfigError(
                 f"{self.root / other[0]} holds other weights than the shard set's recipe names: "
@@ -105,11 +152,12 @@ class ModelFolder:
         """
         path, network = self.params.path, self.params.transformer
         found = self.decoder_root if decoder_alone else self.root
-        revision = self.params.revision if Path(path).exists() else found.name
-        changes = {"path": absolute_if_local(path), "revision": revision}
+        revision = self.params.revision if self.is_local else found.name
+        changes: dict[str, Any] = {"path": absolute_if_local(path), "revision": revision}
         changes[NETWORK] = network and absolute_if_local(network)
+        changes["loras"] = self.params.loras if decoder_alone else tuple(lora.pinned for lora in self.loras)
         pinned = ModelFolder(self.params.model_copy(update=changes))
-        names = ("decoder_root",) if decoder_alone else ("root", "decoder_root")
+        names = ("index_root", "decoder_root") if decoder_alone else ("index_root", "root", "decoder_root")
         pinned.__dict__.update(dict.fromkeys(names, found.absolute()))  # so that a hub is asked once
         return pinned
 
@@ -122,8 +170,32 @@ class ModelFolder:
     def _hashed(self, names: list[str]) -> dict[str, str]:
         """Looks all components up first: hashing takes minutes."""
         if unknown := {name: self._part(name) for name in names if name not in self._hashes}:
-            self._hashes |= hash_paths(unknown)
+            loras = self.loras if NETWORK in unknown else ()
+            self._hashes |= {name: hash_files(opened_files(path, name), path) for name, path in unknown.items()}
+            if loras:
+                self._hashes[NETWORK] = fused_hash(self._hashes[NETWORK], loras)
         return {name: self._hashes[name] for name in names}
+
+
+@dataclass(frozen=True)
+class FoundLora:
+    """A LoRA of `model.loras`: its file, and its parameters with a path for any folder and the hub's commit."""
+
+    path: Path
+    pinned: FusedLora
+
+
+def find_lora(lora: FusedLora) -> FoundLora:
+    """Looks up a file, a folder's `LORA_FILE` or a hub's; raises ConfigError if there is none."""
+    found, revision = resolve_checkpoint(lora.path, lora.revision, (LORA_FILE,))
+    changes = {"path": absolute_if_local(lora.path), "revision": revision}
+    return FoundLora(find_checkpoint(found, (LORA_FILE,)).absolute(), lora.model_copy(update=changes))
+
+
+def fused_hash(network: str, loras: Iterable[FoundLora]) -> str:
+    """The hash of a network with LoRAs in it: of its own, and each file's content and weight, in their order."""
+    parts = [network, *(f"{hash_content(lora.path)} {lora.pinned.weight!r}" for lora in loras)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def whole_network(folder: Path) -> Path:

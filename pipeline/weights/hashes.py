@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from rats.schemas.errors import ConfigError, DataError
 
 CHUNK = 1 << 20
-
-
-HASHED_COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer")
-"""Prefixes of component names: `text_encoder` also means `text_encoder_2`."""
 
 
 NETWORK = "transformer"
@@ -28,11 +24,12 @@ def hash_files(paths: Iterable[Path], root: Path) -> str:
     """sha256 over (name relative to `root`, content) of the files, sorted by name."""
     total = hashlib.sha256()
     for name, path in sorted((path.relative_to(root).as_posix(), path) for path in paths):
-        total.update(f"{name}\0{_hash_file(path)}\n".encode())
+        total.update(f"{name}\0{hash_content(path)}\n".encode())
     return total.hexdigest()
 
 
-def _hash_file(path: Path) -> str:
+def hash_content(path: Path) -> str:
+    """sha256 of a file's bytes."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -46,11 +43,6 @@ def hash_path(path: Path) -> str:
         return hash_files([path], path.parent)
     files = (file for file in path.rglob("*") if file.is_file())
     return hash_files((f for f in files if not any(p.startswith(".") for p in f.relative_to(path).parts)), path)
-
-
-def hash_paths(paths: Mapping[str, Path]) -> dict[str, str]:
-    """`hash_path` of several paths, by name."""
-    return {name: hash_path(path) for name, path in paths.items()}
 
 
 def adapter_fingerprint(adapter: str, version: int, weights: Iterable[Path], folder: Path) -> str:
@@ -74,12 +66,3 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a JSON object, not a {type(value).__name__}; fetch it again")
     return value
-
-
-def weights_bytes(folder: Path) -> int:
-    """Bytes of a component's weight files. Raises ConfigError if a file that its index names is missing."""
-    for index in folder.glob("*.index.json"):
-        for name in sorted(set(read_json(index).get("weight_map", {}).values())):
-            if not (folder / name).is_file():
-                raise ConfigError(f"no file {folder / name}, which {index.name} names: fetch the model again")
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))

@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
+from rats.pipeline.project import real_folder
 from rats.pipeline.weights.hashes import SMALL_FILES
 from rats.schemas.errors import ConfigError, StorageError, reason
 
@@ -20,24 +21,33 @@ PIPELINE_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt
 """The files of a diffusers folder, without the single-file copies at the top of hub repositories."""
 
 
-VARIANTS = ["*.fp16.*", "*.fp32.*", "*.non_ema.*"]
-"""Patterns of further copies of the same weights, which are never loaded."""
+VARIANTS = ["*.fp16.*", "*.fp16-*", "*.fp32.*", "*.fp32-*", "*.bf16.*", "*.bf16-*", "*.non_ema.*", "*.non_ema-*"]
+"""Patterns of further copies of the same weights, which are fetched only where a component has no others."""
 
+INSTEAD = (("*.fp16.*", "*.fp16-*"), ("*.bin",))
+"""What is fetched of a component whose weights are not among the pipeline's patterns, the first that exists."""
 DECODER_PATTERNS = ("model_index.json", "vae/*.json", "vae/*.safetensors")
 """The files of a pipeline that are needed to decode stored latents."""
 
 
-def resolve(path: str | Path, revision: str | None = None, patterns: Sequence[str] | None = None) -> Path:
+def resolve(
+    path: str | Path,
+    revision: str | None = None,
+    patterns: Sequence[str] | None = None,
+    without: Sequence[str] = VARIANTS,
+) -> Path:
     """A local file or folder as it is, or the snapshot of a hub repository, whose folder is named by its commit.
 
-    `patterns` limits what a hub download fetches. Raises ConfigError when there is neither.
+    Of a hub, what fits `patterns` and not `without` is fetched. Raises ConfigError when there is neither.
     """
     local = Path(path)
     if local.exists():
         return local
+    if not local.is_absolute() and (left := real_folder(Path.cwd()) / local).exists():
+        raise ConfigError(f"{path} is not in this copy of the project: name it {left}, or track it by git or `dvc add`")
     if not is_hub_id(str(path)):
         raise ConfigError(f"no model at '{path}' (looked in {Path.cwd()}): give a folder or a hub id like org/name")
-    return _download(str(path), revision, patterns)
+    return _download(str(path), revision, patterns, without)
 
 
 @contextmanager
@@ -117,12 +127,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _download(repository: str, revision: str | None, patterns: Sequence[str] | None) -> Path:
+def _download(repository: str, revision: str | None, patterns: Sequence[str] | None, without: Sequence[str]) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     revised, cached = (f" at revision {revision}" if revision else ""), _CACHED.get()
     try:
-        download = partial(snapshot_download, revision=revision, local_files_only=cached, ignore_patterns=VARIANTS)
+        download = partial(snapshot_download, revision=revision, local_files_only=cached, ignore_patterns=list(without))
         return Path(download(repository, allow_patterns=list(patterns) if patterns else None))
     except Exception as error:  # the hub raises a dozen kinds, of three libraries: all mean the same here
         refuse_full_disk(error, constants.HF_HUB_CACHE)

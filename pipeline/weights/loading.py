@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,16 +21,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rats.pipeline.bounds import bounded_file
+from rats.pipeline.weights.files import weight_files
 from rats.pipeline.weights.hashes import read_json
 from rats.pipeline.weights.opening import check_config, check_headers, opening, said
 from rats.pipeline.weights.vocabulary import check_files, check_vocabulary
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, brief, reason
 from rats.schemas.params import ComputeParams, ModelParams
 
 META = "meta"
 """torch's device of tensors with shapes and no values."""
-SINGLE = ("model.safetensors", "diffusion_pytorch_model.safetensors")
-"""Weights in one file, as transformers and diffusers call it."""
+ATTENTION = {"sdpa": "native"}
+"""The names that diffusers has for the values of `compute.attention`."""
 HARMLESS = r"|".join(
     (
         r"(^|\.)position_ids$",  # counted, not trained; saved by old releases
@@ -52,14 +53,16 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device called `name`; ConfigError when this machine or this torch has none."""
+    """The device called `name`. Raises ConfigError where this machine or this torch makes no tensor on it."""
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device '{name}': use cpu or cuda") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"compute.device is '{name}', but torch sees no CUDA device here: use cpu")
-    return device
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, ImportError) as error:  # what torch's backends raise
+        why = reason(error).partition(". ")[0]
+        raise ConfigError(
+            f"compute.device is {brief(name)}, on which torch computes nothing here ({why}): use cpu, or another "
+            "device that `rats doctor` lists"
+        ) from error
+    return torch.device(name)
 
 
 def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeParams) -> Any:
@@ -68,22 +71,47 @@ def load_component(cls: Any, folder: Path, model: ModelParams, compute: ComputeP
     On torch's meta device only configuration and headers are read. Raises ConfigError for a component of another class
     or one that needs what is not here, DataError when the weights are not exactly those of the module.
     """
+    device = torch_device(compute.device)
     check_config(cls, folder)
-    check_headers(cls, folder)
+    files = weight_files(folder)
+    check_headers(cls, files.paths)
     settings = {"torch_dtype": torch_dtype(model.dtype), "output_loading_info": True, **_renaming(cls)}
-    load = partial(_outlined, cls) if compute.device == META else cls.from_pretrained
+    settings |= {"variant": files.variant} if files.variant else {}
+    settings |= {} if files.are_safe else {"use_safetensors": False}  # else diffusers logs that it finds none
+    load = partial(_outlined, cls, files.paths) if device.type == META else cls.from_pretrained
     # what it would warn of is an error below
     with opening(folder, cls.__name__), quiet_loading(), quiet_notices(), quiet_imports():
         module, info = load(folder, **settings)
     _check_keys(cls, folder, info)
-    return module.to(torch_device(compute.device)).eval()
+    return module.to(device).eval()
 
 
-def _outlined(cls: Any, folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
+def load_pipeline(cls: Any, folder: Path | None, dtype: str, parts: dict[str, Any]) -> Any:
+    """A pipeline of `cls` with these loaded parts, and with others that the folder's model_index.json names.
+
+    `folder`: None where there is no model_index.json, and so no other part.
+    """
+    if folder is None:
+        return cls(**parts)
+    with opening(folder, cls.__name__), quiet_loading(), warnings.catch_warnings():
+        # new releases of diffusers call it dtype and warn, older ones know torch_dtype only
+        warnings.simplefilter("ignore", FutureWarning)
+        return cls.from_pretrained(str(folder), torch_dtype=torch_dtype(dtype), **parts)
+
+
+def apply_kernels(network: Any, compute: ComputeParams) -> None:
+    """Sets the recipe's attention and compilation. The environment (DIFFUSERS_ATTN_BACKEND) is overridden."""
+    with quiet_notices():
+        network.set_attention_backend(ATTENTION[compute.attention])
+    if compute.compile:
+        network.compile()
+
+
+def _outlined(cls: Any, paths: Iterable[Path], folder: Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """`cls.from_pretrained` with tensors of shapes and no values: of the weights, only the headers are read."""
-    state = _shapes(folder)
-    if not state:  # a layout that only the library knows
-        return cls.from_pretrained(folder, device_map=META, **settings)
+    state = {name: tensor for path in paths for name, tensor in _shapes(path).items()}
+    for name in ("variant", "use_safetensors"):  # the files are found
+        settings.pop(name, None)
     if hasattr(cls, "config_class"):  # transformers
         config = cls.config_class.from_pretrained(folder)
         return cls.from_pretrained(None, config=config, state_dict=state, device_map=META, **settings)
@@ -96,21 +124,23 @@ def _outlined(cls: Any, folder: Path, **settings: Any) -> tuple[Any, dict[str, A
     return module.to(settings["torch_dtype"]), {"missing_keys": found.missing_keys, "unexpected_keys": unexpected}
 
 
-def _shapes(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the folder's safetensors files on the meta device, by name; none where there are no such files."""
-    names = [path.name for path in folder.glob("*.safetensors") if path.name in SINGLE]
-    for index in folder.glob("*.safetensors.index.json"):
-        names = names or sorted(set(read_json(index)["weight_map"].values()))
-    state: dict[str, Tensor] = {}
-    for name in names:
-        with safe_open(bounded_file(folder / name), "pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-        state |= {key: torch.empty(shape, device=META) for key, shape in shapes.items()}
-    return state
+def _shapes(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights on the meta device, by name."""
+    if path.suffix != ".safetensors":
+        state: dict[str, Tensor] = torch.load(path, META, weights_only=True)
+        return state
+    with safe_open(bounded_file(path), "pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    return {key: torch.empty(shape, device=META) for key, shape in shapes.items()}
 
 
 def _check_keys(cls: Any, folder: Path, info: dict[str, Any]) -> None:
     """Raises DataError when weights are missing, left over, or of another shape."""
+    if adapters := sorted(key for key in info["unexpected_keys"] if "lora_" in key or ".base_layer." in key):
+        raise DataError(
+            f"{folder} holds a LoRA that was not unloaded ({adapters[0]}): save it again after pipe.fuse_lora() and "
+            "pipe.unload_lora_weights(), or name a plain model and the LoRA under model.loras"
+        )
     if missing := sorted(info["missing_keys"]):
         raise DataError(f"{folder} lacks {len(missing)} weights, {missing[0]} first: fetch or export it again")
     is_text = hasattr(cls, "config_class")  # of transformers

@@ -7,12 +7,13 @@ again, and only a damaged file is fetched again.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from safetensors import safe_open
@@ -30,6 +31,9 @@ SENTENCEPIECE = "sentencepiece"
 _READS_VALUES = re.compile(r"\bmeta[ _]tensor|\bmeta device", re.IGNORECASE)
 """What torch says where values are asked of a tensor on the meta device: there is no class of error for it."""
 OTHER_SHAPES = ("size mismatch", "size of tensor", "expected shape", "mismatched sizes", "ignore_mismatched_sizes")
+
+POINTER = b"version https://git-lfs.github.com/spec/"
+GIT_LFS = "it is a Git LFS pointer and not the file itself, run `git lfs pull` in its clone"
 
 
 @contextmanager
@@ -79,7 +83,15 @@ def _explained(error: Exception, path: Path | str, kind: str, remedy: str) -> Ra
         return StorageError(f"{text}: give this user the right to read it")
     if any(words in str(error) for words in OTHER_SHAPES):
         return DataError(f"{text}: its weights are not those of its config.json, take both from one source")
-    return DataError(f"{text}: {remedy}")
+    return DataError(f"{text}: {GIT_LFS if _is_pointer(Path(path)) else remedy}")
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether the file is what a clone without Git LFS has in place of a large file."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(POINTER)) == POINTER
 
 
 def said(error: Exception) -> str:
@@ -109,11 +121,19 @@ def check_config(cls: Any, folder: Path) -> None:
     if other := _other_class(cls, config):
         raise ConfigError(f"{folder} holds a {other}, not a {cls.__name__}: name a pipeline with one")
     if (quantized := config.get("quantization_config")) is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        method = brief(quantized.get("quant_method") if isinstance(quantized, dict) else quantized)
+        library = "transformers" if hasattr(cls, "config_class") else "diffusers"
         raise ConfigError(
-            f"{folder} holds quantized weights ({brief(method)}), which are not read here: "
-            "name a folder of bfloat16 or float32 weights"
+            f"{folder} holds quantized weights ({method}), which are not read here: name the model that was quantized, "
+            f'or write plain weights where the package for {method} is, by `python -c "import torch, {library} as m; '
+            f"m.{stock_class(cls).__name__}.from_pretrained('{folder}', torch_dtype=torch.bfloat16).dequantize()"
+            ".save_pretrained('PLAIN')\"`, and put them in its place"
         )
+
+
+def stock_class(cls: Any) -> Any:
+    """The class of diffusers or transformers that `cls` is, or is made from: the one that others can open."""
+    return next(one for one in cls.__mro__ if one.__module__.split(".")[0] in ("diffusers", "transformers"))
 
 
 def _other_class(cls: Any, config: dict[str, Any]) -> str | None:
@@ -129,8 +149,20 @@ def _other_class(cls: Any, config: dict[str, Any]) -> str | None:
     return None if asked == f"{kind}_text_model" else f"model of model_type {brief(kind)}"
 
 
-def check_headers(cls: Any, folder: Path) -> None:
-    """Reads the names of the tensors in a folder's files. Raises DataError, naming the file, for one that is cut."""
-    for path in sorted(folder.glob("*.safetensors")):
-        with opening(path, cls.__name__), safe_open(bounded_file(path), "pt") as file:
+def check_headers(cls: Any, paths: Iterable[Path]) -> None:
+    """Reads the names of the tensors in files of weights. Raises DataError, naming the file, for one that is cut."""
+    for path in paths:
+        check_file(path, cls.__name__)
+
+
+def check_file(path: Path, kind: str) -> None:
+    """Reads the names and shapes of the tensors in one file of weights; `kind`: what it belongs to.
+
+    Raises DataError for a file that is cut or no file of weights.
+    """
+    with opening(path, kind):
+        if path.suffix != ".safetensors":
+            torch.load(path, "meta", weights_only=True, mmap=is_zipfile(path))
+            return
+        with safe_open(bounded_file(path), "pt") as file:
             file.keys()

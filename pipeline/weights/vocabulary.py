@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rats.pipeline.weights.files import VOCABULARY
 from rats.pipeline.weights.hashes import read_json
-from rats.schemas.errors import DataError, RatsError, brief
+from rats.schemas.errors import ConfigError, DataError, RatsError, brief
 
 FAST = "tokenizer.json"
 """Holds a whole tokenizer: with it no other file is needed."""
@@ -26,6 +27,8 @@ def check_files(cls: Any, folder: Path) -> None:
     """Raises DataError when the folder has no whole vocabulary for a tokenizer of `cls`, naming the files."""
     names = dict(getattr(cls, "vocab_files_names", None) or {})
     has_fast = names.pop("tokenizer_file", None) is not None or not names
+    if unknown := sorted(set(names.values()) - set(VOCABULARY)):
+        raise ConfigError(f"a {cls.__name__} reads {unknown[0]}, which is in no address: use another tokenizer")
     missing = [name for name in names.values() if not (folder / name).is_file()]
     if (folder / FAST).is_file() or not missing and names:
         return

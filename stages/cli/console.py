@@ -23,6 +23,9 @@ def guarded(command: Callable[[], Any]) -> None:
     os.environ.setdefault(
         "TRANSFORMERS_VERBOSITY", "error"
     )  # it would warn that torchvision is missing, which we do without
+    # where there are more processes than cores, a thread that spins at a barrier takes the core from the one that it
+    # waits for; OpenMP reads this once, when torch is imported, and workers and ranks inherit it
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("rats").setLevel(logging.INFO)
     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_type_hints
 import typer
 
 from rats.schemas.errors import ConfigError
+from rats.schemas.identity import LARGEST_SEED
 
 if TYPE_CHECKING:
     from rats.pipeline.files.places import Place
@@ -25,7 +26,10 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", he
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; logs go to stderr.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and show what would be done.")]
 Seed = Annotated[
-    int | None, typer.Option("--seed", metavar="N", help="The stage's seed; overrides the parameter file.")
+    int | None,
+    typer.Option(
+        "--seed", min=0, max=LARGEST_SEED, metavar="N", help="The stage's seed; overrides the parameter file."
+    ),
 ]
 
 DEFAULT_PARAMS = Path("params.yaml")
@@ -156,6 +160,14 @@ def place(text: str) -> Place:
     if found.local:
         existing(found.local)
     return found
+
+
+def creatable(path: Path | None) -> None:
+    """Refuses a file that could not be written at the end, before there is anything to write."""
+    from rats.pipeline.files.atomic import check_creatable
+
+    if path is not None:
+        check_creatable(path)
 
 
 def existing(path: Path) -> Path:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from rats.schemas.identity import LARGEST_SEED
 from rats.stages.cli.console import print_result, print_rows
 from rats.stages.cli.options import DEFAULT_PARAMS, HELP_STYLE, Json, ParamsFile, Sets, load
 
@@ -43,16 +44,29 @@ def shards_info(
 @shards.command("verify")
 def shards_verify(
     path: SetPath,
+    rescore: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Also compute N samples' noise, embedding and scores again.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Draws them [default: a new one].")] = None,
+    params: ParamsFile = DEFAULT_PARAMS,
+    set_: Sets = None,
     json_: Json = False,
 ) -> None:
     """Compare every hash.
 
-    Reads every byte of the set and lists everything that is damaged or missing.
+    Reads every byte of the set and lists everything that is damaged or missing. Hashes do not show a lie that somebody
+    has sealed: --rescore does, by the model and the rewards of the parameter file.
     """
+    values = None if rescore is None else load(params, set_)
     from rats.pipeline.files.places import open_place
     from rats.stages.shards.verify import verify
 
-    print_result(verify(open_place(path)), json_)
+    result = verify(open_place(path))
+    if rescore is not None and values is not None:
+        from rats.stages.shards.rescore import rescore as computed_again
+
+        result |= computed_again(open_place(path), values, rescore, seed)
+    print_result(result, json_)
 
 
 @shards.command("preview")
@@ -60,7 +74,7 @@ def shards_preview(
     path: SetPath,
     out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")] = Path("preview.html"),
     count: Annotated[int, typer.Option(min=1, metavar="N", help="Number of samples.")] = 24,
-    seed: Annotated[int, typer.Option(metavar="N", help="Seed that selects the samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Seed that selects the samples.")] = 0,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     json_: Json = False,

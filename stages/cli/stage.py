@@ -19,7 +19,7 @@ from rats.stages.cli.options import (
     Seed,
     Sets,
     WorkerFlags,
-    existing,
+    creatable,
     grouped,
     load,
     place,
@@ -63,8 +63,9 @@ def rollout(
     from rats.stages.plan.plan import plan_rollout
     from rats.stages.rollout.rollout import rollout_stage
 
+    creatable(report_path)
     if dry_run:
-        print_result(plan_rollout(values, split_named(split)), json_)
+        print_result(plan_rollout(values, split_named(split), out), json_)
         return
     result = rollout_stage(values, split_named(split), out, where, _share(max_bad)).model_dump()
     if report_path is not None:
@@ -109,8 +110,9 @@ def score(
     from rats.stages.rollout.score import plan_score, score_stage
 
     named = None if split is None else split_named(split)
+    creatable(report_path)
     if dry_run:
-        print_result(plan_score(values, named, shards, reward, retry_failed, snapshot), json_)
+        print_result(plan_score(values, named, shards, reward, retry_failed, snapshot, out), json_)
         return
     most = _share(max_bad)
     result = score_stage(values, named, shards, reward, where, most, retry_failed, out, snapshot).model_dump()
@@ -187,15 +189,15 @@ def evaluate(
     """
     values, folder = load(params, set_, evaluate__seed=seed), place(shards or f"data/teacher/{split_named(split)}")
     out = out or Path("reports") / _results(split, update_lengths)
+    from rats.stages.evaluate.before import plan_evaluate
+    from rats.stages.evaluate.evaluate import evaluate_stage
+
     if dry_run:
-        students = {name: str(existing(runs / name / "student")) for name in values.evaluate.variants}
-        print_result({"shards": str(folder), "students": students, "out": str(out)}, json_)
+        print_result(plan_evaluate(values, folder, runs, out), json_)
         return
     if update_lengths:
         _choose_length(values, folder, runs, out, _numbers(update_lengths), json_)
         return
-    from rats.stages.evaluate.evaluate import evaluate_stage
-
     result = evaluate_stage(values, folder, runs, out, command_line())
     print_result(result.model_dump(mode="json") if json_ else {"cells": len(result.cells), "out": str(out)}, json_)
     if not json_:
@@ -226,6 +228,7 @@ def report(
     if verdicts:
         _print_verdicts(values, evaluation)
         return
+    creatable(out)
     if dry_run:
         print_result({"evaluation": str(evaluation), "runs": str(runs), "out": str(out)}, json_)
         return

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
+from rats.pipeline.files.atomic import check_creatable
 from rats.pipeline.files.local import LocalPlace
-from rats.pipeline.files.places import EXTRAS, open_place
+from rats.pipeline.files.places import EXTRAS, open_store
 from rats.pipeline.prompts import Prompt, planned_samples
 from rats.pipeline.rewards.clip import vocabulary
-from rats.pipeline.rewards.open import reward_fingerprint
-from rats.pipeline.weights.hashes import NETWORK, weights_bytes
+from rats.pipeline.rewards.open import examine_reward, reward_fingerprint
+from rats.pipeline.store.publish import check_out
+from rats.pipeline.weights.files import find_weights
+from rats.pipeline.weights.hashes import NETWORK
 from rats.pipeline.weights.hub import find_checkpoint, is_hub_id, only_cached, resolve_checkpoint
 from rats.pipeline.weights.loading import torch_device, torch_dtype
 from rats.schemas.errors import ConfigError, RatsError, one_line
@@ -22,15 +25,18 @@ from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, PromptSource, RewardParams, Split, load_params, with_variant
 from rats.schemas.plugins import REWARDS, load_plugin
 from rats.schemas.recipe import DECODER, make_recipe
+from rats.schemas.train_params import check_dtype
 from rats.stages.doctor.devices import devices, driver
 from rats.stages.doctor.packages import CheckRow, check_row, extras, plugins
+from rats.stages.measure.splits import shared_with_train
 from rats.stages.plan.flops import conditioning_shapes
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
 from rats.stages.plan.text import size
-from rats.stages.rollout.rollout import wanted_samples
+from rats.stages.rollout.rollout import texts_of, wanted_samples
 
 PROMPT_LENGTH = 100
 """Assumed length in characters of a prompt that cannot be read here."""
+PUBLISHED = "data/teacher/{}"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
@@ -46,7 +52,11 @@ def check_params(path: Path, overrides: Sequence[str], is_default: bool) -> list
     with only_cached():
         there = [*plugins(params), check_row("params", True, str(path))]
         there += [_attempt(name, check) for name, check in _checks(params, model).items()]
+        there += _leaks(params)
         if all(one["ok"] for one in there if one["check"] == "model" or one["check"].startswith("prompts")):
+            there += [
+                _attempt(f"tokens of {split}", partial(_tokens, params, model, split)) for split in _splits(params)
+            ]
             there.append(_attempt("disk", partial(_disk, params, model)))
     return [*extras(_wanted(params)), *_devices(), *_hub(), *there]
 
@@ -99,6 +109,8 @@ def _checks(params: Params, model: Model) -> dict[str, Callable[[], str]]:
         checks[f"prompts.{split}"] = partial(_prompts, params, split)
     for reward in params.rewards:
         checks[f"reward {reward.name}"] = partial(_reward, reward)
+    for split in _splits(params):
+        checks[PUBLISHED.format(split)] = partial(_published, params, PUBLISHED.format(split))
     return checks
 
 
@@ -117,15 +129,15 @@ def check_model(model: Model) -> str:
 
     Returns what was found. Raises a RatsError for what a stage would refuse.
     """
+    check_dtype(model.params.dtype)
     horizons = len(model.outline.grids()[1])
-    family, folder = model.family, model.folder
-    weighed = folder.parts(NETWORK, DECODER, *family.encoders)
-    folder.parts(*family.tokenizers)
-    parts = {part: weights_bytes(part) for part in weighed.values()}
-    if without := [part for part, count in parts.items() if not count]:
-        raise ConfigError(f"no weights (.safetensors) in {without[0]}: fetch the model again")
-    model.examined().rehearse_decoding(weighed[DECODER])
-    return f"{model.params.path}, {model.params.family}, {horizons} horizons, {size(sum(parts.values()))} of weights"
+    parts = model.folder.parts(NETWORK, DECODER, *model.family.encoders)
+    model.examined().rehearse_decoding(parts[DECODER])
+    found = [files for part in parts.values() if (files := find_weights(part))]
+    said = [model.params.path, model.params.family, f"{horizons} horizons", *map(str, model.params.loras)]
+    variants = sorted({files.variant for files in found if files.variant})
+    weights = f"{size(sum(files.bytes for files in found))} of weights"
+    return ", ".join([*said, f"{weights} ({' and '.join(variants)} variants)" if variants else weights])
 
 
 def _prompts(params: Params, split: Split) -> str:
@@ -134,6 +146,13 @@ def _prompts(params: Params, split: Split) -> str:
         return f"in {source}, a data set of the hub that is fetched when a command reads it"
     where = source if Path(str(source)).exists() else f"{source}, a data set of the hub, by prompts.{split}.count"
     return f"{len({sample.prompt_id for sample in samples})} in {where}"
+
+
+def _tokens(params: Params, model: Model, split: Split) -> str:
+    source = getattr(params.prompts, split)
+    if isinstance(source, PromptSource) and is_hub_id(source.path):
+        return "counted when the data set has been fetched"
+    return model.lengths(texts_of(wanted_samples(params, split))).text
 
 
 def _samples(params: Params, split: Split) -> list[PlannedSample] | None:
@@ -147,8 +166,25 @@ def _samples(params: Params, split: Split) -> list[PlannedSample] | None:
     return planned_samples(stand_ins, params.teacher.noises_per_prompt)
 
 
+def _published(params: Params, out: str) -> str:
+    """Where `rats init`'s dvc.yaml publishes a split, and the other stages look for it."""
+    store = params.store.path
+    place = LocalPlace(store) if "://" in store else open_store(store)  # in a bucket there is no local folder
+    check_out(place.absolute() / "set", Path(out))
+    return "a rollout can be published there"
+
+
+def _leaks(params: Params) -> list[CheckRow]:
+    """What the held-out splits share with the train split, which is nobody's error and rarely meant."""
+    said = shared_with_train(params.prompts)
+    if not said and len(_splits(params)) > 1:
+        return [check_row("held out", True, "no prompt and no known concept of the other splits is in prompts.train")]
+    return [check_row("held out", False, one, needed=False) for one in said]
+
+
 def _reward(reward: RewardParams) -> str:
     """Its fingerprint, for which all its files are read, and the folder of its tokenizer's vocabulary."""
+    examine_reward(reward)
     found, adapter = f"{reward.adapter}, {reward_fingerprint(reward)[:12]}", load_plugin(REWARDS, reward.adapter)
     source = getattr(adapter, "tokenizer_source", None)
     if source is None or reward.backend == "official":
@@ -160,13 +196,14 @@ def _reward(reward: RewardParams) -> str:
 
 def _disk(params: Params, model: Model) -> str:
     """Compares the bytes that rollouts of all prompts take with the free and the used space."""
-    student, place = model.outline, open_place(params.store.path)
+    student, place = model.outline, open_store(params.store.path)
     found = [_samples(params, split) for split in _splits(params)]
     needed = sum(_rollout_bytes(params, student, samples) for samples in found if samples is not None)
     all_ = "all prompts" if None not in found else "all prompts whose number is known"
     free, said = place.free(), f"rollouts of {all_} write {size(needed)}"
     if free is None or place.local is None:
         return f"{said} to {place}"
+    check_creatable(place.local / "set")
     there = sum(file.stat().st_size for file in place.local.rglob("*") if file.is_file())
     said += f"; {size(free)} are free in {place}, which holds {size(there)}"
     if needed > free + there:

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.files.places import Place
+from rats.pipeline.machine import on_its_threads
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.base import call_reward
 from rats.pipeline.rewards.open import open_reward
-from rats.pipeline.store.scores import read_scores
-from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.weights.loading import torch_device
 from rats.schemas.errors import DataError
 from rats.schemas.params import Params, with_variant
-from rats.schemas.recipe import DECODER
 from rats.schemas.reports import EvaluateReport
-from rats.schemas.run import RunRecord
+from rats.stages.evaluate.before import Measured, open_measured
 from rats.stages.evaluate.cells import Features, SystemResult, cells_by_system, values_csv
 from rats.stages.evaluate.made import made_here
-from rats.stages.evaluate.systems import Samples, System, open_samples, systems
+from rats.stages.evaluate.systems import Samples, System, systems
 from rats.stages.measure.networks import Judge, open_network
 from rats.stages.measure.pictures import (
     PICTURES_FILE,
@@ -38,8 +36,6 @@ from rats.stages.measure.pictures import (
 )
 from rats.stages.measure.values import VALUES_FILE
 from rats.stages.progress import progress
-from rats.stages.rollout.columns import NETWORK, check_recipe, find_column
-from rats.stages.train.record import checked_student, read_record
 from rats.trainer.data import Batch
 
 
@@ -57,6 +53,7 @@ class Evaluator:
     device: torch.device
 
 
+@on_its_threads
 def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path, command: str = "") -> EvaluateReport:
     """Writes `out` (all cells), and beside it every sample's scores and the pictures of the report.
 
@@ -68,26 +65,22 @@ def evaluate_stage(params: Params, shards: Place, runs: Path, out: Path, command
         command: What was typed, for the record.
 
     Raises:
-        ConfigError: a run without a student, fewer than two concepts.
-        DataError: shards, scores, rewards or students that do not belong together, a score that is not finite.
+        RatsError: what `open_measured` raises, before a network is loaded.
+        DataError: a score that is not finite.
     """
     started = time.monotonic()
-    model, samples = Model.of(params), open_samples(params, shards)
-    check_teacher(params, model, samples.shards)
-    records = {name: read_record(runs / name) for name in params.evaluate.variants}
-    for name, record in records.items():
-        check_student(record, runs / name, samples.shards)
-    bench = open_evaluator(params, samples, model.folder.hash_of(DECODER))
+    what = open_measured(params, shards, runs, out)
+    bench = open_evaluator(params, what)
     total = len(bench.samples.rows) * _system_count(params)
     measured = []
     with progress("evaluate", total, "samples") as advance, torch.no_grad():
-        for system in systems(params, model, runs):
+        for system in systems(params, what.model, runs):
             measured.append(measure(system, bench, advance))
     report = EvaluateReport(
         cells=tuple(cell for _, cell in cells_by_system(params, bench.samples, measured)),
-        snapshot=samples.shards.snapshot().hash,
+        snapshot=bench.samples.shards.snapshot().hash,
         seconds=time.monotonic() - started,
-        students={name: record.student for name, record in records.items()},
+        students={name: record.student for name, record in what.records.items()},
         made=made_here(bench.device, command),
     )
     atomic_write(out.parent / VALUES_FILE, values_csv(bench.samples, measured).encode())
@@ -103,45 +96,14 @@ def _system_count(params: Params) -> int:
     return 1 + bases + sum(len(grid) for grid in grids)
 
 
-def check_teacher(params: Params, model: Model, shards: ShardSet) -> None:
-    """Refuses shards of another teacher than the parameters name: the untrained base would be of another model."""
-    check_recipe(params, model, shards)
-    for name, there in shards.recipe.weights.items():
-        if name != NETWORK and (here := model.folder.hash_of(name)) != there:
-            raise DataError(
-                f"{shards.root} was made with another {name}: {there[:12]} there, {here[:12]} in {model.folder.root}: "
-                "run `rats stage rollout` with this model"
-            )
-
-
-def check_student(record: RunRecord, run: Path, shards: ShardSet) -> None:
-    """Refuses a student that was trained on shards of another recipe, or that is not the one in the run's record."""
-    if record.recipe != shards.fingerprint:
-        raise DataError(
-            f"{run} was trained on shards of recipe {record.recipe[:12]}, these are of recipe "
-            f"{shards.fingerprint[:12]}: roll out the test prompts with the run's parameters, or train again"
-        )
-    checked_student(run, record)
-
-
-def open_evaluator(params: Params, samples: Samples, vae: str) -> Evaluator:
-    """Rewards, the teacher's stored scores with the VAE of the hash `vae`, the judges, and which samples are shown.
-
-    A sample that a reward failed on has no stored score: it is left out for all systems.
-    """
-    device = torch_device(params.compute.device)
-    keys = [row.key for row in samples.rows]
-    columns = {reward.name: find_column(params, reward.name, samples.shards, vae) for reward in params.rewards}
-    stored = {name: read_scores(samples.shards, column.address, keys) for name, column in columns.items()}
-    complete = set(keys).intersection(*stored.values())
-    if not complete:
-        raise DataError(f"{samples.shards.root} has no sample that every reward could score: look at the rewards")
-    samples = samples.keep(complete)
+def open_evaluator(params: Params, measured: Measured) -> Evaluator:
+    """Loads rewards and judges, and decides which samples are shown."""
+    samples, device = measured.samples, torch_device(params.compute.device)
     rewards = {reward.name: open_reward(reward, str(device)) for reward in params.rewards}
     prompts = [row.prompt_id for row in samples.rows]
     choice = choose(samples.concepts, prompts, params.evaluate.pictures, params.evaluate.seed)
     judges: dict[str, Judge] = {judge.name: open_network(judge.name, str(device)) for judge in params.evaluate.judges}
-    return Evaluator(samples, rewards, stored, judges, choice, params.compute.micro_batch, device)
+    return Evaluator(samples, rewards, measured.stored, judges, choice, params.compute.micro_batch, device)
 
 
 def measure(system: System, bench: Evaluator, advance: Callable[[int], None]) -> SystemResult:
@@ -150,7 +112,8 @@ def measure(system: System, bench: Evaluator, advance: Callable[[int], None]) ->
     features: dict[str, list[Features]] = {name: [] for name in bench.judges}
     start = 0
     for batch in bench.samples.batches(bench.micro_batch, bench.device):
-        images = system.decode(system.draw(batch))
+        with named(system):
+            images = system.decode(system.draw(batch))
         for name in bench.rewards:
             scores = _scores(system, bench, name, batch, images)
             result.scores[name] += _finite(scores, name, system.column.id, batch.keys)
@@ -161,6 +124,15 @@ def measure(system: System, bench: Evaluator, advance: Callable[[int], None]) ->
         advance(len(batch.keys))
     result.features = {name: np.concatenate(parts) for name, parts in features.items()}
     return result
+
+
+@contextmanager
+def named(system: System) -> Iterator[None]:
+    """Errors of what it draws begin with its name."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{system.column.id}: {error.what}", error.remedy) from error
 
 
 def _scores(system: System, bench: Evaluator, reward: str, batch: Batch, images: torch.Tensor) -> list[float]:

@@ -15,17 +15,18 @@ from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.files.places import Place
+from rats.pipeline.machine import on_its_threads
 from rats.pipeline.weights.loading import load_component
 from rats.pipeline.weights.lora import is_lora, shortened_lora
 from rats.pipeline.weights.movement import shortened
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import ComputeParams, Params, with_variant
-from rats.schemas.recipe import DECODER
 from rats.schemas.reports import LengthCell, LengthsReport
+from rats.stages.evaluate.before import open_measured
 from rats.stages.evaluate.cells import SystemResult, cells_by_system
-from rats.stages.evaluate.evaluate import Evaluator, check_student, check_teacher, measure, open_evaluator
+from rats.stages.evaluate.evaluate import Evaluator, measure, open_evaluator
 from rats.stages.evaluate.made import made_here
-from rats.stages.evaluate.systems import System, open_samples, stored_final, teacher_label
+from rats.stages.evaluate.systems import System, stored_final, teacher_label
 from rats.stages.measure.intervals import paired_estimate, student_t
 from rats.stages.measure.pictures import SystemLabel
 from rats.stages.progress import progress
@@ -35,6 +36,7 @@ from rats.trainer.gate import weighted_sum
 from rats.trainer.sampling import few_steps
 
 
+@on_its_threads
 def lengths_stage(
     params: Params, shards: Place, runs: Path, out: Path, lengths: Sequence[float], command: str = ""
 ) -> LengthsReport:
@@ -52,14 +54,11 @@ def lengths_stage(
         ConfigError: shards of the test prompts; lengths outside that range or one alone; a run without a student.
         DataError: shards, scores, rewards or students that do not belong together, a score that is not finite.
     """
-    started, model, samples = time.monotonic(), Model.of(params), open_samples(params, shards)
-    _check(lengths, samples.split, shards)
-    check_teacher(params, model, samples.shards)
-    for name in params.evaluate.variants:
-        check_student(read_record(runs / name), runs / name, samples.shards)
-    bench = open_evaluator(params, samples, model.folder.hash_of(DECODER))
+    started, what = time.monotonic(), open_measured(params, shards, runs, out)
+    _check(lengths, what.samples.split, shards)
+    bench = open_evaluator(params, what)
     with torch.no_grad():
-        measured = _measured(params, model, runs, bench, sorted(lengths))
+        measured = _measured(params, what.model, runs, bench, sorted(lengths))
     by_id = {id_: length for (_, length), found in measured.items() for id_ in (one.column.id for one in found)}
     teacher, students = measured[TEACHER], [one for found in measured.values() for one in found]
     report = LengthsReport(
@@ -72,7 +71,7 @@ def lengths_stage(
             name: chosen_length(_rewards(params, name, teacher[0], measured), bench.samples.concepts)
             for name in params.evaluate.variants
         },
-        snapshot=samples.shards.snapshot().hash,
+        snapshot=bench.samples.shards.snapshot().hash,
         seconds=time.monotonic() - started,
         made=made_here(bench.device, command),
     )
@@ -136,7 +135,7 @@ def _putter(model: Model, student: FamilyStudent, folder: Path) -> Callable[[flo
     return lambda share: put(shortened(start, trained, share))
 
 
-def _rewards(params: Params, name: str, teacher: SystemResult, measured: Measured) -> dict[float, NDArray[np.float64]]:
+def _rewards(params: Params, name: str, teacher: SystemResult, measured: Measured) -> dict[float, list[float]]:
     """Each sample's trained reward by length: the mean over the numbers of steps, of several rewards their sum."""
     train = with_variant(params, name)
     rewards = list(train.reward_weights)
@@ -148,7 +147,7 @@ def _rewards(params: Params, name: str, teacher: SystemResult, measured: Measure
         return weighted_sum(scores_RB, parts).numpy()
 
     return {
-        length: np.mean([total(system) for system in found], axis=0)
+        length: np.mean([total(system) for system in found], axis=0).tolist()
         for (variant, length), found in measured.items()
         if variant == name
     }

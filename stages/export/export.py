@@ -10,6 +10,7 @@ from typing import Any
 
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder
+from rats.pipeline.machine import on_its_threads
 from rats.pipeline.weights.loading import read_state, save_component
 from rats.pipeline.weights.lora import export_lora, is_lora, merge_lora
 from rats.pipeline.weights.movement import share_kept
@@ -17,6 +18,7 @@ from rats.schemas.errors import CannotCreateError, ConfigError
 from rats.schemas.params import Params
 from rats.schemas.run import RunRecord
 from rats.stages.export.model_card import model_card
+from rats.stages.measure.splits import shared_with_train
 from rats.stages.train.origin import changed_call, check_base, check_grid
 from rats.stages.train.record import checked_student, read_record
 
@@ -53,6 +55,7 @@ def plan_export(model: Model, run: Path, out: Path, merged: bool = True) -> Expo
     return ExportPlan(record, student, parts, model.call(), model.sigmas(record.nfe))
 
 
+@on_its_threads
 def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation: Path) -> dict[str, Any]:
     """Writes the folder `out` atomically; an older export is replaced.
 
@@ -80,7 +83,8 @@ def export_stage(params: Params, run: Path, out: Path, merged: bool, evaluation:
             kept = _write_pipeline(model, export.student, target / PIPELINE)
         call = {**export.call, "sigmas": export.sigmas}
         (target / CALL).write_text(json.dumps(call, indent=1, sort_keys=True) + "\n")
-        card = model_card(model, export.record, export.parts, export.sigmas, kept, evaluation)
+        leaks = shared_with_train(params.prompts)
+        card = model_card(model, export.record, export.parts, export.sigmas, kept, evaluation, leaks)
         (target / CARD).write_text(card, encoding="utf-8")
         sizes = [path.stat().st_size for path in target.rglob("*") if path.is_file()]
     return {**summary(export, run, out), "files": len(sizes), "bytes": sum(sizes), "movement_kept": kept}

@@ -14,6 +14,8 @@ from pydantic import ValidationError
 
 from rats.pipeline.families.base import EULER
 from rats.pipeline.families.open import Model
+from rats.pipeline.weights.folder import FoundLora
+from rats.pipeline.weights.hashes import hash_content
 from rats.pipeline.weights.lora import COMFYUI, WEIGHTS
 from rats.schemas.errors import DataError, reason
 from rats.schemas.reports import Cell, EvaluateReport
@@ -30,6 +32,7 @@ def model_card(
     sigmas: Mapping[int, Sequence[float]],
     kept: float | None,
     evaluation: Path,
+    leaks: Sequence[str] = (),
 ) -> str:
     """README.md of the exported folder.
 
@@ -40,6 +43,7 @@ def model_card(
         sigmas: The grid of each number of steps, down to 0.
         kept: Share of what training moved that the pipeline's dtype keeps; None without a pipeline.
         evaluation: evaluate.json; passed over where it is not there or of another student.
+        leaks: What held-out prompts share with those it was trained on, a sentence each.
     """
     named, is_video = model.params, model.family.is_video
     hub = None if Path(named.path).exists() else named.path
@@ -61,7 +65,9 @@ def model_card(
         "comfyui": Markdown(COMFYUI),
         "dtype": named.dtype,
         "is_exchanged": named.transformer is not None,
-        "run": _run_rows(record),
+        "loras": [_lora(lora) for lora in model.folder.loras],
+        "run": [*_run_rows(record), *_lora_rows(model.folder.loras)],
+        "leaks": [one[0].upper() + one[1:] for one in leaks],
         "cells": [_cell_row(cell) for cell in own_cells(record, evaluation)],
     }
     return str(ModelCard(render("model_card.md.j2", context)))
@@ -119,6 +125,20 @@ def _run_rows(record: RunRecord) -> list[tuple[str, str]]:
         ("this student", code(record.student[:12])),
         ("training time", f"{record.seconds:.0f} s"),
     ]
+
+
+def _lora(lora: FoundLora) -> dict[str, Any]:
+    """Where a reader finds a LoRA of the base: on the hub, or else under its file's name."""
+    is_here = Path(lora.pinned.path).exists()
+    place = Path(lora.path.name) if is_here else Path(lora.pinned.path)
+    repository = "." if is_here else "/".join(place.parts[:2])
+    return {"repository": quoted(repository), "file": quoted(lora.path.name), "weight": lora.pinned.weight}
+
+
+def _lora_rows(loras: Sequence[FoundLora]) -> list[tuple[str, str]]:
+    hashed = [(lora, code(hash_content(lora.path)[:12])) for lora in loras]
+    said = (f"{code(lora.path.name)} ({short}) at {lora.pinned.weight:g}" for lora, short in hashed)
+    return [("LoRA in it", Markdown(text)) for text in said]
 
 
 def _short(hashes: str) -> str:

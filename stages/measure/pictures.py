@@ -136,8 +136,8 @@ def load_pictures(path: Path) -> Pictures:
             about = json.loads(file.metadata()["about"])
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         columns = [SystemLabel(**column) for column in about["columns"]]
-        texts = (about[name] for name in ("prompts", "keys", "noise_prompts"))
-        shown = Pictures(columns, *texts, about["seed"], tuple(about["size"]))
+        prompts, keys, noise_prompts = (about[name] for name in ("prompts", "keys", "noise_prompts"))
+        shown = Pictures(columns, prompts, keys, noise_prompts, about["seed"], tuple(about["size"]))
         for column in columns:
             shown.side[column.id] = tensors[f"side/{column.id}"]
             shown.noises[column.id] = [tensors[f"noises/{column.id}/{i}"] for i in range(len(shown.noise_prompts))]

@@ -13,9 +13,9 @@ from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from rats.pipeline.families.models import FamilyStudent
-from rats.pipeline.families.open import Model, apply_kernels
+from rats.pipeline.families.open import Model
 from rats.pipeline.protocols import Conditioning
-from rats.pipeline.weights.loading import quiet_notices, torch_device, torch_dtype
+from rats.pipeline.weights.loading import apply_kernels, quiet_notices, torch_device, torch_dtype
 
 TIMED_SECONDS = 1.5
 """How long evaluations are timed, after a warm-up."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files.places import Place, open_place
+from rats.pipeline.files.places import Place, open_store
 from rats.pipeline.store.plans import needed_plans, new_plans
 from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.pipeline.weights.loading import torch_dtype
@@ -15,12 +17,15 @@ from rats.schemas.errors import ConfigError
 from rats.schemas.manifest import PlannedSample
 from rats.schemas.params import Params, Split
 from rats.schemas.recipe import Recipe, fingerprint
+from rats.schemas.train_params import check_dtype
 from rats.stages.plan.flops import conditioning_shapes, decode_flops, evaluation_flops, measured_rate
 from rats.stages.plan.memory import rollout_memory, train_memory
 from rats.stages.plan.meta import if_countable
 from rats.stages.plan.result import Comparison, Expense, Plan, RolloutWork
 from rats.stages.plan.sizes import embedding_bytes, latents_bytes, shard_bytes
-from rats.stages.rollout.rollout import read_recipe, wanted_samples
+from rats.stages.rollout.rollout import check_before, read_recipe, texts_of, wanted_samples
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -45,12 +50,13 @@ def survey(params: Params, model: Model, split: Split) -> Survey:
     """Finds what a rollout would have to make. Writes nothing and loads no weights.
 
     Raises:
-        ConfigError: no prompts or model where the parameters say.
+        ConfigError: no prompts or model where the parameters say; a dtype that cannot be trained.
         DataError: a damaged shard set.
     """
+    check_dtype(params.model.dtype)
     wanted = wanted_samples(params, split)
     recipe = read_recipe(params, model)
-    root = open_place(params.store.path) / fingerprint(recipe)
+    root = open_store(params.store.path) / fingerprint(recipe)
     shards = ShardSet.open(root) if is_set(root) else None
     plans, done = (shards.plans(), shards.finished()) if shards else ([], [])
     encoded = shards.encoded() if shards else set()
@@ -86,9 +92,14 @@ def rollout_work(found: Survey, params: Params) -> RolloutWork:
     )
 
 
-def plan_rollout(params: Params, split: Split) -> dict[str, Any]:
-    """What `rollout_stage` would do, for --dry-run: the fields of `RolloutWork`."""
-    return rollout_work(survey(params, Model.of(params), split), params).model_dump()
+def plan_rollout(params: Params, split: Split, out: Path | None = None) -> dict[str, Any]:
+    """What `rollout_stage` would do, for --dry-run: the fields of `RolloutWork`. Raises what it would raise first."""
+    model = Model.of(params)
+    found = survey(params, model, split)
+    if found.groups:
+        check_before(params, model, found.root, out)
+    model.lengths(texts_of(found.wanted)).tell(log)
+    return rollout_work(found, params).model_dump()
 
 
 def plan_stage(
@@ -126,7 +137,9 @@ def plan_stage(
     embedding = embedding_bytes(conditioning_shapes(outline), torch_dtype(params.model.dtype))
     return Plan(
         split=split,
+        loras=tuple(map(str, params.model.loras)),
         work=work,
+        lengths=model.lengths(texts_of(found.wanted)),
         evaluation_flops=flops,
         decode_flops=if_countable(lambda: decode_flops(outline)),
         flops=total,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rats.schemas.manifest import Record
+from rats.pipeline.lengths import Lengths
+from rats.schemas.record import Record
 
 
 class RolloutWork(Record):
@@ -73,7 +74,9 @@ class Plan(Record):
     """
 
     split: str
+    loras: tuple[str, ...] = ()
     work: RolloutWork
+    lengths: Lengths
     evaluation_flops: int | None
     decode_flops: int | None
     flops: int | None

@@ -16,6 +16,7 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     rows = [
         ("store", work.store),
         ("samples", f"{work.samples:,} wanted, {there:,} there, {work.samples_to_make:,} to make"),
+        ("prompts", plan.lengths.text),
         ("shards", f"{work.shards:,}, {work.shards_missing:,} to make"),
         ("teacher", f"{work.evaluations:,} evaluations of {flop(plan.evaluation_flops)}"),
         ("work", f"{flop(plan.flops)} in {work.forwards:,} full micro-batches"),
@@ -27,7 +28,9 @@ def plan_rows(plan: Plan) -> list[tuple[str, str]]:
     if plan.evaluation_flops is None:
         rows.insert(4, ("", "FLOP, time and memory are unknown: the network reads values of tensors; time one shard"))
     if plan.usd is not None:
-        rows.insert(7, ("cost", f"{plan.usd:,.2f} USD at {plan.price:.2f} USD an hour of a worker"))
+        rows.insert(8, ("cost", f"{plan.usd:,.2f} USD at {plan.price:.2f} USD an hour of a worker"))
+    if plan.loras:
+        rows.insert(0, ("LoRAs", f"{', '.join(plan.loras)}, fused into the network"))
     memory = [("memory", "of a device at most, in tensors"), ("  rollout", _memory(plan.rollout_memory))]
     return [*rows, *memory, ("  training", _memory(plan.train_memory)), *_comparison(plan.comparison)]
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rats.schemas.errors import DataError
 from rats.schemas.reports import Cell
+from rats.stages.report.tables import LOWER_IS_BETTER
 
 INK = "#7d858f"
 """Axes and text: a grey that reads on a white page and on a dark one."""
@@ -179,7 +180,7 @@ def forest(cells: Sequence[Cell], variants: Sequence[str]) -> Panels:
             axes.plot([low, high], [y, y], color=shades[name], linewidth=2.4, solid_capstyle="round")
             axes.plot([delta], [y], "o", color=shades[name], markersize=5)
         role = next(c.role for c in cells if c.metric == metric).replace("_", " ")
-        axes.set_title(f"{metric}\n{role}, {'lower' if metric == 'kid' else 'higher'} is better")
+        axes.set_title(f"{metric}\n{role}, {'lower' if metric in LOWER_IS_BETTER else 'higher'} is better")
         axes.set_ylim(min(height.values()) - 0.8, 0.8)
         middle = [-(i * (len(names) + 1) + (len(names) - 1) / 2) for i in range(len(nfe))]
         axes.set_yticks(middle, [f"{n} NFE" for n in nfe])
@@ -233,8 +234,9 @@ def _panels(
 
 
 def _legend(axes: Axes) -> list[tuple[str, str, bool]]:
-    lines = zip(*axes.get_legend_handles_labels(), strict=True)
-    return [(str(name), to_hex(line.get_color()), line.get_linestyle() == "--") for line, name in lines]
+    """The lines that have a name."""
+    lines = [line for line in axes.get_lines() if not str(line.get_label()).startswith("_")]
+    return [(str(line.get_label()), to_hex(line.get_color()), line.get_linestyle() == "--") for line in lines]
 
 
 _STYLE: Any = {

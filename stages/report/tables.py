@@ -189,13 +189,13 @@ def _claim(cell: Cell, teacher: Cell, places: int) -> PageData:
     span = interval(cell.delta_ci_low, cell.delta_ci_high, places, sign=True)
     detail = f"{number(cell.delta_vs_teacher or 0.0, places, sign=True)} {span}"
     if cell.role == "judge":
-        return {**_within_a_tenth(cell, teacher), "detail": detail}
+        return {**within_a_tenth(cell, teacher), "detail": detail}
     verdict = tone(cell.delta_ci_low, cell.delta_ci_high, cell.metric)
     words = {"good": "beats the teacher", "even": "level with it", "bad": "below the teacher"}
     return {"tone": verdict, "mark": MARKS[verdict], "text": words[verdict], "short": "", "detail": detail}
 
 
-def _within_a_tenth(cell: Cell, teacher: Cell) -> PageData:
+def within_a_tenth(cell: Cell, teacher: Cell) -> PageData:
     """Whether the mean is worse than the teacher's by at most a tenth; the interval is only printed."""
     worse = teacher.mean - cell.mean
     if cell.metric in LOWER_IS_BETTER:

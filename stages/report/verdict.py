@@ -18,12 +18,19 @@ def headline(cells: Sequence[Cell], main: str) -> str:
     teacher = {cell.metric: cell for cell in cells if cell.system == "teacher"}
     first, places = next(iter(teacher.values())), tables.decimals(cells)
     said = [_on_rewards([cell for cell in student.values() if cell.role != "judge"])]
-    for cell in student.values():
-        if cell.role == "judge":
-            own, other = (tables.number(c.mean, places[cell.metric]) for c in (cell, teacher[cell.metric]))
-            said.append(f"{tables.NAMES.get(cell.metric, cell.metric)} {own} (teacher {other})")
+    for cell in (student[metric] for metric in SAID if metric in student):
+        own, other = (tables.number(c.mean, places[cell.metric]) for c in (cell, teacher[cell.metric]))
+        said.append(f"{tables.NAMES.get(cell.metric, cell.metric)} {own} (teacher {other})")
+    judged = [
+        tables.within_a_tenth(cell, teacher[cell.metric])["tone"] for cell in student.values() if cell.role == "judge"
+    ]
+    rest = f"; {judged.count('good')} of {len(judged)} judged values at most a tenth worse" if judged else ""
     cost = next(iter(student.values())).evaluations
-    return f"{cost} evaluations instead of {first.evaluations}: {', '.join(said)}."
+    return f"{cost} evaluations instead of {first.evaluations}: {', '.join(said)}{rest}."
+
+
+SAID = ("kid", "recognition")
+"""What the sentence has of the first judge; all of every judge is in the table."""
 
 
 def _on_rewards(rewards: Sequence[Cell]) -> str:

@@ -34,7 +34,8 @@ class ColumnAddress:
 
 def check_recipe(params: Params, model: Model, shards: ShardSet) -> None:
     """Raise DataError, naming the first difference, when the shards were not made by `params`' model and teacher."""
-    here, there = (_comparable(recipe) for recipe in (_recipe(params, model), shards.recipe))
+    stored = shards.recipe.effective(model.outline.ignored)  # older sets name settings without effect
+    here, there = (_comparable(recipe) for recipe in (_recipe(params, model), stored))
     for name, value in here.items():
         if there[name] != value:
             raise DataError(
@@ -44,9 +45,9 @@ def check_recipe(params: Params, model: Model, shards: ShardSet) -> None:
 
 
 def _recipe(params: Params, model: Model) -> Recipe:
-    sigmas, horizons = model.outline.grids()
-    weights, scheduler = {NETWORK: model.folder.hash_of(NETWORK)}, model.folder.scheduler_hash()
-    return make_recipe(params, weights, scheduler, sigmas, horizons, model.outline.latent_shape())
+    outline, scheduler = model.outline, model.folder.scheduler_hash()
+    weights = {NETWORK: model.folder.hash_of(NETWORK)}
+    return make_recipe(params, weights, scheduler, *outline.grids(), outline.latent_shape(), outline.ignored)
 
 
 def _comparable(recipe: Recipe) -> dict[str, Any]:

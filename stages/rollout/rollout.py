@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files.places import open_place
+from rats.pipeline.files.places import Place, open_store
+from rats.pipeline.machine import software
 from rats.pipeline.prompts import planned_samples, read_prompts
-from rats.pipeline.rewards.open import pin_reward
-from rats.pipeline.store.publish import publish
+from rats.pipeline.rewards.open import examine_reward, pin_reward
+from rats.pipeline.store.publish import check_out, publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import ConfigError
@@ -22,7 +23,10 @@ from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 from rats.schemas.params import Params, Split
 from rats.schemas.recipe import DECODER, Recipe, make_recipe
 from rats.schemas.reports import RolloutReport
+from rats.schemas.train_params import check_dtype
+from rats.stages.measure.splits import check_concepts, shared_with_train
 from rats.stages.rollout.columns import check_failed, column_hashes
+from rats.stages.rollout.makers import say_other_machines, say_other_software
 from rats.stages.rollout.scorer import missing_columns
 from rats.stages.rollout.worker import RolloutSetup, RolloutTask, do_task
 from rats.stages.workers.run import WorkerTarget
@@ -52,24 +56,31 @@ def rollout_stage(
         samples: These samples, instead of all samples of the split.
 
     Raises:
-        ConfigError: no prompts, model or reward where the parameters say.
-        DataError: a damaged shard, or a reward that fails on more samples than `max_bad`.
+        ConfigError: no prompts, model or reward where the parameters say; a dtype that cannot be trained.
+        DataError: a damaged shard, a picture that is not finite, or a reward that fails on more samples than `max_bad`.
         NoWorkerError: no worker accepted a task.
     """
     start = time.monotonic()
+    check_dtype(params.model.dtype)
     params, model = pin_params(params)
     wanted = wanted_samples(params, split) if samples is None else samples
+    for said in shared_with_train(params.prompts) if samples is None else ():
+        log.warning("%s", said)
     recipe = read_recipe(params, model)
     hashes = column_hashes(params, model.folder.hash_of(DECODER))
-    shards = ShardSet.open_or_create(open_place(params.store.path).absolute(), recipe)
+    shards = ShardSet.open_or_create(open_store(params.store.path).absolute(), recipe)
     columns = {name: record_reward(shards, name, parts) for name, parts in hashes.items()}
     done = shards.finished()
     plans = shards.plan(wanted, params.store.shard_samples, done)
     finished = {part.shard: part for part in done}
     reused = sum(plan.shard in finished for plan in plans)
     tasks = _missing(shards, plans, finished, columns)
+    if tasks:
+        check_before(params, model, shards.root, out)
     _announce(shards, plans, reused, tasks)
-    made = _make(params, shards, tasks, where or WorkerTarget(workers=params.store.workers))
+    if tasks and samples is None:
+        model.lengths(texts_of(wanted)).tell(log)
+    made = _make(params, shards, tasks, where or WorkerTarget(workers=params.store.workers), done)
     done = shards.finished(done)
     snapshot = shards.write_snapshot((sample.key for sample in wanted), done)
     failed = check_failed(shards, columns, snapshot, {sample.key for sample in wanted}, max_bad)
@@ -88,19 +99,43 @@ def rollout_stage(
     )
 
 
+def check_before(params: Params, model: Model, root: Place, out: Path | None) -> None:
+    """Finds what would stop a rollout only after the teacher has run. Loads no weights.
+
+    Raises:
+        CannotCreateError: the set at `root` cannot be published into `out`.
+        RatsError: a model or a reward that does not load, as far as its headers show.
+    """
+    if out is not None:
+        check_out(root, out)
+    model.examined()
+    for reward in params.rewards:
+        examine_reward(reward)
+
+
 def read_recipe(params: Params, model: Model) -> Recipe:
     """The recipe for the model's weights as they are on disk. Loads no weights."""
-    weights, scheduler = model.folder.hashes(), model.folder.scheduler_hash()
-    sigmas, horizons = model.outline.grids()
-    return make_recipe(params, weights, scheduler, sigmas, horizons, model.outline.latent_shape())
+    weights, scheduler, outline = model.hashes(), model.folder.scheduler_hash(), model.outline
+    return make_recipe(params, weights, scheduler, *outline.grids(), outline.latent_shape(), outline.ignored)
 
 
 def wanted_samples(params: Params, split: Split) -> list[PlannedSample]:
-    """Every prompt of a split with every noise (ConfigError: the split has no prompt file)."""
+    """Every prompt of a split with every noise.
+
+    Raises ConfigError where the split has no prompt file, or is the test split and could not be evaluated.
+    """
     path = getattr(params.prompts, split)
     if path is None:
         raise ConfigError(f"prompts.{split} is not set: name a .txt or .csv file in params.yaml")
-    return planned_samples(read_prompts(path), params.teacher.noises_per_prompt)
+    prompts = read_prompts(path)
+    if split == "test":
+        check_concepts((prompt.concept for prompt in prompts), f"prompts.test ({path})")
+    return planned_samples(prompts, params.teacher.noises_per_prompt)
+
+
+def texts_of(samples: Sequence[PlannedSample]) -> list[str]:
+    """Their prompts, each once."""
+    return list({sample.prompt_id: sample.prompt for sample in samples}.values())
 
 
 def _missing(
@@ -128,9 +163,18 @@ def _announce(shards: ShardSet, plans: Sequence[ShardPlan], reused: int, tasks: 
         log.info("%s: %d of %d shards are there, %d to do", where, reused, len(plans), len(tasks))
 
 
-def _make(params: Params, shards: ShardSet, tasks: Sequence[RolloutTask], where: WorkerTarget) -> list[TaskResult]:
+def _make(
+    params: Params, shards: ShardSet, tasks: Sequence[RolloutTask], where: WorkerTarget, there: Sequence[ShardDone]
+) -> list[TaskResult]:
+    """Runs the tasks. Says where the shards that are `there`, or the new ones, are of another kind."""
+    if not tasks:
+        return []
+    driver = software(params)
+    say_other_software(driver, there)
     samples = sum(len(task.plan.samples) for task in tasks)
-    return run_tasks(do_task, tasks, RolloutSetup(params, shards.root), where, "rollout", samples)
+    made = run_tasks(do_task, tasks, RolloutSetup(params, shards.root, driver), where, "rollout", samples)
+    say_other_machines(shards.finished(there))
+    return made
 
 
 def pin_params(params: Params, decoder_alone: bool = False) -> tuple[Params, Model]:

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from rats.pipeline.families.open import Model
-from rats.pipeline.files.places import Place, open_place
-from rats.pipeline.store.publish import publish
+from rats.pipeline.files.places import Place, open_place, open_store
+from rats.pipeline.machine import software
+from rats.pipeline.rewards.open import examine_reward
+from rats.pipeline.store.publish import check_out, publish
 from rats.pipeline.store.scores import MAX_BAD, record_reward, scores_done
 from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.schemas.errors import ConfigError, DataError, nearest
 from rats.schemas.manifest import RewardRecord, ShardDone, Snapshot
-from rats.schemas.params import Params, Split
+from rats.schemas.params import Params, Split, TeacherParams
 from rats.schemas.recipe import DECODER, Recipe, fingerprint
 from rats.schemas.reports import ScoreReport
-from rats.stages.rollout.columns import check_failed, column_hashes
+from rats.stages.rollout.columns import check_failed, column_hashes, reward_params
 from rats.stages.rollout.rollout import pin_params, read_recipe, wanted_samples
 from rats.stages.rollout.scorer import ScoreSetup, ScoreTask, do_score, missing_columns
 from rats.stages.workers.run import WorkerTarget
@@ -81,14 +83,14 @@ def score_stage(
     """
     start = time.monotonic()
     source = _open(params, split, shards)
-    chosen = _chosen(source.params, rewards)
+    chosen = _check_before(source, rewards, out)
     hashes = column_hashes(source.params, source.vae)
     named = source.snapshot(snapshot)
     done = source.done(named)
     columns = {name: record_reward(source.shards, name, hashes[name]) for name in chosen}
     tasks = _tasks(source.shards, done, columns, retry_failed)
     _announce(source.shards, done, tasks)
-    setup = ScoreSetup(source.params, source.shards.root)
+    setup = ScoreSetup(source.params, source.shards.root, software(source.params))
     rows = {part.shard: len(part.rows) for part in done}
     samples = sum(rows[task.shard] for task in tasks)
     made = run_tasks(do_score, tasks, setup, where or WorkerTarget(workers=params.store.workers), "score", samples)
@@ -118,9 +120,11 @@ def plan_score(
     rewards: Sequence[str] | None = None,
     retry_failed: bool = False,
     snapshot: int | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """What `score_stage` would do, for --dry-run."""
+    """What `score_stage` would do, for --dry-run. Raises what it would raise first."""
     source = _open(params, split, shards)
+    _check_before(source, rewards, out)
     hashes = column_hashes(source.params, source.vae)
     records = {name: RewardRecord(name=name, hashes=hashes[name]) for name in _chosen(source.params, rewards)}
     columns = {name: record.fingerprint for name, record in records.items()}
@@ -158,29 +162,39 @@ def _open(params: Params, split: Split | None, shards: Place | str | None) -> Sc
 
 def _open_split(params: Params, model: Model, split: Split) -> ScoringSource:
     keys = frozenset(sample.key for sample in wanted_samples(params, split))
-    root = open_place(params.store.path).absolute() / fingerprint(read_recipe(params, model))
+    root = open_store(params.store.path).absolute() / fingerprint(read_recipe(params, model))
     if not is_set(root):
         raise DataError(f"{root} is not there: nothing is rolled out with these parameters; run `rats stage rollout`")
     return ScoringSource(ShardSet.open(root), params, model.folder.hash_of(DECODER), keys)
 
 
 def as_made(params: Params, recipe: Recipe) -> Params:
-    """The parameters with the recipe's size, dtype, threads and micro-batch, which change the last bits of a score.
+    """The parameters with the recipe's teacher, dtype, threads and micro-batch, which change embeddings or scores.
 
     The device is not changed, since this machine may have another one. If its kind differs, a warning is logged.
     """
     if params.compute.device.partition(":")[0] != recipe.compute.device:
         here, there = params.compute.device, recipe.compute.device
         log.warning("scoring on %s what was made on %s: the scores' last bits may be others", here, there)
-    size = {"height": recipe.height, "width": recipe.width, "frames": recipe.frames}
+    teacher = {name: getattr(recipe, name) for name in TeacherParams.model_fields if name in Recipe.model_fields}
     bits = {"threads": recipe.compute.threads, "micro_batch": recipe.compute.micro_batch}
     return params.model_copy(
         update={
             "model": params.model.model_copy(update={"dtype": recipe.dtype}),
-            "teacher": params.teacher.model_copy(update=size),
+            "teacher": params.teacher.model_copy(update=teacher),
             "compute": params.compute.model_copy(update=bits),
         }
     )
+
+
+def _check_before(source: ScoringSource, rewards: Sequence[str] | None, out: Path | None) -> list[str]:
+    """The names of the rewards to score by. Raises what would else be found after hours of scoring."""
+    chosen = _chosen(source.params, rewards)
+    if out is not None:
+        check_out(source.shards.root, out)
+    for name in chosen:
+        examine_reward(reward_params(source.params, name))
+    return chosen
 
 
 def _chosen(params: Params, rewards: Sequence[str] | None) -> list[str]:

@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from rats.pipeline.families.models import FamilyDecoder
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.places import Place
+from rats.pipeline.machine import maker, refuse_other, threads
 from rats.pipeline.protocols import Decoder, Reward
 from rats.pipeline.rewards.base import FATAL_ERRORS, call_reward
 from rats.pipeline.rewards.open import open_reward
@@ -25,6 +26,7 @@ from rats.pipeline.store.scores import reward_columns, score_rows, scores_done, 
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
 from rats.schemas.errors import ConfigError, DataError, one_line
+from rats.schemas.maker import Software
 from rats.schemas.manifest import IndexRow, ScoreRow, ShardDone
 from rats.schemas.params import Params
 from rats.stages.workers.tasks import ShardBusy, ShardTask, TaskResult, claimed
@@ -107,12 +109,13 @@ def _score_batch(reward: Reward, images_B3HW: Tensor, prompts: list[str]) -> lis
     return [SampleScore(s) if math.isfinite(s) else SampleScore(None, f"the score is not finite ({s})") for s in values]
 
 
-def score_shard(shards: ShardSet, done: ShardDone, reward: Reward, column: str, decoder: Decoder, size: int) -> None:
-    """Score a finished shard into `column`; a sample that the reward fails on is kept as a failed row."""
-    finals = [torch.from_numpy(read_sample(shards, row)["x"][-1].astype(np.float32)) for row in done.rows]
-    verdicts = score_finals(decoder, reward, finals, [row.prompt for row in done.rows], size)
-    rows = [_row(row, verdict) for row, verdict in zip(done.rows, verdicts, strict=True)]
-    write_scores(shards, column, done.shard, rows)
+def score_rows_of(
+    shards: ShardSet, rows: Sequence[IndexRow], reward: Reward, decoder: Decoder, size: int
+) -> list[ScoreRow]:
+    """Scores of the stored finals of these rows; a sample that the reward fails on is a failed row."""
+    finals = [torch.from_numpy(read_sample(shards, row)["x"][-1].astype(np.float32)) for row in rows]
+    verdicts = score_finals(decoder, reward, finals, [row.prompt for row in rows], size)
+    return [_row(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
 
 
 def _row(row: IndexRow, verdict: SampleScore) -> ScoreRow:
@@ -128,6 +131,7 @@ class Scorer:
         """Loads nothing yet. `params` are those the set was made with."""
         self.params, self.shards = params, shards
         self.model = Model.of(params)  # the worker's own: its machine may have other files
+        self.maker = maker(params)
         self._rewards: dict[str, Reward] = {}
 
     @cached_property
@@ -145,11 +149,17 @@ class Scorer:
             self._rewards[name] = reward
         return self._rewards[name]
 
+    def open_rewards(self, columns: dict[str, str]) -> None:
+        """Loads the rewards of the columns (reward name -> fingerprint) that are not loaded yet."""
+        for name, column in columns.items():
+            self.reward(name, column)
+
     def score(self, done: ShardDone, columns: dict[str, str]) -> int:
         """Score a finished shard into the columns (reward name -> fingerprint); returns how many rows."""
         for name, column in columns.items():
-            reward = self.reward(name, column)
-            score_shard(self.shards, done, reward, column, self.decoder, self.params.compute.micro_batch)
+            reward, size = self.reward(name, column), self.params.compute.micro_batch
+            rows = score_rows_of(self.shards, done.rows, reward, self.decoder, size)
+            write_scores(self.shards, column, done.shard, rows, self.maker)
         return len(columns) * len(done.rows)
 
 
@@ -166,14 +176,17 @@ class ScoreTask(ShardTask):
 
 @dataclass(frozen=True)
 class ScoreSetup:
-    """What a worker needs to load its models. It can be pickled."""
+    """What a worker needs to load its models, and the driver's software. It can be pickled."""
 
     params: Params
     root: Place
+    driver: Software
 
     def __call__(self) -> Scorer:
-        """The worker's context."""
-        return Scorer(self.params, ShardSet.open(self.root))
+        """The worker's context. Raises ConfigError if this worker's software would give other bytes."""
+        scorer = Scorer(self.params, ShardSet.open(self.root))
+        refuse_other(self.driver, scorer.maker)
+        return scorer
 
 
 def do_score(scorer: Scorer, task: ScoreTask) -> TaskResult | ShardBusy:
@@ -216,14 +229,3 @@ def forwards(network_class: type[nn.Module]) -> Iterator[Callable[[], int]]:
         yield lambda: seen
     finally:
         handle.remove()
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Sets torch's threads as in the recipe: another number sums in another order, and gives other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -16,6 +16,7 @@ import torch
 
 from rats.pipeline.families.models import FamilyDecoder, FamilyTeacher
 from rats.pipeline.files.places import Place
+from rats.pipeline.machine import refuse_other, threads
 from rats.pipeline.noise import noise
 from rats.pipeline.protocols import Conditioning, Teacher
 from rats.pipeline.solver import euler
@@ -23,9 +24,10 @@ from rats.pipeline.store.embeddings import has_embedding, read_embedding, write_
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import as_stored, write_shard
 from rats.schemas.horizons import rows_of
+from rats.schemas.maker import Software
 from rats.schemas.manifest import PlannedSample, ShardDone, ShardPlan
 from rats.schemas.params import Params
-from rats.stages.rollout.scorer import Scorer, batches, missing_columns, threads
+from rats.stages.rollout.scorer import Scorer, batches, missing_columns
 from rats.stages.workers.tasks import ShardBusy, ShardTask, TaskResult, claimed
 
 
@@ -39,14 +41,17 @@ class RolloutTask(ShardTask):
 
 @dataclass(frozen=True)
 class RolloutSetup:
-    """What a worker needs to load its models. It can be pickled."""
+    """What a worker needs to load its models, and the driver's software. It can be pickled."""
 
     params: Params
     root: Place
+    driver: Software
 
     def __call__(self) -> RolloutModels:
-        """The worker's models. Each is loaded by the first task that needs it."""
-        return RolloutModels(self.params, ShardSet.open(self.root))
+        """The worker's models. Raises ConfigError if this worker's software would give other bytes."""
+        models = RolloutModels(self.params, ShardSet.open(self.root))
+        refuse_other(self.driver, models.maker)
+        return models
 
 
 class RolloutModels(Scorer):
@@ -82,8 +87,11 @@ def do_task(context: RolloutModels, task: RolloutTask) -> TaskResult | ShardBusy
     with claimed(context.shards, task.shard, task.wait) as mine, threads(context.params.compute.threads):
         if not mine:
             return ShardBusy(task.shard)
+        done = context.shards.done(task.shard)
+        if done is None:
+            context.open_rewards(task.columns)  # one that does not load is found before the teacher runs
         encode_prompts(context, task.plan)
-        done = context.shards.done(task.shard) or roll_shard(context.teacher, context.shards, task.plan)
+        done = done or _made(context, task.plan)
         scored = context.score(done, missing_columns(context.shards, done, task.columns))
     return TaskResult(len(done.rows), context.teacher_forwards - before, scored)
 
@@ -97,9 +105,10 @@ def encode_prompts(context: RolloutModels, plan: ShardPlan) -> None:
             write_embedding(context.shards, prompt_id, {name: value[0] for name, value in embedding.items()})
 
 
-def roll_shard(teacher: Teacher, shards: ShardSet, plan: ShardPlan) -> ShardDone:
-    """Sample and write one shard. Its bytes depend on the recipe and the samples' identities alone."""
-    return write_shard(shards, plan, _samples(teacher, shards, plan.samples))
+def _made(context: RolloutModels, plan: ShardPlan) -> ShardDone:
+    """Samples and writes one shard. Its tar's bytes depend on the recipe and the samples' identities alone."""
+    samples = _samples(context.teacher, context.shards, plan.samples)
+    return write_shard(context.shards, plan, samples, context.maker)
 
 
 def _samples(

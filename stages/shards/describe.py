@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from rats.pipeline.files.places import Place
-from rats.pipeline.store.scores import reward_columns, score_rows, scores_done
+from rats.pipeline.store.scores import finished_scores, reward_columns, score_rows, scores_done
 from rats.pipeline.store.shard_set import ShardSet
 from rats.schemas.errors import ConfigError
+from rats.schemas.maker import Maker
 from rats.schemas.manifest import IndexRow, ScoreRow, Snapshot
 from rats.schemas.plugins import FAMILIES, load_plugin
 from rats.schemas.recipe import Recipe
@@ -44,7 +45,22 @@ def describe(folder: Place) -> dict[str, Any]:
         "seed": recipe.seed,
         "rewards": [f"{record.name} {column[:12]}" for column, record in reward_columns(shards).items()],
         "weights": [f"{name} {digest[:12]}" for name, digest in sorted(recipe.weights.items())],
+        "compute": _compute(recipe),
+        "made_by": makers(shards),
     }
+
+
+def makers(shards: ShardSet) -> list[str]:
+    """A line for every maker of finished shards and of their scores: how many of both, and what it is."""
+    made = Counter(_text(part.maker) for part in shards.finished())
+    scored = Counter(_text(part.maker) for part in finished_scores(shards))
+    return [
+        f"{counted(made[text], 'shard')}, {counted(scored[text], 'table')} of scores: {text}" for text in made | scored
+    ]
+
+
+def _text(maker: Maker | None) -> str:
+    return maker.text if maker else "not recorded, by an older rats"
 
 
 def _row(shards: ShardSet) -> dict[str, Any]:
@@ -61,7 +77,7 @@ def _row(shards: ShardSet) -> dict[str, Any]:
 def recipe_rows(recipe: Recipe, teacher: str | None) -> list[tuple[str, str]]:
     """Rows on how the samples were made. `teacher` is the teacher's name, if known; no recipe holds it."""
     steps = len(recipe.sigmas) - 1
-    compute, frames = recipe.compute, f", {recipe.frames} frames" if recipe.frames > 1 else ""
+    frames = f", {recipe.frames} frames" if recipe.frames > 1 else ""
     return [
         *([("teacher", teacher)] if teacher else []),
         ("family", recipe.family),
@@ -72,10 +88,15 @@ def recipe_rows(recipe: Recipe, teacher: str | None) -> list[tuple[str, str]]:
         ("text tokens", f"at most {recipe.max_sequence_length}"),
         ("numbers", f"{recipe.dtype} computed, {recipe.latent_dtype} stored"),
         ("seed", str(recipe.seed)),
-        ("device", f"{compute.device}, {counted(compute.threads, 'thread')}, micro-batch {compute.micro_batch}"),
+        ("device", _compute(recipe)),
         *((f"weights: {name}", digest) for name, digest in sorted(recipe.weights.items())),
         ("scheduler", recipe.scheduler),
     ]
+
+
+def _compute(recipe: Recipe) -> str:
+    compute = recipe.compute
+    return f"{compute.device}, {counted(compute.threads, 'thread')}, micro-batch {compute.micro_batch}"
 
 
 def _guidance(recipe: Recipe) -> str:

@@ -16,6 +16,7 @@ from rats.pipeline.families.models import FamilyDecoder
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write
 from rats.pipeline.files.places import Place
+from rats.pipeline.machine import threads
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
 from rats.schemas.errors import ConfigError
@@ -62,7 +63,8 @@ def preview(folder: Place, out: Path, params: Params, count: int, seed: int) -> 
     columns = read_columns(shards, rows)
     decoder = _open(params, shards, rows[0])
     frames = decoder.settings.seen_frames
-    gallery = _gallery(decoder, shards, chosen, columns)
+    with threads(params.compute.threads):
+        gallery = _gallery(decoder, shards, chosen, columns)
     where = f"{noises(rows)} a prompt, {shards.recipe.width} x {shards.recipe.height} px"
     where += f", {frames} of {shards.recipe.frames} frames shown" if frames > 1 else ""
     context = {

@@ -126,6 +126,8 @@ def _take_shard(source: ShardSet, shards: ShardSet, part: ShardDone, name: str) 
         bytes=part.bytes,
         blake3=part.blake3,
         rows=tuple(row.model_copy(update={"shard": name}) for row in part.rows),
+        fingerprint=shards.fingerprint,
+        maker=part.maker,
     )
     with shards.claim(name) as mine:
         if not mine:

@@ -89,13 +89,13 @@ def _part(shards: ShardSet, shard: str, digest: str) -> ShardDone:
     if len({row.key for row in done.rows}) != len(done.rows):
         raise DataError(f"{path} holds a sample twice")
     for row in done.rows:
-        _check_sample(shards, row)
+        check_sample(shards, row)
     with path.open_plain() as file:
         _check_members(file, path, done, list(shards.recipe.horizons))
     return done
 
 
-def _check_sample(shards: ShardSet, row: IndexRow) -> None:
+def check_sample(shards: ShardSet, row: IndexRow) -> None:
     """Checks that its key is that of prompt and noise index, that it is finite, and that it starts from its noise."""
     if row.prompt_id != prompt_id(row.prompt) or row.key != sample_key(row.prompt_id, row.noise_index):
         raise DataError(f"{row.shard}: sample {row.key} is not named after its prompt {row.prompt!r}")

@@ -19,7 +19,7 @@ from torch import Tensor
 from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_folder, atomic_write, link_or_copy, remove
-from rats.pipeline.files.places import open_place
+from rats.pipeline.files.places import open_store
 from rats.pipeline.protocols import Reward
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.weights.loading import save_component
@@ -157,7 +157,7 @@ class Generations:
         """The generation's shards. Several ranks share the work, each on its own device."""
         params = self.params_at(step)
         model = Model.of(params)
-        store = open_place(params.store.path)
+        store = open_store(params.store.path)
         if self.ranks.is_main:
             self._link_embeddings(ShardSet.open_or_create(store, read_recipe(params, model)))
         self.ranks.wait()

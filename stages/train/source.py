@@ -24,7 +24,7 @@ from rats.schemas.recipe import DECODER
 from rats.schemas.train_params import TrainParams
 from rats.stages.rollout.columns import ColumnAddress, check_recipe, find_column
 from rats.trainer.checkpoint import RunIdentity
-from rats.trainer.gate import WeightedReward, score_std, weighted_sum
+from rats.trainer.gate import OF_TAU, WeightedReward, score_std, spread, weighted_sum
 from rats.trainer.objective import Settings
 
 Scores = dict[str, tuple[float, ...]]
@@ -97,16 +97,20 @@ def read_settings(chosen: TrainParams, source: Source) -> Settings:
 
     With `gate.tau: gap` tau is NaN until it is measured on the untrained student, or taken from a checkpoint.
     """
-    parts = reward_parts(chosen, source.scores)
-    tau = chosen.gate.tau
-    if tau == "gap":
+    parts, tau = reward_parts(chosen, source.scores), chosen.gate.tau
+    if tau == "gap" and chosen.gate.form in OF_TAU:
         tau = math.nan
-    elif tau is None and chosen.gate.each and len(parts) > 1:
-        tau = 1.0  # each reward is in units of its spread already
-    elif tau is None:
-        scores_RB = torch.tensor(list(source.scores.values()), dtype=torch.float64).reshape(-1, len(parts)).T
-        tau = score_std(weighted_sum(scores_RB, parts).tolist())
+    elif tau is None or tau == "gap":
+        tau = _default_tau(chosen, source.scores, parts)
     return Settings(chosen, source.shards.recipe.horizons, tau, gate_value(chosen), parts)
+
+
+def _default_tau(chosen: TrainParams, scores: Scores, parts: tuple[WeightedReward, ...]) -> float:
+    if chosen.gate.each and len(parts) > 1:
+        return 1.0  # each reward is in units of its spread already
+    scores_RB = torch.tensor(list(scores.values()), dtype=torch.float64).reshape(-1, len(parts)).T
+    # a gate without tau needs none, whatever the scores are
+    return (score_std if chosen.gate.form in OF_TAU else spread)(weighted_sum(scores_RB, parts).tolist())
 
 
 def reward_parts(chosen: TrainParams, scores: Scores) -> tuple[WeightedReward, ...]:
@@ -115,8 +119,10 @@ def reward_parts(chosen: TrainParams, scores: Scores) -> tuple[WeightedReward, .
     if len(weights) == 1:
         return (WeightedReward(next(iter(weights))),)
     columns = zip(*scores.values(), strict=True)
+    way_out = "leave that reward out of train.reward"
     return tuple(
-        WeightedReward(n, w, score_std(column)) for (n, w), column in zip(weights.items(), columns, strict=True)
+        WeightedReward(name, weight, score_std(column, f"the teacher's {name}", way_out))
+        for (name, weight), column in zip(weights.items(), columns, strict=True)
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
@@ -22,14 +23,14 @@ from rats.pipeline.families.models import FamilyStudent
 from rats.pipeline.families.open import Model
 from rats.pipeline.files.atomic import atomic_write, remove
 from rats.pipeline.files.places import Place
+from rats.pipeline.machine import on_its_threads
 from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.open import open_reward
 from rats.pipeline.weights.hashes import hash_path
-from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params, with_variant
 from rats.schemas.reports import TrainReport
 from rats.schemas.run import RunRecord, SettingChange
-from rats.schemas.train_params import TrainParams
+from rats.schemas.train_params import TrainParams, check_dtype
 from rats.stages.progress import Advance, progress
 from rats.stages.rollout.columns import reward_params
 from rats.stages.train.callbacks import check_callbacks, training_callbacks
@@ -56,6 +57,7 @@ from rats.trainer.saving import SavedAs, save_student
 log = logging.getLogger(__name__)
 
 
+@on_its_threads
 def train_stage(
     params: Params, variant: str, shards: Place, out: Path, resume: str | None = None, force: bool = False
 ) -> TrainReport:
@@ -146,8 +148,7 @@ def _make_room(out: Path, saved: SavedCheckpoint | None, checkpoints: Checkpoint
 
 def autocast_dtype(params: Params, chosen: TrainParams) -> torch.dtype | None:
     """The dtype in which the network is evaluated, if not in float32. Trained weights are always float32."""
-    if params.model.dtype == "float16":
-        raise ConfigError("model.dtype is float16, in which gradients underflow: train with bfloat16 or float32")
+    check_dtype(params.model.dtype)
     half = params.model.dtype == "bfloat16" or chosen.mixed_precision == "bf16"
     return torch.bfloat16 if half else None
 
@@ -216,7 +217,7 @@ def _stream(source: Source, chosen: TrainParams, ranks: Ranks, position: int) ->
 def _with_tau(objective: Objective, source: Source, run: Run) -> Objective:
     """For `gate.tau: gap`, measures tau on the untrained student. A resumed run keeps the measured value."""
     settings, tau = objective.settings, run.state.tau
-    if settings.train.gate.tau != "gap":
+    if not math.isnan(settings.tau):
         return objective
     if tau is None:
         with closing(_stream(source, settings.train, run.ranks, 0)) as stream:

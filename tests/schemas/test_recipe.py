@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from rats.schemas.canonical import canonical_json
 from rats.schemas.manifest import IndexRow, snapshot_hash
 from rats.schemas.params import Params
-from rats.schemas.recipe import IN_RECIPE, NOT_IN_RECIPE, Recipe, fingerprint
+from rats.schemas.recipe import IN_RECIPE, NEUTRAL, NOT_IN_RECIPE, Recipe, fingerprint
 from tests.support.shards import params, recipe_of
 
 
@@ -53,6 +53,8 @@ def other(value: Any) -> Any:
 
 
 FIELDS = sorted(leaves(Params))
+GUIDED = {"true_cfg_scale": 2.5}
+"""With it every setting of the teacher has an effect."""
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -62,9 +64,21 @@ def test_every_field_is_on_exactly_one_list(field: str) -> None:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_flipped_field_moves_the_address_exactly_when_it_is_in_the_recipe(field: str) -> None:
-    before, after = params(), flipped(params(), field)
+    before, after = params(**GUIDED), flipped(params(**GUIDED), field)
     assert before != after
     assert (fingerprint(recipe_of(before)) != fingerprint(recipe_of(after))) == listed(field, IN_RECIPE)
+
+
+@pytest.mark.parametrize("field", sorted(NEUTRAL))
+def test_a_setting_without_effect_leaves_the_address_where_its_default_puts_it(field: str) -> None:
+    before, after = params(**GUIDED), flipped(params(**GUIDED), f"teacher.{field}")
+    assert fingerprint(recipe_of(after).effective([field])) == fingerprint(recipe_of(before))
+
+
+def test_a_negative_prompt_needs_guidance() -> None:
+    prompt = {"negative_prompt": "a house at night"}
+    assert fingerprint(recipe_of(params(**prompt))) == fingerprint(recipe_of(params()))
+    assert recipe_of(params(**prompt, **GUIDED)).negative_prompt == "a house at night"
 
 
 @pytest.mark.parametrize("name", [*IN_RECIPE, *NOT_IN_RECIPE])

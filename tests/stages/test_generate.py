@@ -12,6 +12,7 @@ from PIL import Image
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params, TeacherParams
 from rats.stages.generate import enlargement, generate
+from tests.support import tiny
 from tests.support.project import settings
 
 
@@ -28,6 +29,12 @@ def test_batches_are_drawn_from_the_noise_of_one_call(models: Path, tmp_path: Pa
     # a batch's size moves last bits of what a network computes, never its noise
     assert np.abs(drawn[2] - drawn[7]).max() <= 1
     assert len({picture.tobytes() for picture in drawn[2]}) == 5
+
+
+def test_pictures_are_drawn_with_compute_threads_whatever_this_process_had(models: Path, tmp_path: Path) -> None:
+    with tiny.threads_seen(given=5) as seen:
+        generate(params(models, tmp_path), "a red fox", 2, None, seed=5, out=tmp_path / "a.png")
+    assert seen == {1}
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "a cut encoder": ("flux", cut_off(f"text_encoder_2/{TEXT_WEIGHTS}"), f"text_encoder_2/{TEXT_WEIGHTS} does not"),
     "an error page for weights": ("flux", content(f"vae/{WEIGHTS}", b"<html>404</html>"), f"vae/{WEIGHTS} does not"),
     "another part's weights": ("flux", moved(f"vae/{WEIGHTS}", f"transformer/{WEIGHTS}"), "transformer"),
-    "a damaged pickle": ("flux", pickled, "no weights|text_encoder does not load as CLIPTextModel"),
+    "a damaged pickle": ("flux", pickled, "no weights|pytorch_model.bin does not load as CLIPTextModel"),
     "no weights": ("flux", remove(f"vae/{WEIGHTS}"), "no weights|vae does not load"),
     "NF4": ("flux", fields("transformer/config.json", quantization_config=BNB), "quantized weights .'bitsandbytes'"),
     # configurations
@@ -150,8 +150,8 @@ BROKEN: dict[str, tuple[str, Break, str]] = {
     "another sampler": ("flux", fields("scheduler/scheduler_config.json", _class_name="DDIM"), "scheduler is DDIM"),
     "a scheduler without shift": ("flux", fields("scheduler/scheduler_config.json", shift=remove), "lacks shift"),
     "words for a shift": ("flux", fields("scheduler/scheduler_config.json", shift="three"), "scheduler"),
-    "equal lengths of a shift": ("flux", fields("scheduler/scheduler_config.json", **DYNAMIC), "scheduler"),
-    "another pipeline": ("flux", fields("model_index.json", _class_name="ZImagePipeline"), "is a 'ZImagePipeline'"),
+    "equal lengths of a shift": ("flux", fields("scheduler/scheduler_config.json", **DYNAMIC), "are both 256, between"),
+    "another pipeline": ("flux", fields("model_index.json", _class_name="ZImagePipeline"), "draws as a ZImagePipeline"),
     "an index of nothing": ("flux", fields("model_index.json", _class_name=remove), "names no pipeline"),
     "an index cut off": ("flux", cut_off("model_index.json"), "model_index.json is not readable as JSON"),
 }

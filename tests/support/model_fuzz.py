@@ -48,7 +48,7 @@ def opened(family: str, folder: Path) -> Model:
 def drawn(family: str, folder: Path) -> str:
     """Hash of what a rollout stores of one prompt: its embeddings and the states of three guided steps."""
     model = opened(family, folder)
-    model.folder.hashes(), model.folder.scheduler_hash(), model.outline.grids()
+    model.hashes(), model.folder.scheduler_hash(), model.outline.grids()
     teacher = model.open_teacher()
     conditioning = teacher.encode([PROMPT])
     noise = torch.randn(1, *teacher.latent_shape(), generator=torch.Generator().manual_seed(5))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import (
     BlipTextConfig,
     BlipTextModel,
@@ -25,6 +28,26 @@ from transformers import (
 
 from mini.formats import image_reward_state, open_clip_state
 from mini.tokenizers import bert_tokenizer, clip_tokenizer, t5_tokenizer
+
+
+@contextmanager
+def threads_seen(given: int) -> Iterator[set[int]]:
+    """Numbers of torch's threads at all evaluations of a FLUX, in a process that has `given` ones before and after."""
+    seen, before = set(), torch.get_num_threads()
+
+    def look(module: nn.Module, args: object) -> None:
+        if isinstance(module, FluxTransformer2DModel) and not module.proj_out.weight.is_meta:
+            seen.add(torch.get_num_threads())
+
+    hook = register_module_forward_pre_hook(look)
+    torch.set_num_threads(given)
+    try:
+        yield seen
+        assert torch.get_num_threads() == given
+    finally:
+        torch.set_num_threads(before)
+        hook.remove()
+
 
 PROMPTS = ("a red fox", "a green frog", "a blue whale", "two red apples", "a house at night", "a yellow star")
 SIZE = 16

@@ -6,11 +6,12 @@ import json
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -117,14 +118,20 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(shards: ShardSet) -> Non
         opened(shards, world=5)
 
 
-def test_a_place_among_a_million_samples_is_found_in_fifty_milliseconds() -> None:
-    seconds = []
+def test_a_place_among_a_million_samples_is_found_in_the_time_of_a_few_shuffles() -> None:
+    """Of numpy's own, in the processor's own time, since machines differ: three where this was written."""
+    found = min(seconds(lambda epoch: row_at(0, 1_000_000, 1_000_000 * epoch + 777)) for _ in range(3))
+    shuffled = min(seconds(lambda epoch: np.random.default_rng(epoch).permutation(1_000_000)) for _ in range(3))
+    assert found <= 10 * shuffled
+
+
+def seconds(work: Callable[[int], object]) -> float:
+    """Of five epochs, none of which is cached."""
+    order._permutation.cache_clear()
+    start = time.process_time()
     for epoch in range(5):
-        order._permutation.cache_clear()
-        start = time.process_time()  # the processor's own time: other tests may run beside this one
-        row_at(0, 1_000_000, 1_000_000 * epoch + 777)
-        seconds.append(time.process_time() - start)
-    assert min(seconds) <= 0.05
+        work(epoch)
+    return time.process_time() - start
 
 
 @pytest.mark.parametrize("workers", [0, 2])

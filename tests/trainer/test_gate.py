@@ -90,6 +90,11 @@ def test_scores_without_a_spread_give_no_tau(scores):
         score_std(scores)
 
 
+def test_whose_scores_have_no_spread_is_said_with_a_way_out_that_helps():
+    with pytest.raises(DataError, match=r"the teacher's hps 2 scores have no usable spread \(0.0\): leave it out"):
+        score_std([0.3, 0.3], "the teacher's hps", "leave it out")
+
+
 PARTS = (WeightedReward("hpsv2", 2.0, 0.02), WeightedReward("pickscore", 1.0, 1.5))
 
 

@@ -89,6 +89,22 @@ def test_a_reward_that_fails_too_often_ends_the_run_with_65_and_a_way_out(tmp_pa
     assert error.value.exit_code == 65 and len(rows(tmp_path)) == 10
 
 
+class Diverged(ToyStudent):
+    """A network whose velocity is not finite for one sample of a batch."""
+
+    def velocity(self, x_BTC, sigma, conditioning):
+        v_BTC = super().velocity(x_BTC, sigma, conditioning)
+        return torch.cat([v_BTC[:2], v_BTC[2:3] * torch.nan, v_BTC[3:]])
+
+
+def test_a_student_that_has_diverged_is_told_before_a_reward_is_asked(tmp_path):
+    reward = ToyReward()
+    given = objective(settings(), Diverged(), reward)
+    with pytest.raises(DataError, match="step 0: the student's final latent is not finite for key-0002; no weight"):
+        train_on(given, run_of(given, tmp_path))
+    assert reward.seen == []
+
+
 class SmallMemory(ToyStudent):
     """A network that runs out of memory above so many samples, as CUDA does."""
 

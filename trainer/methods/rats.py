@@ -21,7 +21,7 @@ from rats.trainer.black_box import with_estimated_gradient
 from rats.trainer.data import Batch
 from rats.trainer.gate import WeightedReward, gate_all, score_std, weighted_sum
 from rats.trainer.losses import compared, reward_loss, shape_loss
-from rats.trainer.objective import Losses, Moment, Objective, Settings
+from rats.trainer.objective import Losses, Moment, Objective, Settings, check_latents
 from rats.trainer.randomness import generator
 from rats.trainer.sampling import Trajectory, rounded_as_stored
 from rats.trainer.scoring import Scored, score
@@ -58,6 +58,7 @@ class RewardScores:
 def _reward_scores(objective: Objective, batch: Batch, trajectory: Trajectory, moment: Moment) -> list[RewardScores]:
     """Scores by every reward. With augmentation, a reward with gradient scores twice."""
     train, final_BTC = objective.settings.train, rounded_as_stored(trajectory.final)
+    check_latents(final_BTC, batch, moment.step)
     climbs = train.reward_weight > 0
     has_gradient = [climbs and is_differentiable(reward) for reward in objective.rewards]
     with torch.set_grad_enabled(any(has_gradient)):
@@ -141,4 +142,4 @@ def gap_spread(objective: Objective, batch: Batch) -> float:
         r_student_B = weighted_sum(torch.stack([one.scores_B for one in scored]), parts)
         gaps.append((weighted_sum(batch.r_teacher_RB, parts) - r_student_B)[good_B])
     found = objective.ranks.gather_objects(torch.cat(gaps).tolist())
-    return score_std([gap for of_rank in found for gap in of_rank])
+    return score_std([gap for of_rank in found for gap in of_rank], "teacher's minus student's", "set train.gate.tau")

@@ -26,6 +26,7 @@ from typing import Any
 from rats.pipeline.files.atomic import file_lock, remove, storage_errors, sync
 from rats.pipeline.files.leftovers import is_dead, temporary_name
 from rats.pipeline.files.places import open_place
+from rats.pipeline.project import worktrees
 from rats.pipeline.store import layout
 from rats.pipeline.store.shard_set import ShardSet, is_set
 from rats.schemas.errors import CannotCreateError, ConfigError, RetryLaterError
@@ -55,7 +56,7 @@ def collect(store: str, roots: Sequence[Path], delete: bool = False, older_than:
 
     Args:
         store: A local store (the folder of sets, not a set).
-        roots: Folders below which experiments lie.
+        roots: Folders below which experiments lie, besides all worktrees of the repository that the store is in.
         delete: Whether to delete. Without it nothing is changed.
         older_than: In hours. Whatever is younger is kept.
 
@@ -111,7 +112,8 @@ def _reached(folder: Path, roots: Sequence[Path], sets: dict[str, Contents]) -> 
     recipes = {name: contents.recipe for name, contents in sets.items() if contents.recipe}
     snapshots = {name: {snapshot.hash for snapshot in sets[name].snapshots.values()} for name in recipes}
     columns = {column for name in recipes for column in sets[name].columns}
-    found = search(roots, folder, {*sets, *columns, *(word for words in snapshots.values() for word in words)})
+    everywhere = [*roots, *worktrees(folder)]
+    found = search(everywhere, folder, {*sets, *columns, *(word for words in snapshots.values() for word in words)})
     return found, retained(found, recipes, snapshots)
 
 

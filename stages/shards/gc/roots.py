@@ -23,7 +23,7 @@ from rats.pipeline.weights.hashes import NETWORK
 from rats.schemas.canonical import sha256
 from rats.schemas.errors import ConfigError, RatsError, StorageError
 from rats.schemas.params import Params, Prompts, PromptSource, load_params
-from rats.schemas.recipe import Recipe, fingerprint, make_recipe
+from rats.schemas.recipe import NEUTRAL, Recipe, fingerprint, make_recipe
 from rats.schemas.yaml_values import parse
 from rats.stages.rollout.rollout import read_recipe
 
@@ -167,7 +167,9 @@ def _anchored(params: Params, path: Path, root: Path) -> Params:
             return None
         return next((str(folder / name) for folder in folders if (folder / name).exists()), name)
 
+    loras = tuple(lora.model_copy(update={"path": found(lora.path)}) for lora in params.model.loras)
     model = params.model.model_copy(update={name: found(getattr(params.model, name)) for name in ("path", NETWORK)})
+    model = model.model_copy(update={"loras": loras})
     prompts = params.prompts.model_copy(update={name: _moved(source, found) for name, source in params.prompts})
     return params.model_copy(update={"model": model, "prompts": prompts})
 
@@ -179,8 +181,9 @@ def _moved(source: Prompts | None, found: Callable[[str | None], str | None]) ->
 def could_make(params: Params, recipe: Recipe) -> bool:
     """Whether both agree in everything that is known without the model: all but weights and sigmas."""
     unknown = (recipe.weights, recipe.scheduler, recipe.sigmas, recipe.horizons, recipe.latent_shape)
-    known = make_recipe(params, *unknown)
-    return known == recipe and len(recipe.sigmas) == params.teacher.steps + 1
+    perhaps_ignored = NEUTRAL.keys() - {"negative_prompt"}  # whether a model reads these is unknown too
+    known = make_recipe(params, *unknown, ignored=perhaps_ignored)
+    return known == recipe.effective(perhaps_ignored) and len(recipe.sigmas) == params.teacher.steps + 1
 
 
 def retained(

@@ -84,8 +84,7 @@ def _open_validator(
     rewards: Mapping[str, Reward],
     roles: Roles,
 ) -> Validator:
-    count = chosen.guard.prompts
-    validation = open_validation_set(params, model, count, student.latent_shape(), out, again)
+    validation = open_validation_set(params, model, chosen.guard, student.latent_shape(), out, again)
     size = params.compute.micro_batch
     if chosen.guard.every is None:
         return Validator(student, validation, {}, None, None, size)

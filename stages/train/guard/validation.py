@@ -25,6 +25,7 @@ from rats.pipeline.protocols import Conditioning
 from rats.pipeline.store.shards import as_stored
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params
+from rats.schemas.train_params import GuardParams
 from rats.stages.measure.pictures import choose
 from rats.trainer.data import Batch, Sample, collate
 
@@ -68,25 +69,25 @@ class ValidationSet:
 
 
 def open_validation_set(
-    params: Params, model: Model, count: int, shape: tuple[int, ...], folder: Path, again: bool
+    params: Params, model: Model, guard: GuardParams, shape: tuple[int, ...], folder: Path, again: bool
 ) -> ValidationSet:
-    """`count` prompts of the validation split, spread over its concepts, drawn by lot (`evaluate.seed`).
+    """`guard.prompts` prompts of the validation split, spread over its concepts, drawn by lot (`evaluate.seed`).
 
     The noise is the one that a store would hold for them (rounded, index 0). If `again`, for a resumed run, the
     embeddings are read from `folder`. Otherwise the text encoders are loaded, used and freed.
 
     Raises:
-        ConfigError: there are no validation prompts, or fewer than two.
+        ConfigError: there are no validation prompts; or one for a guard, which compares.
     """
     if params.prompts.validation is None:
         raise ConfigError(
             "train.guard and train.samples_every look at validation prompts: set prompts.validation, or both to null"
         )
     prompts = read_prompts(params.prompts.validation)
-    if len(prompts) < 2:
+    if guard.every is not None and len(prompts) < 2:
         raise ConfigError(f"{params.prompts.validation} has one prompt: nothing can be told apart, add some")
     seed = params.evaluate.seed
-    chosen = choose([prompt.concept for prompt in prompts], [prompt.id for prompt in prompts], count, seed).side
+    chosen = choose([prompt.concept for prompt in prompts], [prompt.id for prompt in prompts], guard.prompts, seed).side
     prompts = [prompts[i] for i in chosen]
     starts = [as_stored(noise(params.teacher.seed, prompt.id, 0, shape)) for prompt in prompts]
     return ValidationSet(prompts, torch.stack(starts), _embeddings(model, prompts, folder / EMBEDDINGS, again))
@@ -97,7 +98,9 @@ def _embeddings(model: Model, prompts: list[Prompt], path: Path, again: bool) ->
     if again and (found := _read(path, about)):
         return found
     log.info("encoding %d validation prompts", len(prompts))
-    encoded = model.open_text().encode([prompt.text for prompt in prompts])
+    texts = [prompt.text for prompt in prompts]
+    model.lengths(texts, guided=False).tell(log)
+    encoded = model.open_text().encode(texts)
     conditioning = {name: value.detach().cpu().contiguous() for name, value in encoded.items()}
     atomic_write(path, save(conditioning, {"about": about}))
     return conditioning

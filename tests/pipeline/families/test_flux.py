@@ -158,7 +158,7 @@ def test_a_saved_student_opens_in_the_place_of_the_base_and_in_a_plain_pipeline(
     call = dict(height=tiny.SIZE, width=tiny.SIZE, num_inference_steps=3, max_sequence_length=tiny.LENGTH)
     latents = pipeline(PROMPTS, latents=start, output_type="latent", **call).images
     torch.testing.assert_close(states[-1], latents, atol=1e-4, rtol=0)
-    assert hash_path(tmp_path) != in_folder(folder).hashes()["transformer"]
+    assert hash_path(tmp_path) != hashes(folder)["transformer"]
 
 
 def test_a_half_precision_network_keeps_full_precision_states(folder: Path) -> None:
@@ -174,16 +174,20 @@ def in_folder(folder: Path) -> ModelFolder:
     return ModelFolder(ModelParams(path=str(folder)))
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    return Model(ModelParams(path=str(folder)), settings(), CPU).hashes()
+
+
 def test_every_byte_of_weights_vocabulary_and_scheduler_is_in_a_hash(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
-    before = in_folder(folder).hashes()
-    assert in_folder(copy).hashes() == before and set(before) == {
+    before = hashes(folder)
+    assert hashes(copy) == before and set(before) == {
         "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"
     }  # fmt: skip
     for name in before:
         changed = max((copy / name).iterdir(), key=lambda path: path.stat().st_size)
         changed.write_bytes(changed.read_bytes()[:-1] + b"~")
-        assert {key for key, value in in_folder(copy).hashes().items() if value != before[key]} >= {name}
+        assert {key for key, value in hashes(copy).items() if value != before[key]} >= {name}
     path = copy / "scheduler" / "scheduler_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "_diffusers_version": "9"}))
@@ -209,8 +213,8 @@ def test_a_missing_model_a_missing_part_and_a_damaged_part_are_refused_in_one_li
     shutil.rmtree(copy / "vae")
     with pytest.raises(ConfigError, match="vae"):
         Model(ModelParams(path=str(copy)), settings(), CPU).open_student()
-    with pytest.raises(ConfigError, match="'vae'"):
-        in_folder(copy).hashes()
+    with pytest.raises(ConfigError, match=r"no folder .*vae"):
+        hashes(copy)
 
 
 def test_a_resolution_that_does_not_fit_and_a_grid_that_is_no_flow_are_refused(folder: Path, tmp_path: Path) -> None:

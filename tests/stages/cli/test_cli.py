@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from rats.pipeline.prompts import read_prompts
+from rats.schemas.identity import LARGEST_SEED
 from rats.schemas.params import load_params
 from rats.stages.cli.main import app
 from rats.stages.cli.shards import shards
@@ -137,6 +139,17 @@ def test_a_wrong_argument_is_one_line_with_exit_code_2(models: Path, tmp_path: P
     assert hint in done.stderr and done.stderr.count("\n") == 1
 
 
+SEEDED = [name for name, flags in COMMANDS.items() if "seed" in flags]
+
+
+@pytest.mark.parametrize("name", SEEDED)
+@pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, 2**65])
+def test_every_command_refuses_a_seed_that_is_none(tmp_path: Path, name: str, seed: int):
+    arguments = ["a fox"] if name == "generate" else ["."] if name == "shards preview" else []
+    said = rats(tmp_path, *name.split(), *arguments, "--seed", str(seed), code=2).stderr
+    assert "Invalid value for '--seed'" in said and "Traceback" not in said
+
+
 def test_a_folder_that_is_no_shard_set_exits_65(tmp_path: Path):
     done = rats(tmp_path, "shards", "info", ".", code=65)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -192,3 +205,18 @@ def test_init_for_a_hub_model_names_no_file_that_is_not_there(tmp_path: Path):
     text = (tmp_path / "flux" / "dvc.yaml").read_text()
     assert "${model.path}" not in text and "${rewards" not in text
     assert load_params(tmp_path / "flux" / "params.yaml").model.path == "black-forest-labs/FLUX.1-dev"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_without_spinning_unless_told_and_before_torch_reads_it(given: str | None, expected: str) -> None:
+    code = "import os, sys; from rats.stages.cli.console import guarded\n"
+    code += "guarded(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules))"
+    child = {name: value for name, value in environment().items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=child | ({"OMP_WAIT_POLICY": given} if given else {}),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [expected, "False"]

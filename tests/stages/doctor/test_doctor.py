@@ -68,7 +68,8 @@ def test_a_project_is_well_when_all_that_it_needs_is_there(models: Path, tmp_pat
 @pytest.mark.parametrize(
     ("change", "check", "hint"),
     [
-        ({"compute": {"device": "cuda"}}, "compute.device", "CUDA"),
+        ({"compute": {"device": "hip"}}, "compute.device", "compute.device is 'hip'"),
+        ({"compute": {"device": "gpu"}}, "compute.device", "compute.device is 'gpu'"),
         ({"model": {"path": "org/model"}}, "model", "hf download org/model"),
         ({"rewards": [{"name": "hpsv2", "adapter": "hpsv2", "path": "org/reward"}]}, "reward hpsv2", "hf download"),
         ({"store": {"path": "gs://bucket/store"}}, "extra gcs", "pip install 'rats[gcs]'"),
@@ -96,6 +97,15 @@ def test_a_fault_in_somebody_elses_family_is_a_row_and_no_traceback(
     (row,) = (row for row in rows if row["check"] == "model")
     assert not row["ok"] and "KeyError: 'nothing'" in row["found"]
     assert "does not load as" in row["found"] or f"({__file__}, line " in row["found"]
+
+
+@pytest.mark.parametrize("device", ["hip", "mps:9", "gpu", ""])
+def test_the_doctor_and_the_stages_refuse_a_device_in_the_same_words(models: Path, tmp_path: Path, device: str):
+    folder = project(models, tmp_path, compute={"device": device})
+    said = findings(folder, code=2)["compute.device"]["found"]
+    assert said.startswith(f"compute.device is {device!r}, on which torch computes nothing here (")
+    for stage in (["rollout"], ["train", "--shards", "."]):
+        assert rats(folder, "stage", *stage, code=2).stderr.splitlines()[-1] == f"error: {said}"
 
 
 def test_a_model_with_a_part_away_is_no_model(models: Path, tmp_path: Path):

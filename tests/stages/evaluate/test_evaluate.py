@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,11 @@ from rats.pipeline.store.scores import read_scores, reward_column
 from rats.pipeline.store.shard_set import ShardSet
 from rats.pipeline.store.shards import read_sample
 from rats.pipeline.weights.hashes import hash_path
-from rats.schemas.errors import ConfigError, DataError
+from rats.schemas.errors import ConfigError, DataError, RatsError
 from rats.schemas.params import Params
 from rats.schemas.reports import Cell, EvaluateReport, LengthsReport
+from rats.stages.evaluate import evaluate as evaluate_module
+from rats.stages.evaluate.before import plan_evaluate
 from rats.stages.evaluate.evaluate import evaluate_stage
 from rats.stages.evaluate.lengths import chosen_length, lengths_stage
 from rats.stages.evaluate.systems import open_samples, systems
@@ -95,7 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def counted_evaluation(folder: Path) -> dict[str, int]:
-    """Evaluates under a forward hook: batches that a reward scored, and evaluations of a transformer."""
+    """Evaluates under a forward hook: batches that a reward scored, evaluations of a transformer, its threads."""
     counts = {"scored": 0, "drawn": 0}
 
     def hook(module: torch.nn.Module, args: tuple) -> None:
@@ -105,9 +108,11 @@ def counted_evaluation(folder: Path) -> dict[str, int]:
     record = folder / "reports/evaluate.json", "rats stage evaluate --mine"
     handle = register_module_forward_pre_hook(hook)
     try:
-        evaluate_stage(settings(folder), folder / "shards", folder / "runs", *record)
+        with tiny.threads_seen(given=5) as seen:
+            evaluate_stage(settings(folder), folder / "shards", folder / "runs", *record)
     finally:
         handle.remove()
+    (counts["threads"],) = seen
     return counts
 
 
@@ -164,6 +169,7 @@ def test_no_teacher_sample_is_drawn_or_scored_again(world: Path):
     assert json.loads((world / "counts.json").read_text()) == {
         "drawn": batches * evaluations,
         "scored": batches * (len(SYSTEMS) - 1) * 2,
+        "threads": 1,
     }
 
 
@@ -302,7 +308,7 @@ def test_a_student_that_draws_nan_is_named(world: Path, tmp_path: Path):
         network.proj_out.bias.fill_(float("nan"))
     shutil.rmtree(folder / "runs/rats")
     write_student(folder, network)
-    with pytest.raises(DataError, match="hpsv2 gives nan to sample .* of rats-2: look at"):
+    with pytest.raises(DataError, match="rats-2: 6 of 6 final latents are not finite"):
         evaluate(folder, evaluate={"judges": []})
 
 
@@ -409,3 +415,55 @@ def test_generate_refuses_what_it_cannot_draw(world: Path, tmp_path: Path, promp
     with pytest.raises(ConfigError, match=words):
         generate(settings(world), prompt, 3, world / run, 0, tmp_path / out)
     assert not (tmp_path / out).exists()
+
+
+def blocked(folder: Path) -> None:
+    (folder / "new").write_text("no folder")
+
+
+def one_concept(folder: Path) -> None:
+    text = (folder / "test.csv").read_text()
+    for concept in CONCEPTS:
+        text = text.replace(f",{concept},", ",thing,")
+    (folder / "test.csv").write_text(text)
+
+
+def no_real_pictures(folder: Path) -> None:
+    (folder / "efficientnet-lite0.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("breaks", "said"),
+    [
+        (blocked, "cannot create"),
+        (one_concept, "is about 'thing' alone"),
+        (no_real_pictures, r"efficientnet-lite0\.safetensors"),
+    ],
+)
+def test_what_would_stop_it_at_its_end_stops_it_before_a_network_is_loaded(
+    breaks: Callable[[Path], None], said: str, world: Path, tmp_path: Path
+):
+    folder = copy(world, tmp_path)
+    breaks(folder)
+    where = folder / "shards", folder / "runs", folder / "new/evaluate.json"
+    with pytest.raises(RatsError, match=said):
+        plan_evaluate(settings(folder), *where)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RatsError, match=said):
+        patch.delattr(evaluate_module, "open_evaluator")
+        evaluate_stage(settings(folder), *where)
+
+
+def test_a_dry_run_says_what_is_compared_and_writes_nothing(world: Path):
+    plan = plan_evaluate(settings(world), world / "shards", world / "runs", world / "elsewhere/evaluate.json")
+    assert (plan["split"], plan["samples"], plan["concepts"]) == ("test", 12, 6)
+    assert plan["students"] == {"rats": str(world / "runs/rats/student")}
+    assert not (world / "elsewhere").exists()
+
+
+def test_prompts_that_the_student_was_trained_on_are_named(
+    world: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    folder = copy(world, tmp_path)
+    (folder / "train.txt").write_text("something else\n" + "\n".join(tiny.PROMPTS[:2]))
+    plan_evaluate(settings(folder), folder / "shards", folder / "runs", folder / "new/evaluate.json")
+    assert "2 of 6 prompts of prompts.test are in prompts.train too" in caplog.text

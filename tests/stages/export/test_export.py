@@ -68,7 +68,8 @@ def test_what_is_exported_names_no_path_of_this_machine(home: Path, exported: Pa
 
 
 def test_the_commands_draw_and_measure_with_adapters(home: Path, tmp_path: Path) -> None:
-    rats(home, "generate", PROMPT, "--run", "runs/lora", "--nfe", "3", "--seed", "4", "--out", str(tmp_path / "a.png"))
+    how = ("--run", "runs/lora", "--nfe", "3", "--seed", "4", "--no-enlarge")
+    rats(home, "generate", PROMPT, *how, "--out", str(tmp_path / "a.png"))
     picture = np.asarray(Image.open(tmp_path / "a.png"))
     assert np.array_equal(picture, (ours(home, "lora") * 255).round().astype("uint8"))
 
@@ -87,7 +88,12 @@ def test_the_card_says_what_it_is_how_it_was_trained_and_how_it_did(home: Path, 
     card = (tmp_path / "out/README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "diffusers"
     assert "| pickscore | held out | 3 | 0.25 [0.2, 0.3] | -0.125 [-0.2, 0.1] | 7 test |" in card
+    assert "prompts.train" not in card
     assert f"hpsv2 (`{record['reward_fingerprint'][:12]}`)" in card and record["base"][:12] in card
+    (tmp_path / "test.txt").write_text(f"{tiny.PROMPTS[1]}\na purple lake\n")
+    export(home, "lora", tmp_path / "out", *flags, "--set", f"prompts.test={tmp_path / 'test.txt'}")
+    leak = "1 of 2 prompts of prompts.test are in prompts.train too: what is measured on them is not held out."
+    assert leak in (tmp_path / "out/README.md").read_text().splitlines()
     other = report.model_copy(update={"students": {"lora": "ab" * 32}})
     (tmp_path / "evaluate.json").write_text(other.model_dump_json())
     export(home, "lora", tmp_path / "out", *flags)

@@ -57,7 +57,7 @@ def showcase() -> Showcase:
 
 def test_the_sentence_counts_what_is_above_level_and_below():
     said = "3 evaluations instead of 50: above its teacher on 1 of 3 rewards, level on 1, below on 1, KID 6.50"
-    assert headline(cells(), "mine") == f"{said} (teacher 6.00)."
+    assert headline(cells(), "mine") == f"{said} (teacher 6.00); 1 of 1 judged values at most a tenth worse."
 
 
 def test_the_pictures_are_the_largest_gains_and_the_largest_losses_by_the_trained_reward():

@@ -1,16 +1,25 @@
-"""What the settings of a run take from the shards: units of rewards, tau, and what the gate takes for R_T."""
+"""What the settings of a run take from the shards: units of rewards, tau, and what the gate takes for R_T.
+
+A value that the run does not use is not asked for.
+"""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from rats.schemas.errors import DataError
 from rats.schemas.train_params import TrainParams
 from rats.stages.train.record import clipped_share
 from rats.stages.train.source import Source, prompt_means, read_settings
 from rats.trainer.gate import weighted_sum
+from rats.trainer.objective import Settings
+from tests.support.shards import write_set
 
 SCORES = {"fox-0": (1.0, 20.0), "fox-1": (3.0, 26.0), "owl-0": (5.0, 28.0), "owl-1": (7.0, 22.0)}
 PROMPTS = {"fox-0": "fox", "fox-1": "fox", "owl-0": "owl", "owl-1": "owl"}
@@ -59,3 +68,38 @@ def test_the_share_of_clipped_steps_is_counted_and_most_of_them_is_said(caplog: 
     assert caplog.text == ""
     assert clipped_share(norms, 1.0) == 0.6
     assert "clipped in 60 % of the steps" in caplog.text and "train.clip_norm: 7 would" in caplog.text
+
+
+SPREAD, EQUAL = {"a": (0.2,), "b": (0.6,)}, {"a": (0.3,), "b": (0.3,)}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+def read(store: Path, scores: dict[str, Any], reward: Any = "hps", **gate: Any) -> Settings:
+    shards = write_set(store)
+    chosen = TrainParams.model_validate({"reward": reward, "gate": gate})
+    return read_settings(chosen, Source(shards, shards.snapshot(), {}, scores, scores))
+
+
+@pytest.mark.parametrize("form", ["rats", "figure"])
+def test_a_gate_that_divides_by_tau_wants_scores_that_differ(store: Path, form: str):
+    assert read(store, SPREAD, form=form).tau == pytest.approx(0.2)
+    assert math.isnan(read(store, EQUAL, form=form, tau="gap").tau)  # to be measured
+    with pytest.raises(DataError, match=r"set train\.gate\.tau"):
+        read(store, EQUAL, form=form)
+
+
+@pytest.mark.parametrize("gate", [{"form": "off"}, {"form": "constant", "value": 0.7}])
+@pytest.mark.parametrize("tau", [None, "gap"])
+def test_a_gate_without_tau_asks_for_none(store: Path, gate: dict[str, Any], tau: Any):
+    assert read(store, SPREAD, **gate, tau=tau).tau == pytest.approx(0.2)
+    assert read(store, EQUAL, **gate, tau=tau).tau == 0
+
+
+def test_of_several_rewards_the_one_without_a_spread_is_named(store: Path):
+    scores = {"a": (0.2, 0.5), "b": (0.6, 0.5)}
+    with pytest.raises(DataError, match="the teacher's pick 2 scores .*: leave that reward out of train.reward"):
+        read(store, scores, reward={"hps": 1.0, "pick": 2.0})

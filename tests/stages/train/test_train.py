@@ -244,3 +244,10 @@ def test_sigterm_saves_the_step_and_exits_143(home, tmp_path):
     assert len(saved) == 1 and int(saved[0].name) == len(rows(tmp_path)) <= asked + 2, (
         "a step that was under way, and one that began meanwhile"
     )
+
+
+def test_a_student_is_trained_with_compute_threads_whatever_this_process_had(home: Path, tmp_path: Path) -> None:
+    with tiny.threads_seen(given=5) as seen:
+        train_stage(params_of(home, steps=2, checkpoint_every=2), "rats", home / "shards", tmp_path / "run")
+    assert seen == {1}
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["threads"] == 1

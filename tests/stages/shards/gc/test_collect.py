@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from rats.stages.shards.verify import verify
 from tests.support.experiments import collected, files, name_it, stranger, write_params
 from tests.support.project import rats, tree, write_project
 from tests.support.shards import params, recipe_of, score, wanted, write_samples
+from tests.support.styles import write_lora
 
 
 def test_nothing_is_touched_before_it_is_asked_for(shards: ShardSet, tmp_path: Path) -> None:
@@ -145,9 +147,11 @@ def test_a_parameter_file_holds_the_samples_it_asks_for_of_the_set_that_its_mode
 ) -> None:
     (tmp_path / "work").mkdir()
     shutil.copytree(models / "flux", tmp_path / "work" / "flux")
-    write_project(models, tmp_path / "work", model={"path": "flux"}, prompts={"train": "prompts.txt"})
+    changes = {"path": "flux", "loras": [{"path": "style", "weight": 0.7}]}
+    write_project(models, tmp_path / "work", model=changes, prompts={"train": "prompts.txt"})
     with contextlib.chdir(tmp_path / "work"):
         params = load_params(Path("params.yaml"))
+        write_lora(Model.of(load_params(Path("params.yaml"), ["model.loras=[]"])), Path("style"))
         recipe = read_recipe(params, Model.of(params))
     mine = ShardSet.open_or_create(tmp_path / "store", recipe)
     asked = planned_samples(read_prompts(tmp_path / "work" / "prompts.txt"), 1)
@@ -197,3 +201,13 @@ def test_the_command_shows_a_table_a_total_and_the_command_that_would_delete(sha
     line = said.splitlines()[-1].partition("this would: rats ")[2]
     rats(tmp_path, *line.split())
     assert shards.snapshots() == [1, 3]
+
+
+def test_what_an_experiment_in_another_worktree_of_git_names_is_kept(shards: ShardSet, tmp_path: Path) -> None:
+    run = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    tree_of = ["worktree", "add", "-q", str(tmp_path / "tree")]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "state"], tree_of):
+        subprocess.run([*run, *words], cwd=tmp_path, check=True, capture_output=True)
+    assert [row["what"] for row in collected(shards, delete=False)["remove"]] == ["the whole set"]
+    (tmp_path / "tree" / "run.json").write_text(json.dumps({"recipe": shards.fingerprint}))
+    assert "the whole set" not in [row["what"] for row in collected(shards, delete=False)["remove"]]

@@ -17,6 +17,7 @@ from rats.pipeline.protocols import Reward
 from rats.pipeline.rewards.open import open_reward
 from rats.schemas.errors import ConfigError
 from rats.schemas.params import Params
+from rats.schemas.train_params import GuardParams
 from rats.stages.rollout.rollout import rollout_stage
 from rats.stages.train.guard import open as panel_open
 from rats.stages.train.guard import validation
@@ -29,6 +30,7 @@ TRAIN: dict[str, Any] = {
     **{"nfe": (2, 3), "steps": 4, "batch": 4, "micro_batch": 4, "lr": 1e-3, "warmup": 0, "reward": "pick"},
     **{"ema": 0.5, "checkpoint_every": 2, "log_gradients_every": 10},
 }
+GUARD = GuardParams(every=2, prompts=5)
 GUARDED: dict[str, Any] = {"guard": {"every": 2, "prompts": 5}, "samples_every": 4, "trackers": ("tensorboard",)}
 WEIGHTS = "student/diffusion_pytorch_model.safetensors"
 
@@ -98,7 +100,7 @@ def test_there_is_a_look_at_the_start_every_so_often_and_at_the_end(guarded):
 def test_a_look_sees_what_the_student_that_is_left_draws(home, guarded):
     params = params_of(home)
     student = Model.of(params).open_student(transformer=guarded / "student")
-    samples = validation.open_validation_set(params, Model.of(params), 5, student.latent_shape(), guarded, again=True)
+    samples = validation.open_validation_set(params, Model.of(params), GUARD, student.latent_shape(), guarded, True)
     reward = open_reward(params.rewards[1])
     with torch.no_grad():
         batch = next(samples.batches(5, torch.device("cpu")))
@@ -123,6 +125,19 @@ def test_the_sheets_have_a_row_for_each_prompt_and_a_column_for_each_number_of_s
     assert [path.name for path in sorted((guarded / "samples").iterdir())] == ["000000.png", "000004.png"]
     with Image.open(guarded / "samples" / "000004.png") as sheet:
         assert sheet.size == (2 * tiny.SIZE, 5 * tiny.SIZE)
+
+
+def test_a_guard_compares_and_wants_two_prompts_and_a_sheet_is_content_with_one(home, tmp_path):
+    (tmp_path / "one.txt").write_text(tiny.PROMPTS[0])
+    params = params_of(home)
+    params = params.model_copy(
+        update={"prompts": params.prompts.model_copy(update={"validation": str(tmp_path / "one.txt")})}
+    )
+    model = Model.of(params)
+    shape = model.outline.latent_shape()
+    with pytest.raises(ConfigError, match="has one prompt"):
+        validation.open_validation_set(params, model, GUARD, shape, tmp_path, False)
+    assert len(validation.open_validation_set(params, model, GuardParams(), shape, tmp_path, False).prompts) == 1
 
 
 class Opposite:
