@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from rats.pipeline.bounds import bounded_file
 from rats.pipeline.weights.hashes import read_json
 from rats.schemas.errors import ConfigError, DataError
 from rats.schemas.params import ModelParams
@@ -132,7 +133,7 @@ def _single_files(folder: Path) -> Iterator[Path]:
 def _is_lora(file: Path) -> bool:
     if file.suffix != ".safetensors":
         return False
-    with suppress(OSError, SafetensorError), safe_open(file, "np") as opened:
+    with suppress(OSError, ValueError, SafetensorError), safe_open(bounded_file(file), "np") as opened:
         return any("lora_" in name for name in opened.keys())  # noqa: SIM118
     return False  # a damaged one is no LoRA either
 

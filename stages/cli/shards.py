@@ -47,7 +47,9 @@ def shards_verify(
     rescore: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Also compute N samples' noise, embedding and scores again.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Draws them [default: a new one].")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=LARGEST_SEED, metavar="N", help="Draws them [default: a new one].")
+    ] = None,
     params: ParamsFile = DEFAULT_PARAMS,
     set_: Sets = None,
     json_: Json = False,

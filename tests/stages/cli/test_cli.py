@@ -38,7 +38,7 @@ COMMANDS = {
     "stage report": {"runs", "evaluation", "out", "sheet", "verdicts", "dry_run"} | COMMON,
     "shards ls": {"path", "json_"},
     "shards info": {"path", "json_"},
-    "shards verify": {"path", "json_"},
+    "shards verify": {"path", "json_", "rescore", "seed", "params", "set_"},
     "shards preview": {"path", "out", "count", "seed"} | COMMON,
     "shards export": {"path", "out", "license_", "license_name", "license_link", "teacher", "title", "json_"},
     "shards import": {"folder", "store", "json_"},
@@ -145,7 +145,7 @@ SEEDED = [name for name, flags in COMMANDS.items() if "seed" in flags]
 @pytest.mark.parametrize("name", SEEDED)
 @pytest.mark.parametrize("seed", [-1, LARGEST_SEED + 1, 2**65])
 def test_every_command_refuses_a_seed_that_is_none(tmp_path: Path, name: str, seed: int):
-    arguments = ["a fox"] if name == "generate" else ["."] if name == "shards preview" else []
+    arguments = ["a fox"] if name == "generate" else ["."] if name.startswith("shards ") else []
     said = rats(tmp_path, *name.split(), *arguments, "--seed", str(seed), code=2).stderr
     assert "Invalid value for '--seed'" in said and "Traceback" not in said
 

@@ -197,7 +197,7 @@ def test_a_failing_reward_is_rows_with_an_error_capped_and_scored_again_when_it_
     both: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     # the project's second reward, as a user's own class that refuses one of the six prompts
-    monkeypatch.setitem(plugins.plugins_in(plugins.REWARDS), "pickscore", PICKY)
+    monkeypatch.setitem(plugins.plugins_in(plugins.REWARDS), "pickscore", (PICKY,))
     shutil.copytree(models / "pickscore", tmp_path / "picky")
     (tmp_path / "picky" / "broken").touch()
     rewards = [two(models)[0], two(models)[1] | {"path": str(tmp_path / "picky")}]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from rats.stages.rollout.rollout import rollout_stage
 from rats.stages.shards.rescore import is_near, is_score, rescore
 from rats.stages.shards.verify import verify
 from tests.stages.shards.test_untrusted import SHARD, reindex, rewrite
-from tests.support.damage import unsealed
+from tests.support.damage import copied, unsealed
 from tests.support.project import PROMPTS, rats, write_project
 
 NAME = "rollout-000000"
@@ -37,7 +36,7 @@ def project(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def spoiled(project: Path, tmp_path: Path) -> tuple[ShardSet, Params]:
     """A copy of the published folder, to lie in."""
-    folder = Path(shutil.copytree(project / "data", tmp_path / "data"))
+    folder = copied(project / "data", tmp_path / "data")
     return ShardSet.open(folder), load_params(project / "params.yaml")
 
 
