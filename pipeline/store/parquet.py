@@ -63,11 +63,13 @@ def read_rows(path: Place, model: type[_Row], blake3: str) -> list[_Row]:
 
 def _table(data: bytes, schema: Any) -> Any:
     """Parses a Parquet file. Raises ValueError if it would take far more memory than its size."""
-    texts = [field.name for field in schema if field.type == pa.string()]
+    with open_parquet(pa.BufferReader(data), len(data)) as file:
+        about = file.metadata
+    if not about.schema.to_arrow_schema().equals(schema):
+        raise ValueError(f"columns {brief(about.schema.names)}")
+    _check_size(about, data)
+    texts = [field.name for field in schema if field.type == pa.string()]  # pyarrow fails on a name that is not there
     with open_parquet(pa.BufferReader(data), len(data), read_dictionary=texts) as file:
-        if not file.metadata.schema.to_arrow_schema().equals(schema):
-            raise ValueError(f"columns {brief(file.metadata.schema.names)}")
-        _check_size(file.metadata, data)
         # pyarrow's pool threads would hold `data`, and one that lets go of it while Python ends aborts the process
         table = file.read(use_threads=False)
     check_texts([chunk for name in texts for chunk in table[name].chunks], len(data))
