@@ -37,6 +37,13 @@ HEADER = 8
 """Bytes at the start of a safetensors file that count those of its header."""
 
 
+def write_all(folder: Path) -> Path:
+    """A tiny folder of every family below `folder`, by its name."""
+    for family, (write, _) in WRITERS.items():
+        write(folder / family)
+    return folder
+
+
 def opened(family: str, folder: Path) -> Model:
     """The tiny model in `folder`, as a project of the tests sets it up."""
     sizes = {"height": tiny.SIZE, "width": tiny.SIZE, "max_sequence_length": tiny.LENGTH}

@@ -9,16 +9,13 @@ import torch
 
 from rats.pipeline.families.models import FamilyDecoder, checked_decoding
 from rats.schemas.errors import DataError
-from tests.support.model_fuzz import WRITERS, opened
+from tests.support.model_fuzz import WRITERS, opened, write_all
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny folder of every family."""
-    folder = tmp_path_factory.mktemp("folders")
-    for family, (write, _) in WRITERS.items():
-        write(folder / family)
-    return folder
+    return write_all(tmp_path_factory.mktemp("folders"))
 
 
 def decoder(family: str, folders: Path, dtype: str) -> FamilyDecoder:

@@ -12,7 +12,7 @@ import pytest
 from rats.pipeline.families.open import Model
 from rats.pipeline.lengths import Cut
 from rats.schemas.params import TeacherParams
-from tests.support.model_fuzz import WRITERS, opened
+from tests.support.model_fuzz import WRITERS, opened, write_all
 
 LONG = "a red fox " * 30
 PROMPTS = ["a red fox", "a green frog", f"{LONG}a frog", f"{LONG}a whale", f"a house {LONG}", "two red apples " * 4]
@@ -26,10 +26,7 @@ CLIP = {"flux": 8, "sd3": 77}
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny folder of every family."""
-    folder = tmp_path_factory.mktemp("folders")
-    for family, (write, _) in WRITERS.items():
-        write(folder / family)
-    return folder
+    return write_all(tmp_path_factory.mktemp("folders"))
 
 
 def model_of(family: str, folders: Path, **teacher: Any) -> Model:

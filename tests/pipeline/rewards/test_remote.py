@@ -27,9 +27,11 @@ ADAPTERS = ("pickscore", "hpsv2", "image-reward")
 
 
 @contextmanager
-def running(reward: Reward, port: int = 0, max_batch: int = 32, queue: int = 8) -> Iterator[RewardServer]:
+def running(
+    reward: Reward, port: int = 0, max_batch: int = 32, queue: int = 8, token: str | None = None
+) -> Iterator[RewardServer]:
     """A server of the reward in this process."""
-    server = RewardServer(reward, "127.0.0.1", port, max_batch, queue)
+    server = RewardServer(reward, "127.0.0.1", port, max_batch, queue, token)
     thread = threading.Thread(target=server.serve)
     thread.start()
     try:

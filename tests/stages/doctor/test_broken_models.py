@@ -12,7 +12,7 @@ import pytest
 from rats.schemas.errors import RatsError
 from rats.stages.doctor.params import check_model
 from tests.support.broken import BROKEN, fields
-from tests.support.model_fuzz import WRITERS, copied, damage, drawn, opened
+from tests.support.model_fuzz import WRITERS, copied, damage, drawn, opened, write_all
 from tests.support.project import rats, write_project
 
 QUICK_TRIALS, SLOW_TRIALS = 5, 100
@@ -22,10 +22,7 @@ QUICK_TRIALS, SLOW_TRIALS = 5, 100
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny folder of every family."""
-    folder = tmp_path_factory.mktemp("intact")
-    for family, (write, _) in WRITERS.items():
-        write(folder / family)
-    return folder
+    return write_all(tmp_path_factory.mktemp("intact"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import logging
 import signal
 import socket
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -165,14 +164,8 @@ def test_a_header_of_many_small_tensors_is_refused_before_they_are_parsed():
 def guarded(file: Path) -> Iterator[RewardServer]:
     """A server that asks for the token in the file."""
     file.write_text(TOKEN + "\n")
-    server = RewardServer(Toy(), "127.0.0.1", 0, 32, 8, remote_protocol.read_token(file))
-    thread = threading.Thread(target=server.serve)
-    thread.start()
-    try:
+    with running(Toy(), token=remote_protocol.read_token(file)) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join()
 
 
 def test_a_token_is_asked_of_every_request_and_compared_as_a_whole(tmp_path: Path):
